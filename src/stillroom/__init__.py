@@ -1,0 +1,81 @@
+"""stillroom: a teacher goes in, a smaller or faster student comes out."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from stillroom import methods
+from stillroom.errors import TrainingDiverged, UserError
+
+if TYPE_CHECKING:
+    from stillroom.method import Method
+    from stillroom.models.folder import ImageGenerator
+
+try:
+    __version__ = version("stillroom")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["TrainingDiverged", "UserError", "distill", "load", "methods"]
+
+
+def distill(
+    method: str,
+    *,
+    teacher: Any = None,
+    data: Any = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> ImageGenerator:
+    """Distil a teacher and return the finished student.
+
+    method: slug of a method or shipped recipe, or a recipe file.
+    teacher: name of a bench's teacher, a model folder, or a :class:`~stillroom.diffusion.denoiser.Denoiser`.
+    data: name of a data set, a folder, or an :class:`~stillroom.data.source.ArrayData`.
+    run_dir: where the run is written, by default ``runs/<name>``.
+    options: the method's own options.
+
+    Raises :class:`UserError` if these do not fit together and :class:`TrainingDiverged` if training does not hold.
+    """
+    from stillroom.recipe import Recipe
+    from stillroom.run import IN_MEMORY, run
+
+    given: dict[str, Any] = {"engine.steps": steps, "engine.seed": seed, "name": name}
+    objects: dict[str, Any] = {}
+    for key, value in {"teacher": teacher, "data": data}.items():
+        if value is None or isinstance(value, str | Path):
+            given[key] = value if value is None else str(value)
+        else:
+            given[key], objects[key] = IN_MEMORY, value
+    given |= {f"options.{key}": value for key, value in options.items()}
+    recipe = Recipe.load(method, **{key: value for key, value in given.items() if value is not None})
+    folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
+    return run(recipe, folder, resume, **objects).student
+
+
+def load(folder: str | Path) -> ImageGenerator:
+    """A finished student (or a teacher) from its folder; ``.sample(labels)`` gives images in [-1, 1]."""
+    from stillroom.run import load_generator
+
+    return load_generator(folder)
+
+
+class _Methods(ModuleType):
+    """``stillroom.methods`` is the package that the methods lie in, and, called, all of them by slug."""
+
+    def __call__(self) -> dict[str, type[Method]]:
+        from stillroom.method import methods as known
+
+        return known()
+
+
+# Importing a module of the package binds its name here, over any function of that name: so the package is the function.
+sys.modules["stillroom.methods"].__class__ = _Methods

@@ -1,0 +1,1 @@
+"""The worlds: data, teacher and metrics that stay fixed while methods change."""

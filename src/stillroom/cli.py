@@ -1,0 +1,430 @@
+"""The command line: a thin shell over the library. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 done; 1 training diverged, or ``doctor`` found something wrong; 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import itertools
+import operator
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from stillroom.errors import TrainingDiverged, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stillroom.recipe import Recipe
+
+RUNS = Path("runs")
+
+_Text = Annotated[str | None, arg(metavar="TEXT")]
+_Number = Annotated[int | None, arg(metavar="N")]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Distil a teacher into a student; without arguments, the default recipe (and again: carries on or shows it)."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")] = ""
+    """A method or shipped recipe by name, or a .yaml file."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
+    """Recipe keys to change, e.g. engine.batch=64 options.gan_weight=0."""
+    teacher: _Text = None
+    """A bench's teacher by name, or a model folder."""
+    data: _Text = None
+    """A data set by name, or a folder of images."""
+    steps: _Number = None
+    """Training steps (engine.steps)."""
+    seed: _Number = None
+    """Seed of everything random (engine.seed)."""
+    name: _Text = None
+    """Name of the run's folder under runs/."""
+    resume: Annotated[Path | None, arg(metavar="RUN")] = None
+    """Carry on an interrupted run with its own recipe."""
+
+    def __call__(self) -> int:
+        from stillroom.recipe import DEFAULT, Recipe
+
+        source, overrides = self.recipe, list(self.overrides)
+        if "=" in source:
+            source, overrides = "", [source, *overrides]
+        named = {"teacher": self.teacher, "data": self.data, "name": self.name}
+        given = named | {"engine.steps": self.steps, "engine.seed": self.seed}
+        given = {key: value for key, value in given.items() if value is not None}
+        bare = not (source or overrides or given)
+        if self.resume is not None:
+            if not bare:
+                raise UserError("a resumed run keeps its own recipe", cure="give --resume RUN and nothing else")
+            folder = _run_folder(self.resume)
+            if not (folder / "recipe.yaml").is_file():
+                raise UserError(f"{folder} is no run folder: it has no recipe.yaml", cure=_listing(RUNS))
+            return _run(Recipe.load(folder), folder, resume=True)
+        recipe = Recipe.load(source or DEFAULT, overrides, **given)
+        folder = RUNS / recipe.name
+        return _run_again(recipe, folder) if bare else _run(recipe, folder, resume=False)
+
+
+def _run(recipe: Recipe, folder: Path, resume: bool) -> int:
+    from stillroom.run import run
+
+    if run(recipe, folder, resume).report is not None:
+        _show(folder)
+    return 0
+
+
+def _run_again(recipe: Recipe, folder: Path) -> int:
+    """``stillroom run`` alone may be typed any number of times: it starts, carries on, or shows what is there."""
+    from stillroom.recipe import Recipe
+    from stillroom.report.log import read_result
+
+    if not (folder / "recipe.yaml").is_file() or Recipe.load(folder).hash() != recipe.hash():
+        return _run(recipe, folder, resume=False)
+    if not read_result(folder):
+        return _run(recipe, folder, resume=True)
+    print(f"{folder} is already finished:")
+    _show(folder)
+    return 0
+
+
+def _show(folder: Path) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(comparison([folder]))
+    console.print(f"student  {folder / 'student'}\nreport   {folder / 'report.html'}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Prove:
+    """Train a method and the baselines its paper argues against; check the paper's claims."""
+
+    methods: Annotated[Positional[tuple[str, ...]], arg(metavar="METHOD ...")]
+    """Methods by name."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2)
+    """One training per arm and seed."""
+    level: Literal["mechanism", "image", "all"] = "all"
+    """Tiny closed-form worlds (seconds), real images (minutes), or both."""
+    jobs: Annotated[int, arg(metavar="N")] = 1
+    """Trainings at the same time."""
+
+    def __call__(self) -> int:
+        if not self.methods:
+            raise UserError("no method to prove was named", cure="for example `stillroom prove dmd2`")
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"--seeds must be whole numbers from 0, got {' '.join(map(str, self.seeds)) or 'none'}")
+        if self.jobs < 1:
+            raise UserError(f"--jobs must be at least 1, got {self.jobs}")
+        from stillroom.method import get_method
+
+        for slug in self.methods:
+            get_method(slug)
+        from stillroom.proofs import prove
+
+        prove(list(self.methods), seeds=list(self.seeds), level=self.level, jobs=self.jobs)
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Finished runs side by side: quality, speed, size, training cost."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN ...")]
+    """Run folders, or their names under runs/."""
+
+    def __call__(self) -> int:
+        if not self.runs:
+            raise UserError("no runs to compare were named", cure=_listing(RUNS))
+        from rich.console import Console
+
+        Console().print(comparison([_run_folder(run) for run in self.runs]))
+        return 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a student or a teacher into one PNG."""
+
+    model: Annotated[Positional[Path], arg(metavar="DIR")]
+    """A student or teacher folder, or a run."""
+    labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...")] = ()
+    """Classes by number or name; by default every class."""
+    n: Annotated[int, arg(metavar="N")] = 8
+    """Images per class."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Seed of the noise."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("samples.png")
+    """Where the PNG goes."""
+
+    def __call__(self) -> int:
+        if self.n < 1:
+            raise UserError(f"--n must be at least 1, got {self.n}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be at least 0, got {self.seed}")
+        if self.out.suffix.lower() != ".png":
+            raise UserError(f"--out must end in .png, got {self.out}")
+        if not self.out.absolute().parent.is_dir():
+            raise UserError(
+                f"--out: folder {self.out.parent} does not exist", cure="create it, or choose another place"
+            )
+        from stillroom.report.images import save_grid
+        from stillroom.run import class_rows, load_generator
+
+        folder = self.model if self.model.is_dir() else _run_folder(self.model)
+        save_grid(class_rows(load_generator(folder), self.labels, self.n, self.seed)[1], self.out)
+        print(self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a run's report.html anew from what lies in its folder."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """A run folder, or its name under runs/."""
+
+    def __call__(self) -> int:
+        from stillroom.report import write_report
+
+        print(write_report(_run_folder(self.run)))
+        return 0
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods; with a name, its paper and options."""
+
+    method: Annotated[Positional[str], arg(metavar="METHOD", help_behavior_hint="")] = ""
+    """A method by name."""
+
+    def __call__(self) -> int:
+        from rich.console import Console
+
+        Console().print(_options_table(self.method) if self.method else _methods_table())
+        return 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Print the card of a bench: data, teacher, metrics, floor."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")] = "fashion"
+    """fashion, mnist, or a folder of 28x28 grey images in classes."""
+
+    def __call__(self) -> int:
+        from stillroom.run import bench_card
+
+        print(bench_card(self.name))
+        return 0
+
+
+@dataclass(frozen=True)
+class Teach:
+    """Train a bench's teacher from its data."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")] = "fashion"
+    """A bench by name."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
+    """Recipe keys to change, e.g. engine.steps=1000."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the finished teacher; by default runs/teach-NAME/teacher."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Carry on an interrupted training."""
+
+    def __call__(self) -> int:
+        from stillroom.bench.teach import teach
+
+        folder = RUNS / f"teach-{self.name}"
+        out = self.out or folder / "teacher"
+        teach(self.name, out, list(self.overrides), run_dir=folder, resume=self.resume)
+        print(out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what looks wrong in a run, finished or not, and what to try."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """A run folder, or its name under runs/."""
+
+    def __call__(self) -> int:
+        from rich.console import Console
+        from rich.text import Text
+
+        from stillroom.report.doctor import examine
+
+        findings = examine(_run_folder(self.run))
+        colours = {"wrong": "bold red", "doubtful": "yellow", "well": "green"}
+        for finding in findings:
+            head = Text.assemble((f"{finding.level:>8}", colours[finding.level]), f"  {finding.what}")
+            Console(soft_wrap=True).print(head)
+            if finding.advice:
+                Console(soft_wrap=True).print(Text(f"          try: {finding.advice}", style="dim"))
+        return 1 if any(finding.level == "wrong" for finding in findings) else 0
+
+
+COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. ``argv`` defaults to the process's arguments."""
+    try:
+        return _parse(list(sys.argv[1:] if argv is None else argv))()
+    except UserError as error:
+        rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"stillroom{rank}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingDiverged) else 2
+    except KeyboardInterrupt as stop:
+        print(f"stillroom: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str]) -> Any:
+    """The command that ``argv`` asks for. A mistake is one line, as every other error; ``--help`` exits."""
+    if not argv:
+        argv = ["--help"]
+    names = [cls.__name__.lower() for cls in COMMANDS]
+    if not argv[0].startswith("-") and argv[0] not in names:
+        close = difflib.get_close_matches(argv[0], names, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"unknown command {argv[0]!r}{hint}", cure=f"commands: {', '.join(names)}")
+    commands = [Annotated[cls, subcommand(name)] for cls, name in zip(COMMANDS, names, strict=True)]
+    error = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(error):
+            return tyro.cli(
+                functools.reduce(operator.or_, commands),
+                args=_overrides_last(argv),
+                prog="stillroom",
+                description="A teacher goes in, a smaller or faster student comes out.",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(error.getvalue()), cure=f"see `stillroom {argv[0]} --help`") from None
+
+
+def _overrides_last(argv: list[str]) -> list[str]:
+    """``run dmd2 engine.batch=8 --steps 5 options.x=1``: overrides may stand anywhere."""
+    if argv[0] not in ("run", "teach"):
+        return argv
+    plain, moved = [], []
+    for before, token in itertools.pairwise(argv):
+        is_override = re.match(r"[A-Za-z_][\w.-]*=", token) and not before.startswith("--")
+        (moved if is_override else plain).append(token)
+    return [argv[0], *plain, *moved]
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message in one line: what is wrong and, for a misspelt option, the nearest one."""
+    lines = [line.strip("│╭╰╮╯ \t").strip("─ ") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
+    if bad := re.search(r"Unrecognized options: (\S+?),? ", text + " "):
+        meant = re.search(r"Perhaps you meant: (--[\w-]+)", text)
+        return f"unknown argument {bad[1]!r}" + (f" (did you mean {meant[1]!r}?)" if meant else "")
+    if bad := re.search(r"Error parsing (\S+?):.* from \['(.*?)'\]", text):
+        return f"{bad[1]}: {bad[2]!r} is not of the right kind"
+    return text.split(" Argument helptext:")[0].split(" For full helptext")[0]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def _methods_table() -> Table:
+    from importlib.metadata import entry_points
+
+    import yaml
+    from rich.table import Table
+
+    package = Path(__file__).parent
+    here = {path.stem.replace("_", "-") for path in (package / "methods").glob("*/*.py")}
+    table = Table("method", "wing", "arXiv", "", "what it is for", box=None, header_style="bold", pad_edge=False)
+    entries = yaml.safe_load((package / "catalogue.yaml").read_text(encoding="utf-8"))
+    for entry in sorted(entries, key=lambda entry: entry["slug"] not in here):
+        style = "" if entry["slug"] in here else "dim"
+        link = f"[link=https://arxiv.org/abs/{entry['arxiv']}]{entry['arxiv']}[/link]"
+        state = "" if entry["slug"] in here else "planned"
+        table.add_row(entry["slug"], entry["wing"], link, state, entry["purpose"], style=style)
+    for point in entry_points(group="stillroom.methods"):
+        table.add_row(point.name, "plug-in", "", "", point.dist.name if point.dist else point.value)
+    return table
+
+
+def _options_table(slug: str) -> Table:
+    import inspect
+    import typing
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from stillroom.method import get_method, option_fields
+    from stillroom.recipe import describe
+
+    method = get_method(slug)
+    title = f"{slug}: {method.paper.title}\n{method.paper.url}\n"
+    table = Table("recipe key", "default", "allowed", "", box=None, header_style="bold", pad_edge=False, title=title)
+    table.title_justify = "left"
+    kinds = typing.get_type_hints(method.Options)
+    remarks = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(method.Options), re.MULTILINE))
+    for name, field in option_fields(method).items():
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        table.add_row(f"options.{name}", _short(default), describe(kinds[name]), escape(remarks.get(name, "")))
+    for turn in method(method.Options()).turns():
+        optim = f"{turn.optim.name}, lr {turn.optim.lr:g}"
+        table.add_row(f"engine.optim.{turn.name}", optim, "a mapping", f"trains {', '.join(turn.trains)}")
+    return table
+
+
+def _short(default: Any) -> str:
+    """A default as a recipe would say it: of a nested record, its kind and what differs from the record's defaults."""
+    if not dataclasses.is_dataclass(default):
+        return str(default).lower() if isinstance(default, bool) else str(default)
+    first, *others = dataclasses.fields(default)
+    changed = [f"{f.name} {value}" for f in others if (value := getattr(default, f.name)) != f.default]
+    return ", ".join([str(getattr(default, first.name)), *changed])
+
+
+def comparison(folders: Sequence[Path]) -> Table:
+    """One column per run: quality beside the floor, speed, size, training cost."""
+    from rich.table import Table
+
+    from stillroom.report import facts
+
+    runs = [facts(folder) for folder in folders]
+    table = Table("", *(run["name"] for run in runs), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = list(dict.fromkeys((group, label) for run in runs for group, label in run["rows"]))
+    last = ""
+    for group, label in rows:
+        if last and group != last:
+            table.add_section()
+        last = group
+        table.add_row(label, *(run["rows"].get((group, label), "–") for run in runs))
+    return table
+
+
+def _run_folder(run: Path) -> Path:
+    folder = run if run.is_dir() or run.is_absolute() or (RUNS / run).is_dir() is False else RUNS / run
+    if not folder.is_dir():
+        raise UserError(f"run folder {run} does not exist", cure=_listing(RUNS))
+    return folder
+
+
+def _listing(runs: Path) -> str:
+    names = sorted(path.parent.name for path in runs.glob("*/recipe.yaml"))
+    return f"runs here: {', '.join(names)}" if names else f"there are no runs under {runs}/ here"

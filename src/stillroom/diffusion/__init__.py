@@ -1,0 +1,1 @@
+"""Processes, denoisers, time laws, samplers: the diffusion core."""

@@ -1,0 +1,168 @@
+"""A denoiser is a network + a process + a prediction kind; asking it gives a prediction readable as ``.x0 .eps .v .score``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.process import EDM, Process, expand, match_snr
+
+Kind = Literal["x0", "eps", "v", "edm"]
+KINDS: tuple[str, ...] = get_args(Kind)
+Cond = Mapping[str, Tensor]
+NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+
+
+class Prediction:
+    """What a denoiser says about ``x_t`` at time ``t``; all conversions between parametrisations live here.
+
+    Every view has the shape of ``x_t``. A view that the time makes undefined (``eps`` of an x0-prediction at sigma = 0,
+    ``x0`` of an eps-prediction at alpha = 0) raises ``ValueError``.
+    """
+
+    def __init__(self, process: Process, kind: str, value: Tensor, x_t: Tensor, t: Tensor) -> None:
+        if kind not in ("x0", "eps", "v"):
+            raise ValueError(f"a prediction is of kind x0, eps or v, not {kind!r}")
+        self.process, self.kind, self.value, self.x_t, self.t = process, kind, value, x_t, t
+
+    @functools.cached_property
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        return expand(self.process.alpha(self.t), self.x_t), expand(self.process.sigma(self.t), self.x_t)
+
+    @functools.cached_property
+    def _velocity(self) -> tuple[Tensor, Tensor]:
+        p, q = self.process.velocity_weights(self.t)
+        return expand(p, self.x_t), expand(q, self.x_t)
+
+    @staticmethod
+    def _positive(rate: Tensor, what: str) -> Tensor:
+        if not bool((rate > 0).all()):
+            raise ValueError(f"{what} is undefined here: the rate it is divided by is 0 at this end of the process")
+        return rate
+
+    @functools.cached_property
+    def x0(self) -> Tensor:
+        alpha, sigma = self._rates
+        if self.kind == "x0":
+            return self.value
+        if self.kind == "eps":
+            return (self.x_t - sigma * self.value) / self._positive(alpha, "x0 of an eps-prediction")
+        p, q = self._velocity
+        return (q * self.x_t - sigma * self.value) / (alpha * q - sigma * p)
+
+    @functools.cached_property
+    def eps(self) -> Tensor:
+        alpha, sigma = self._rates
+        if self.kind == "eps":
+            return self.value
+        if self.kind == "x0":
+            return (self.x_t - alpha * self.value) / self._positive(sigma, "eps of an x0-prediction")
+        p, q = self._velocity
+        return (alpha * self.value - p * self.x_t) / (alpha * q - sigma * p)
+
+    @functools.cached_property
+    def v(self) -> Tensor:
+        if self.kind == "v":
+            return self.value
+        p, q = self._velocity
+        return p * self.x0 + q * self.eps
+
+    @functools.cached_property
+    def score(self) -> Tensor:
+        """Gradient of the log density of ``x_t``: ``(alpha x0 - x_t) / sigma^2 = -eps / sigma``."""
+        return -self.eps / self._positive(self._rates[1], "the score")
+
+
+def plain_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """Networks written as ``network(x, time, cond)``."""
+    return network(x, time, cond)
+
+
+class Denoiser(nn.Module):
+    """``denoiser(x_t, t, cond, guidance)``.
+
+    network: any module; ``call`` says how it is asked (models.families has the diffusers conventions).
+    null: the value of each condition that means "unconditional" (a scalar, or a tensor without the batch dimension).
+    shape: shape of one sample, ``(C, H, W)`` for images.
+    """
+
+    adapter: str | None = None  # name of the LoRA role that this denoiser speaks with
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        prediction: Kind = "v",
+        *,
+        null: Mapping[str, Any] | None = None,
+        shape: tuple[int, ...] = (),
+        call: NetworkCall = plain_call,
+    ) -> None:
+        super().__init__()
+        if prediction not in KINDS:
+            raise ValueError(f"prediction kind must be one of {', '.join(KINDS)}, got {prediction!r}")
+        if prediction == "edm" and not isinstance(process, EDM):
+            raise ValueError("the preconditioned 'edm' prediction needs the EDM process")
+        self.network, self.process, self.prediction = network, process, prediction
+        self.null, self.shape, self.call = dict(null or {}), tuple(shape), call
+
+    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
+        """``cond`` with every entry replaced by its "unconditional" value."""
+        missing = [name for name in cond if name not in self.null]
+        if missing:
+            raise ValueError(f"guidance needs an unconditional value for: {', '.join(missing)}")
+        return {k: torch.as_tensor(self.null[k]).to(v).expand_as(v).contiguous() for k, v in cond.items()}
+
+    def adapter_scope(self) -> AbstractContextManager[None]:
+        """Which LoRA adapter speaks while this denoiser runs (none for the base). A network without adapters: no-op."""
+        switch = getattr(self.network, "lora_switch", None)
+        return switch.use(self.adapter) if switch is not None else nullcontext()
+
+    def native(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's own output in float32, without guidance; ``[B, ...]`` like ``x_t``."""
+        time = self.process.network_time(t)
+        time = time.expand(x_t.shape[0]) if time.ndim == 0 else time
+        with self.adapter_scope():
+            if self.prediction == "edm":
+                assert isinstance(self.process, EDM)
+                c_skip, c_out, c_in = (expand(c, x_t) for c in self.process.preconditioning(t))
+                return c_skip * x_t + c_out * self.call(self.network, c_in * x_t, time, cond).float()
+            return self.call(self.network, x_t, time, cond).float()
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
+        """Prediction at ``x_t [B, ...]``, ``t [B]`` or scalar. ``guidance`` w: ``uncond + w (cond - uncond)`` in the
+        network's own output space; w = 1 and w = 0 cost one evaluation, other values two (in one batch)."""
+        cond = cond or {}
+        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
+        if guidance == 1.0 or not cond:
+            value = self.native(x_t, t, cond)
+        elif guidance == 0.0:
+            value = self.native(x_t, t, self.null_cond(cond))
+        else:
+            null = self.null_cond(cond)
+            both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+            times = torch.cat([t, t]) if t.ndim else t
+            conditional, unconditional = self.native(torch.cat([x_t, x_t]), times, both).chunk(2)
+            value = unconditional + guidance * (conditional - unconditional)
+        return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
+
+
+class Reparametrised(nn.Module):
+    """``denoiser`` asked under another process, by matching the signal-to-noise ratio. Same call, same predictions."""
+
+    def __init__(self, denoiser: Denoiser, process: Process) -> None:
+        super().__init__()
+        self.denoiser, self.process, self.shape, self.null = denoiser, process, denoiser.shape, denoiser.null
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
+        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
+        s, scale = match_snr(t, of=self.process, to=self.denoiser.process)
+        answer = self.denoiser(expand(scale, x_t) * x_t, s, cond, guidance)
+        if answer.kind == "eps":  # keep what the network said exactly; eps does not depend on the scale
+            return Prediction(self.process, "eps", answer.value, x_t, t)
+        return Prediction(self.process, "x0", answer.x0, x_t, t)

@@ -1,0 +1,239 @@
+"""Forward corruptions ``x_t = alpha(t) x0 + sigma(t) eps`` and the way from one to another.
+
+``t`` runs from 0 (data) to ``t_max`` (noise). Coefficients take and return tensors of the shape of ``t`` and are
+differentiable in ``t``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """``[B]`` (or scalar) coefficients shaped to multiply ``like`` of shape ``[B, ...]``."""
+    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+
+
+@dataclass(frozen=True)
+class Process:
+    """Base of all Gaussian processes."""
+
+    name: ClassVar[str]
+
+    @property
+    def t_max(self) -> float:
+        """Time of the largest noise, in this process's own units."""
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal rate."""
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise rate."""
+        raise NotImplementedError
+
+    def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``(p, q)`` of the velocity target ``v = p x0 + q eps`` that networks of this process are trained on."""
+        raise NotImplementedError
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The time at which the signal-to-noise ratio is that of the pair ``(alpha, sigma)`` (any common scale)."""
+        raise NotImplementedError
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The number that a network of this process is fed for time ``t``."""
+        return t
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """``x_t`` of shape ``[B, ...]`` from data, unit noise and times ``[B]`` (or one scalar time)."""
+        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
+
+    def grid(self, steps: int) -> Tensor:
+        """``steps + 1`` decreasing times from ``t_max`` to 0: the process's usual sampling grid (float64)."""
+        return torch.linspace(self.t_max, 0.0, steps + 1, dtype=torch.float64)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Process):
+    """``alpha = 1 - t, sigma = t, v = eps - x0`` on [0, 1] (arXiv 2209.03003). ``shift`` warps grids and time laws
+    towards noise as in SD3 (arXiv 2403.03206, eq. 23); networks are fed ``1000 t``."""
+
+    name: ClassVar[str] = "rectified-flow"
+    shift: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / (alpha + sigma)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+    def warp(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def grid(self, steps: int) -> Tensor:
+        return self.warp(super().grid(steps))
+
+
+@dataclass(frozen=True)
+class TrigFlow(Process):
+    """``alpha = cos t, sigma = sin t, v = cos(t) eps - sin(t) x0`` on [0, pi/2] (arXiv 2410.11081, eq. 4)."""
+
+    name: ClassVar[str] = "trigflow"
+
+    @property
+    def t_max(self) -> float:
+        return math.pi / 2
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t.cos()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.sin()
+
+    def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -t.sin(), t.cos()
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.atan2(sigma, alpha)
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """``alpha = 1, sigma = t`` on [0, sigma_max], variance exploding (arXiv 2206.00364). ``v`` is the ODE slope, eps."""
+
+    name: ClassVar[str] = "edm"
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    rho: float = 7.0
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / alpha
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t.clamp_min(1e-20).log() / 4
+
+    def karras(self, u: Tensor) -> Tensor:
+        """Time at position ``u`` in [0, 1] of the grid of eq. 5; u = 0 is ``sigma_min``, u = 1 is ``sigma_max``."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + u * (high - low)) ** self.rho
+
+    def grid(self, steps: int) -> Tensor:
+        positions = torch.linspace(1, 0, steps, dtype=torch.float64)
+        return torch.cat([self.karras(positions), torch.zeros(1, dtype=torch.float64)])
+
+    def preconditioning(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(c_skip, c_out, c_in)`` of Table 1."""
+        total = t**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, t * self.sigma_data * total.rsqrt(), total.rsqrt()
+
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+@functools.lru_cache(maxsize=32)
+def _log_ratio_table(schedule: str, steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """``log(sigma / alpha)`` at the integer times of a discrete schedule, float64."""
+    if schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    elif schedule == "squaredcos_cap_v2":
+        edges = torch.arange(steps + 1, dtype=torch.float64) / steps
+        bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"unknown beta schedule {schedule!r}; known: {', '.join(BETA_SCHEDULES)}")
+    kept = torch.cumprod(1 - betas, 0)
+    return 0.5 * torch.log((1 - kept) / kept)
+
+
+@dataclass(frozen=True)
+class VP(Process):
+    """``alpha^2 + sigma^2 = 1`` with the ``steps`` discrete alphas of DDPM (arXiv 2006.11239), ``v = alpha eps - sigma
+    x0``. Times are real in [0, steps - 1]; between integers ``log(sigma/alpha)`` is interpolated linearly, so integer
+    times reproduce the discrete alphas. Time 0 carries the schedule's smallest noise, not none."""
+
+    name: ClassVar[str] = "vp"
+    schedule: str = "scaled_linear"
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    @property
+    def t_max(self) -> float:
+        return float(self.steps - 1)
+
+    def _table(self, like: Tensor) -> Tensor:
+        return _log_ratio_table(self.schedule, self.steps, self.beta_start, self.beta_end).to(like.device)
+
+    def _log_ratio(self, t: Tensor) -> Tensor:
+        table, at = self._table(t), t.double()
+        low = at.detach().floor().clamp(0, self.steps - 2).long()
+        return torch.lerp(table[low], table[low + 1], at - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self._log_ratio(t)).sqrt().to(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self._log_ratio(t)).sqrt().to(t)
+
+    def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -self.sigma(t), self.alpha(t)
+
+    def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        ratio = sigma.double().log() - alpha.double().log()
+        table = self._table(ratio)
+        low = (torch.searchsorted(table, ratio.detach().contiguous()) - 1).clamp(0, self.steps - 2)
+        position = low + (ratio - table[low]) / (table[low + 1] - table[low])
+        return position.clamp(0, self.t_max).to(alpha)
+
+
+PROCESSES: dict[str, type[Process]] = {p.name: p for p in (RectifiedFlow, TrigFlow, EDM, VP)}
+
+
+def process_from_dict(values: dict[str, Any]) -> Process:
+    values = dict(values)
+    return PROCESSES[values.pop("name")](**values)
+
+
+def match_snr(t: Tensor, of: Process, to: Process) -> tuple[Tensor, Tensor]:
+    """Time ``s`` and scale such that ``scale * x_t`` of process ``of`` is a sample ``x_s`` of process ``to``.
+
+    The two have the same signal-to-noise ratio, so a denoiser of ``to`` answers for ``of``; exact, differentiable in
+    ``t`` (arXiv 2503.09641, prop. 1, does this for flow teachers under TrigFlow)."""
+    alpha, sigma = of.alpha(t), of.sigma(t)
+    s = to.time_of(alpha, sigma)
+    return s, torch.hypot(to.alpha(s), to.sigma(s)) / torch.hypot(alpha, sigma)

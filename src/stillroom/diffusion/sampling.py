@@ -1,0 +1,215 @@
+"""Samplers: how a finished model is run. Each is data (saved beside the weights) plus one pure function.
+
+All ODE solvers work on the process normalised by ``alpha + sigma``, i.e. as a rectified flow in ``u = sigma / (alpha +
+sigma)``: regular at both ends for every process, and there Euler is exactly DDIM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.diffusion.process import Process
+
+if TYPE_CHECKING:
+    from stillroom.method import Draws
+
+
+def ddim_step(p: Prediction, process: Process, s: Tensor) -> Tensor:
+    """From ``x_t`` to ``x_s`` along the ODE with the prediction held fixed: ``alpha_s x0 + sigma_s eps`` (Euler)."""
+    return process.alpha(s) * p.x0 + process.sigma(s) * p.eps
+
+
+def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, guidance: float) -> Tensor:
+    """Second order: Euler, then the mean of the slopes at both ends, ``dy/du = eps - x0`` with ``y = x / (alpha + sigma)``."""
+    process = denoiser.process
+    first = denoiser(x, t, cond, guidance)
+    if float(process.sigma(s)) == 0:
+        return first.x0 * process.alpha(s)
+    scale_t, scale_s = process.alpha(t) + process.sigma(t), process.alpha(s) + process.sigma(s)
+    u_t, u_s = process.sigma(t) / scale_t, process.sigma(s) / scale_s
+    slope_t = first.eps - first.x0
+    second = denoiser((x / scale_t + (u_s - u_t) * slope_t) * scale_s, s, cond, guidance)
+    return (x / scale_t + (u_s - u_t) * (slope_t + second.eps - second.x0) / 2) * scale_s
+
+
+def ancestral_step(p: Prediction, process: Process, t: Tensor, s: Tensor, eta: float, noise: Tensor) -> Tensor:
+    """DDPM's posterior step; ``eta`` = 0 is DDIM, 1 is ancestral (arXiv 2010.02502, eq. 16)."""
+    a_t, s_t, a_s, s_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
+    fresh = eta * s_s / s_t * (s_t**2 - (a_t / a_s * s_s) ** 2).clamp_min(0).sqrt()
+    return a_s * p.x0 + (s_s**2 - fresh**2).clamp_min(0).sqrt() * p.eps + fresh * noise
+
+
+class Sampler:
+    """Base. ``sample`` turns unit noise ``[B, ...]`` into data ``[B, ...]``; ``generator`` feeds fresh noise."""
+
+    name: ClassVar[str]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample (a guided evaluation counts as two)."""
+        raise NotImplementedError
+
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class ODESampler(Sampler):
+    """Many-step deterministic sampling: Euler (= DDIM), Heun (arXiv 2206.00364, Alg. 1), DPM++(2M) (arXiv 2211.01095)."""
+
+    name: ClassVar[str] = "ode"
+    solver: Literal["euler", "heun", "dpm++"] = "heun"
+    steps: int = 25
+    guidance: float = 1.0
+
+    @property
+    def nfe(self) -> int:
+        calls = 2 * self.steps - 1 if self.solver == "heun" else self.steps
+        return calls * (1 if self.guidance in (0.0, 1.0) else 2)
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        process, cond = denoiser.process, cond or {}
+        times = process.grid(self.steps).to(noise)
+        x = process.sigma(times[0]) * noise
+        previous: tuple[Tensor, Tensor] | None = None  # DPM++'s last x0 and the ratio of its step
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            if self.solver == "heun":
+                x = heun_step(denoiser, x, t, s, cond, self.guidance)
+                continue
+            p = denoiser(x, t, cond, self.guidance)
+            if self.solver == "euler":
+                x = ddim_step(p, process, s) if float(process.sigma(s)) > 0 else process.alpha(s) * p.x0
+                continue
+            x, previous = _dpm_step(p, process, t, s, previous)
+        return x
+
+
+def _dpm_step(
+    p: Prediction, process: Process, t: Tensor, s: Tensor, previous: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One DPM++(2M) step with ``h`` the step in log(alpha / sigma); first order at the start and where sigma_s = 0."""
+    a_t, s_t, a_s, s_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
+    ratio = s_s * a_t / (s_t * a_s)  # exp(-h)
+    h = -ratio.log()
+    target = p.x0
+    if previous is not None and float(s_s) > 0:
+        r = previous[1] / h
+        target = p.x0 + (p.x0 - previous[0]) / (2 * r)
+    return s_s / s_t * p.x_t + a_s * (1 - ratio) * target, (p.x0, h)
+
+
+@dataclass(frozen=True)
+class AncestralSampler(Sampler):
+    """Stochastic many-step sampling (DDPM's posterior at ``eta`` = 1)."""
+
+    name: ClassVar[str] = "ancestral"
+    steps: int = 50
+    eta: float = 1.0
+    guidance: float = 1.0
+
+    @property
+    def nfe(self) -> int:
+        return self.steps * (1 if self.guidance in (0.0, 1.0) else 2)
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        process = denoiser.process
+        times = process.grid(self.steps).to(noise)
+        x = process.sigma(times[0]) * noise
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            p = denoiser(x, t, cond, self.guidance)
+            if float(process.sigma(s)) == 0:
+                return process.alpha(s) * p.x0
+            x = ancestral_step(p, process, t, s, self.eta, torch.randn(x.shape, generator=generator).to(x))
+        return p.x0
+
+
+@dataclass(frozen=True)
+class FewStepSampler(Sampler):
+    """Predict x0, noise it again to the next time, repeat; return the last x0 (consistency and score-distilled students).
+
+    times: decreasing, as fractions of the process's ``t_max``.
+    renoise: ``fresh`` noise at each step, the ``fixed`` first noise, or the ``ddim`` noise that the prediction implies.
+    """
+
+    name: ClassVar[str] = "few-step"
+    times: tuple[float, ...] = (1.0,)
+    renoise: Literal["fresh", "fixed", "ddim"] = "fresh"
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "times", tuple(float(t) for t in self.times))
+        if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"few-step times must decrease strictly, got {self.times}")
+
+    @property
+    def nfe(self) -> int:
+        return len(self.times) * (1 if self.guidance in (0.0, 1.0) else 2)
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        process, eps = denoiser.process, noise
+        p: Prediction | None = None
+        for fraction in self.times:
+            t = torch.tensor(fraction * process.t_max, dtype=noise.dtype, device=noise.device)
+            if p is not None and self.renoise == "fresh":
+                eps = torch.randn(noise.shape, generator=generator).to(noise)
+            elif p is not None and self.renoise == "ddim":
+                eps = p.eps
+            x = process.sigma(t) * eps if p is None else process.add_noise(p.x0, eps, t)
+            p = denoiser(x, t, cond, self.guidance)
+        assert p is not None
+        return p.x0
+
+
+SAMPLERS: dict[str, type[Sampler]] = {s.name: s for s in (ODESampler, AncestralSampler, FewStepSampler)}
+
+
+def sampler_from_dict(values: dict[str, Any]) -> Sampler:
+    values = dict(values)
+    return SAMPLERS[values.pop("name")](**values)
+
+
+def few_step_times(steps: int, t_init: float = 1.0) -> tuple[float, ...]:
+    """``t_init (1 - k / steps)``, k = 0 .. steps - 1: the evenly spaced schedule of DMD2 and few-step SiD."""
+    if steps < 1 or not 0 < t_init <= 1:
+        raise ValueError(f"few-step times need steps >= 1 and t_init in (0, 1], got {steps} and {t_init}")
+    return tuple(t_init * (1 - k / steps) for k in range(steps))
+
+
+def rollout(
+    student: Denoiser, draw: Draws, cond: Cond, times: tuple[float, ...], *, grad: bool, last: int | None = None
+) -> Tensor:
+    """A training sample ``x0 [B, ...]`` of a few-step student, made exactly as at inference (backward simulation,
+    arXiv 2405.14867, section 4.5): fresh noise at each of ``times`` (fractions of ``t_max``) up to step ``last``.
+
+    last: 0-based index of the step returned; by default one index drawn for the whole batch. Inputs are detached between
+    steps, so only the last call carries a graph (and only if ``grad``).
+    """
+    process, x0 = student.process, None
+    last = draw.index(len(times)) if last is None and len(times) > 1 else (last or 0)
+    for k in range(last + 1):
+        eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
+        t = torch.tensor(times[k] * process.t_max, dtype=eps.dtype, device=eps.device)
+        x_in = process.sigma(t) * eps if x0 is None else process.add_noise(x0, eps, t)
+        with torch.set_grad_enabled(grad and k == last):
+            x0 = student(x_in, t, cond).x0
+    assert x0 is not None
+    return x0

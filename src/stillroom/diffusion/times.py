@@ -1,0 +1,80 @@
+"""Time laws: how training times are drawn, as data (so that a recipe can hold one)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.diffusion.process import EDM, Process, RectifiedFlow
+
+if TYPE_CHECKING:
+    from stillroom.method import Draws
+
+
+@dataclass(frozen=True)
+class TimeLaw:
+    """A law of ``t`` on a process.
+
+    law:
+      - ``uniform``: t uniform between the fractions ``low`` and ``high`` of ``t_max``;
+      - ``logit-normal``: t / t_max = sigmoid(mean + std * n), n standard normal (arXiv 2403.03206), within [low, high];
+      - ``log-normal``: log(sigma / alpha) = mean + std * n (EDM's law, arXiv 2206.00364, Table 1, on any process);
+      - ``karras``: EDM's grid at a uniform position between ``low`` and ``high`` (SiD's generator law is 0 .. 0.8);
+      - ``segments``: one of ``segments`` equal parts of [low, high] uniformly, its upper end.
+    stratified: replace the uniform numbers behind the law by one per equal slice of [0, 1) (lower variance).
+    at_max: with this probability t = high * t_max instead.
+    shift: > 0 warps fractions towards noise, ``s u / (1 + (s - 1) u)``; 0 takes a rectified flow's own shift.
+    """
+
+    law: Literal["uniform", "logit-normal", "log-normal", "karras", "segments"] = "uniform"
+    low: float = 0.0
+    high: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    segments: int = 4
+    shift: float = 0.0
+    stratified: bool = False
+    at_max: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"a time law needs 0 <= low < high <= 1, got {self.low} and {self.high}")
+        if self.std <= 0 or self.segments < 1 or not 0 <= self.at_max <= 1:
+            raise ValueError("a time law needs std > 0, segments >= 1 and at_max in [0, 1]")
+
+    def sample(self, draw: Draws, process: Process) -> Tensor:
+        """Times ``[B]`` for this micro-batch."""
+        u = draw.uniform(draw.local)
+        if self.stratified:
+            order = torch.randperm(draw.total, generator=draw.generator, device=u.device)[draw.rows]
+            u = (order + u) / draw.total
+        t = self.quantile(u, process)
+        if self.at_max:
+            t = torch.where(draw.uniform(draw.local) < self.at_max, torch.full_like(t, self.high * process.t_max), t)
+        return t
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        """The law's quantile function: ``u`` in [0, 1) to times."""
+        if self.law in ("logit-normal", "log-normal"):
+            normal = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7)) * self.std + self.mean
+            if self.law == "logit-normal":
+                fraction = self._warp(torch.sigmoid(normal), process)
+                return (fraction.clamp(self.low, self.high) * process.t_max).to(u)
+            t = process.time_of(torch.ones_like(normal), normal.exp())
+            return t.clamp(self.low * process.t_max, self.high * process.t_max).to(u)
+        if self.law == "segments":
+            part = (u * self.segments).floor() + 1
+            fraction = self.low + (self.high - self.low) * part / self.segments
+        else:
+            fraction = self.low + (self.high - self.low) * u
+        if self.law == "karras":
+            sigma = (process if isinstance(process, EDM) else EDM()).karras(fraction)
+            return process.time_of(torch.ones_like(sigma), sigma)
+        return self._warp(fraction, process) * process.t_max
+
+    def _warp(self, fraction: Tensor, process: Process) -> Tensor:
+        shift = self.shift or (process.shift if isinstance(process, RectifiedFlow) else 1.0)
+        return shift * fraction / (1 + (shift - 1) * fraction)

@@ -1,0 +1,213 @@
+"""One process or many: who am I, what do we agree on, and how a method is spread over processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from stillroom.errors import UserError
+from stillroom.method import Batch, Method, Terms, Turn
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every process (collective); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. With ``size == 1`` every operation is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def join(cls, device: str = "auto") -> World:
+        """Join the process group that ``torchrun`` describes in the environment; alone where there is none."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"engine.device is {device!r}", cure="use auto, cpu or cuda") from error
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "engine.device is 'cuda', but torch sees no CUDA device", cure="set engine.device to cpu or auto"
+            )
+        if size == 1:
+            return cls(device=place)
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(place)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), place)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over the processes; a NaN anywhere is a NaN everywhere."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor = tensor / self.size
+        return tensor
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with rank 0's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every process."""
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.first else b""
+        length = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(length, 0)
+        data = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.first:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(data, 0)
+        return json.loads(bytes(data.cpu().tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's JSON value, in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        length = torch.tensor([len(text)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        data = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
+        parts = [torch.zeros_like(data) for _ in range(self.size)]
+        dist.all_gather(parts, data)
+        return [json.loads(bytes(part[: int(n)].cpu().tolist())) for part, n in zip(parts, lengths, strict=True)]
+
+    def leave(self) -> None:
+        """Leave the process group. The barrier keeps gloo from aborting while a peer still talks."""
+        if self.size > 1 and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class TurnModule(nn.Module):
+    """A turn as a module, so that DDP can watch exactly one turn's backward pass."""
+
+    def __init__(self, method: Method, turn: Turn) -> None:
+        super().__init__()
+        self.method, self.function = method, getattr(method, turn.name)
+
+    def forward(self, batch: Batch) -> Terms:
+        return self.function(batch)
+
+
+class Plain:
+    """A turn on one process."""
+
+    def __init__(self, method: Method, turn: Turn) -> None:
+        self.call = getattr(method, turn.name)
+
+    def gradients(self, last: bool) -> AbstractContextManager:
+        return nullcontext()
+
+
+class DataParallel:
+    """A turn under DistributedDataParallel: its own parameters only, whatever else the method owns.
+
+    Build it while exactly the turn's trained parameters require grad.
+    """
+
+    def __init__(self, method: Method, turn: Turn, trained: Sequence[nn.Parameter]) -> None:
+        from torch.nn.parallel import DistributedDataParallel
+
+        module = TurnModule(method, turn)
+        mine = {id(p) for p in trained}
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        ignored = [name for name, tensor in named if id(tensor) not in mine]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        # A turn may leave a branch of its networks unused (a head whose weight is 0), hence find_unused_parameters.
+        self.call = DistributedDataParallel(
+            module, broadcast_buffers=False, init_sync=False, find_unused_parameters=True
+        )
+
+    def gradients(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.call.no_sync()
+
+
+class Sharded:
+    """A turn of a method that :func:`shard` has spread out."""
+
+    def __init__(self, method: Method, turn: Turn) -> None:
+        self.method, self.call = method, getattr(method, turn.name)
+
+    def gradients(self, last: bool) -> AbstractContextManager:
+        self.method.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
+
+def shard(method: Method, world: World) -> None:
+    """FSDP2 over all networks of a method, frozen ones too: each element of every ``ModuleList`` (the blocks of a
+    transformer) is a unit, then each network, and the method itself is the root, with its turns as forward methods.
+
+    One root lets networks share modules (LoRA roles on one base) and lets a turn run them in any order and number. All
+    parameters become DTensors. Every unit is resharded after its forward pass: a unit left unsharded by a pass without
+    gradients would keep the ``requires_grad`` of that turn in the next one.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    units = [
+        element
+        for module in method.modules()
+        if isinstance(module, nn.ModuleList)
+        for element in module
+        if not isinstance(element, nn.ModuleList | nn.ModuleDict)
+    ]
+    # innermost first: a unit takes the parameters that no unit inside it has taken
+    units = [unit for unit in reversed(list(method.modules())) if any(unit is element for element in units)]
+    for role in method.children():
+        for whole in (
+            role.values() if isinstance(role, nn.ModuleDict) else () if isinstance(role, nn.ModuleList) else (role,)
+        ):
+            network = getattr(whole, "network", None)
+            units += [network, whole] if isinstance(network, nn.Module) else [whole]
+    for unit in [*units, method]:
+        if not isinstance(unit, FSDPModule):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for turn in method.turns():
+        register_fsdp_forward_method(method, turn.name)
+
+
+def statistics(role: nn.Module) -> list[Tensor]:
+    """Running statistics of a role's batch normalisations: what differs between processes that see different rows."""
+    return [
+        buffer
+        for part in role.modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for buffer in part.buffers(recurse=False)
+    ]

@@ -1,0 +1,77 @@
+"""Mixed precision, activation checkpointing and compilation, applied to a method's networks from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from stillroom.errors import UserError
+
+
+def networks(method: nn.Module) -> Iterator[nn.Module]:
+    """The network of every role: ``role.network`` where a role wraps one (a denoiser does), else the role itself."""
+    seen: set[int] = set()
+    for _, role in method.named_children():
+        inner = getattr(role, "network", None)
+        module = inner if isinstance(inner, nn.Module) else role
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+
+
+def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x, output)
+
+
+def return_float32(method: nn.Module) -> None:
+    """Under autocast, let networks compute in bf16 but hand out fp32, so that whatever is formed from their answers
+    (differences of denoisers above all) keeps its small digits."""
+    for network in networks(method):
+        network.register_forward_hook(_to_float32)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """Take the hooks of :func:`return_float32` off a copy that leaves the engine."""
+    for part in module.modules():
+        for key in [k for k, hook in part._forward_hooks.items() if hook is _to_float32]:
+            del part._forward_hooks[key]
+    return module
+
+
+def checkpoint_activations(method: nn.Module) -> None:
+    """Recompute activations in the backward pass wherever a network knows how to.
+
+    diffusers models offer ``enable_gradient_checkpointing``, transformers models ``gradient_checkpointing_enable``. A
+    role's own ``checkpoint_function(block, *args)``, where there is one, replaces torch's (diffusers models only).
+
+    Raises ``UserError`` where no network of the method can do it.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    able = 0
+    # roles that share a network: the one with a function of its own has the last word
+    for role in sorted(method.children(), key=lambda role: hasattr(role, "checkpoint_function")):
+        custom = getattr(role, "checkpoint_function", None)
+        for part in role.modules():
+            module: Any = part
+            if hasattr(module, "enable_gradient_checkpointing"):
+
+                def function(block: Any, *args: Any, _custom: Any = custom) -> Any:
+                    return _custom(block, *args) if _custom else checkpoint(block, *args, use_reentrant=False)
+
+                module.enable_gradient_checkpointing(function)
+            elif hasattr(module, "gradient_checkpointing_enable"):
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                continue
+            able += 1
+            break
+    if not able:
+        raise UserError(
+            "engine.activation_checkpointing is on, but no network of this method supports it",
+            cure="switch it off, or use diffusers or transformers networks",
+        )

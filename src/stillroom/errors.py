@@ -1,0 +1,25 @@
+"""The one error type that a user sees: what is wrong, where, and what would be right. The command line prints it on one
+line and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (recipe, data, teacher, run folder), with its cure."""
+
+    def __init__(self, message: str, cure: str = "") -> None:
+        self.message, self.cure = " ".join(message.split()), " ".join(cure.split())
+        super().__init__(f"{self.message}; {self.cure}" if cure else self.message)
+
+
+class TrainingDiverged(UserError):
+    """A loss or weight became NaN/inf or grew without bound. The last good checkpoint is intact."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,1 @@
+"""Metrics, costs and the feature extractor: each a function with its definition in the docstring."""

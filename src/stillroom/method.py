@@ -1,0 +1,275 @@
+"""Method, turn, stage, registry: the one abstraction to learn.
+
+A :class:`Method` is an ``nn.Module`` that owns its networks and says, turn by turn, what is minimised. It holds no
+optimizer, no device, no logging and no loop: the engine brings those. A method file reads like its paper's algorithm box.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from stillroom.diffusion.denoiser import Denoiser
+    from stillroom.diffusion.sampling import Sampler
+
+Batch = Mapping[str, Any]
+"""``{"image": [B, C, H, W], "cond": {name: [B, ...]}}``; a method reads what it needs (image-free methods: ``cond`` only)."""
+
+Terms = dict[str, Tensor]
+"""Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name."""
+
+ENTRY_POINT_GROUP = "stillroom.methods"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    arxiv: str
+    year: int
+    venue: str = ""
+    code: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+@dataclass(frozen=True)
+class Optim:
+    """A turn's optimizer as its paper states it; a recipe may override any field. Clips of 0 mean "off"."""
+
+    lr: float = 1e-4
+    name: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    clip_norm: float = 0.0
+    clip_value: float = 0.0
+    nan_to_num: float = 0.0  # > 0: gradients are sanitised, nan -> 0 and +-inf -> +-this (SiD's rule)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One player's update inside a step.
+
+    ``trains`` names the networks (attributes of the method) that move; all others are frozen while the turn runs.
+    ``every`` is a period in steps: a number, or the name of an integer option; the turn runs at steps 0, every, 2*every, ...
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    every: int | str = 1
+    optim: Optim = Optim()
+
+    def period(self, method: Method) -> int:
+        return int(getattr(method.options, self.every)) if isinstance(self.every, str) else self.every
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps; shares are normalised)."""
+
+    name: str
+    turns: tuple[str, ...] | None = None  # None: every turn of the method
+    share: float = 1.0
+
+
+def turn(trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Optim()) -> Callable[[Callable], Callable]:
+    """Mark a method's function as a turn. Turns of one step run in the order in which the class defines them."""
+    names = (trains,) if isinstance(trains, str) else tuple(trains)
+
+    def mark(function: Callable) -> Callable:
+        function.turn = Turn(function.__name__, names, every, optim)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Draws:
+    """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that the
+    same recipe gives the same numbers on one process, on many, and under gradient accumulation.
+
+    ``rows``: this micro-batch's rows of the ``total`` rows of the step.
+    """
+
+    def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
+        self.generator, self.rows, self.total = generator, rows, total
+
+    @property
+    def local(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def _global(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if shape[0] != self.local:
+            raise ValueError(f"a draw's first dimension must be the micro-batch size {self.local}, got {shape[0]}")
+        return (self.total, *shape[1:])
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, float32, ``shape[0]`` = rows of this micro-batch."""
+        return torch.randn(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform on [0, 1), float32."""
+        return torch.rand(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return self.normal(*x.shape).to(x)
+
+    def index(self, high: int) -> int:
+        """One integer in {0..high-1}, shared by the whole batch and by all processes."""
+        return int(torch.randint(high, (), generator=self.generator, device=self.generator.device))
+
+
+class Method(nn.Module):
+    """Base of all distillation methods. Subclasses define :class:`Options`, :meth:`build`, turns, and :meth:`sampler`."""
+
+    slug: ClassVar[str]
+    paper: ClassVar[Paper]
+    wing: ClassVar[str]
+
+    @dataclass
+    class Options:
+        """Every choice or ablation that the paper makes. Subclasses replace this."""
+
+    # Set by the engine before each turn.
+    step: int = 0
+    progress: float = 0.0
+    stage: Stage = Stage("train")
+    draw: Draws
+
+    def __init__(self, options: Any = None, lora: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.options = options if options is not None else self.Options()
+        self.lora = dict(lora or {})  # role name -> LoRA settings: that role becomes an adapter on the teacher's weights
+        self.shared: dict[str, Any] = {}  # what this step (and micro-batch) has already made; emptied by the engine
+        self.notes: dict[str, Tensor] = {}  # health numbers of the last turn
+
+    # --- what a method writes -------------------------------------------------------------------------------------
+    def build(self, *teachers: Any) -> None:
+        """Make the networks from one or several teachers. Called once, before the optimizers exist."""
+        raise NotImplementedError
+
+    def prepare(self, data: Any) -> None:
+        """Calibration before training (probes, statistics). Default: nothing."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("train"),)
+
+    def sampler(self) -> Sampler:
+        """How the finished student is run; saved beside its weights."""
+        raise NotImplementedError
+
+    # --- what a method uses ---------------------------------------------------------------------------------------
+    def note(self, name: str, value: Tensor) -> None:
+        """Record a health number (detached scalar) for the log; it does not enter the loss."""
+        self.notes[name] = value.detach()
+
+    def clone(self, teacher: Denoiser, role: str) -> Denoiser:
+        """A trainable copy of ``teacher``; a LoRA adapter on the teacher's own weights where the recipe asks for one."""
+        if role in self.lora:
+            from stillroom.models.lora import lora_role
+
+            return lora_role(teacher, role, **self.lora[role])
+        if hasattr(teacher.network, "lora_switch"):  # another role already lives on these weights
+            from stillroom.models.lora import plain_copy
+
+            return unfrozen(plain_copy(teacher))
+        return unfrozen(copy.deepcopy(teacher))
+
+    # --- what the engine uses -------------------------------------------------------------------------------------
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns in definition order, base classes first, one per name."""
+        found: dict[str, Turn] = {}
+        for cls in reversed(type(self).__mro__):
+            for value in vars(cls).values():
+                if isinstance(marked := getattr(value, "turn", None), Turn):
+                    found[marked.name] = marked
+        return tuple(found.values())
+
+    def role(self, name: str) -> nn.Module:
+        module = getattr(self, name, None)
+        if not isinstance(module, nn.Module):
+            owned = ", ".join(n for n, _ in self.named_children())
+            raise AttributeError(f"method {self.slug!r} has no network {name!r}; it owns: {owned}")
+        return module
+
+    def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Parameters of one role, by name. A LoRA role gives its adapter only."""
+        module = self.role(name)
+        own = getattr(module, "role_parameters", None)
+        return dict(own()) if own is not None else dict(module.named_parameters())
+
+    def train(self, mode: bool = True) -> Method:
+        """Like ``nn.Module.train``, but frozen networks stay in eval mode whatever happens."""
+        super().train(mode)
+        for module in self.modules():
+            if getattr(module, "is_frozen", False):
+                nn.Module.train(module, False)
+        return self
+
+
+def frozen(module: Any) -> Any:
+    """Freeze in place and for good: no gradients, eval mode, also after ``method.train()``. Returns the module."""
+    for part in module.modules():
+        part.is_frozen = True
+    return module.requires_grad_(False).eval()
+
+
+def unfrozen(module: Any) -> Any:
+    """Undo :func:`frozen` (used on copies of a frozen teacher). Returns the module."""
+    for part in module.modules():
+        part.is_frozen = False
+    return module.requires_grad_(True)
+
+
+# --- registry -----------------------------------------------------------------------------------------------------
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(slug: str, paper: Paper) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: make a method known by its slug. The wing is the package that the file lies in."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        if slug in _REGISTRY and _REGISTRY[slug].__qualname__ != cls.__qualname__:
+            raise ValueError(f"two methods claim the slug {slug!r}: {_REGISTRY[slug].__module__} and {cls.__module__}")
+        cls.slug, cls.paper, cls.wing = slug, paper, cls.__module__.split(".")[-2]
+        _REGISTRY[slug] = cls
+        return cls
+
+    return add
+
+
+def methods() -> dict[str, type[Method]]:
+    """All known methods by slug: stillroom's own and those that installed packages offer under ``stillroom.methods``."""
+    package = importlib.import_module("stillroom.methods")
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not info.ispkg:
+            importlib.import_module(info.name)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        point.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_method(slug: str) -> type[Method]:
+    known = methods()
+    if slug not in known:
+        raise UserError(f"unknown method {slug!r}{nearest(slug, known)}", cure="`stillroom methods` lists them all")
+    return known[slug]
+
+
+def option_fields(cls: type[Method]) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls.Options)}

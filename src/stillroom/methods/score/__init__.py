@@ -1,0 +1,1 @@
+"""Score distillation: one- and few-step generators from a frozen diffusion teacher."""

@@ -1,0 +1,130 @@
+"""DMD2: distribution matching with a fast fake score, a GAN on real data, and backward simulation (arXiv 2405.14867)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.sampling import FewStepSampler, few_step_times, rollout
+from stillroom.diffusion.times import TimeLaw
+from stillroom.losses import adversarial
+from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
+from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.models.heads import Discriminator
+
+OPTIM = Optim(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=10.0)
+
+
+@register(
+    "dmd2",
+    Paper(
+        title="Improved Distribution Matching Distillation for Fast Image Synthesis",
+        arxiv="2405.14867",
+        year=2024,
+        venue="NeurIPS 2024",
+        code="tianweiy/DMD2",
+    ),
+)
+class DMD2(Method):
+    """One- to few-step students from a frozen teacher. The student follows the difference between the teacher's and a
+    fake score's denoisings of its own samples (a reverse KL over noise levels); the fake score is updated several times
+    per student update (two time-scale rule, which replaces DMD's regression pairs); a discriminator on the fake score's
+    features sees real data, which lets the student pass its teacher.
+
+    Departures from the paper: the discriminator head is an MLP on the tokens of a middle block (a transformer has no
+    4x4 bottleneck to convolve); the fake score's loss is taken in the teacher's own velocity space by default.
+    """
+
+    @dataclass
+    class Options:
+        student_steps: int = 1  # N network calls at inference
+        t_init: float = 1.0  # time of the first call, as a fraction of t_max (one-step SDXL uses 0.4)
+        guidance: float = 1.0  # on the teacher only
+        critic_turns: int = 5  # R: critic updates per student update (TTUR); 1 is the ablation
+        distribution_matching: float = 1.0  # weight of L_DM; 0 is the "GAN without distribution matching" ablation
+        gan_weight: float = 3e-3  # w_G; 0 is the "no GAN" ablation, which needs no real data
+        critic_gan_weight: float = 1e-2  # w_D
+        gan_block: str = ""  # module path of the tapped block; empty: the middle one
+        backward_simulation: bool = True  # False: few-step inputs are noised real data
+        generator_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
+        critic_times: TimeLaw = TimeLaw("uniform", 0.0, 1.0)
+        fake_loss: FakeLoss = "v"
+        renoise: Literal["fresh", "fixed", "ddim"] = "fresh"
+
+    options: Options
+
+    def build(self, teacher: Denoiser) -> None:
+        self.teacher = frozen(teacher)
+        self.student = self.clone(teacher, "student")
+        self.fake = self.clone(teacher, "fake")
+        self.discriminator = Discriminator(self.fake, self.options.gan_block)
+        self.times = few_step_times(self.options.student_steps, self.options.t_init)
+
+    def sample_student(self, batch: Batch, grad: bool) -> Tensor:
+        """Item 5: one random step k of the few-step schedule, reached by simulation or from noised real data."""
+        if self.options.backward_simulation or len(self.times) == 1:
+            return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad)
+        k = self.draw.index(len(self.times))
+        real = batch["image"]
+        if k == 0:
+            return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=0)
+        t = real.new_tensor(self.times[k] * self.student.process.t_max)
+        x_in = self.student.process.add_noise(real, self.draw.normal_like(real), t)
+        if grad:
+            return self.student(x_in, t, batch["cond"]).x0
+        return self.student(x_in, t, batch["cond"]).x0.detach()
+
+    def noised(self, x: Tensor, law: TimeLaw) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x_t, t, eps)`` with fresh noise."""
+        t, eps = law.sample(self.draw, self.teacher.process).to(x), self.draw.normal_like(x)
+        return self.teacher.process.add_noise(x, eps, t), t, eps
+
+    @turn(trains="student", every="critic_turns", optim=OPTIM)
+    def generator(self, batch: Batch) -> Terms:
+        """Item 3: L_G = L_DM + w_G softplus(-D)."""
+        o, cond = self.options, batch["cond"]
+        x0 = self.sample_student(batch, grad=True)
+        self.shared["x0"] = x0.detach()  # the critic of this step learns from this very sample
+        terms: Terms = {}
+        if o.distribution_matching:
+            x_t, t, _ = self.noised(x0.detach(), o.generator_times)
+            real = self.teacher(x_t, t, cond, o.guidance).x0.detach()
+            fake = self.fake(x_t, t, cond).x0.detach()
+            # g = (D_f - D_r) / mean|x0 - D_r|, and dL/dx0 = g / numel
+            weight = mean_abs_normaliser(x0, real) / x0[0].numel()
+            terms["dm"] = o.distribution_matching * score_difference_loss(x0, fake, real, di=1.0, weight=weight)
+            self.note("score_gap", (fake - real).square().mean())
+        if o.gan_weight:
+            x_t, t, _ = self.noised(x0, o.critic_times)
+            _, logits = self.discriminator(self.fake, x_t, t, cond)
+            terms["gan"] = o.gan_weight * adversarial.generator_loss(logits).mean()
+        self.note("sample_std", x0.std())
+        self.note("sample_mean", x0.mean())
+        return terms
+
+    @turn(trains=("fake", "discriminator"), optim=OPTIM)
+    def critic(self, batch: Batch) -> Terms:
+        """Item 4: denoise the student's samples, and tell them from real ones, every step."""
+        o, cond = self.options, batch["cond"]
+        x0 = self.shared.get("x0")
+        if x0 is None:
+            x0 = self.sample_student(batch, grad=False)
+        x_t, t, eps = self.noised(x0, o.critic_times)
+        loss = fake_score_loss(self.fake(x_t, t, cond), x0, eps, o.fake_loss)
+        self.note("fake_error", loss)
+        terms = {"denoise": loss}
+        if o.gan_weight:
+            fake_t, t_fake, _ = self.noised(x0, o.critic_times)
+            real_t, t_real, _ = self.noised(batch["image"], o.critic_times)
+            _, fake_logits = self.discriminator(self.fake, fake_t, t_fake, cond)
+            _, real_logits = self.discriminator(self.fake, real_t, t_real, cond)
+            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits)
+            self.note("real_logit", real_logits.mean())
+            self.note("fake_logit", fake_logits.mean())
+        return terms
+
+    def sampler(self) -> FewStepSampler:
+        return FewStepSampler(self.times, self.options.renoise)

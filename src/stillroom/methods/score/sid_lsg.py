@@ -1,0 +1,122 @@
+"""Few-step score identity distillation with Zero-CFG, Anti-CFG and LSG guidance (arXiv 2505.12674, 2406.01561)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.sampling import FewStepSampler, few_step_times, rollout
+from stillroom.diffusion.times import TimeLaw
+from stillroom.losses import adversarial
+from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
+from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.models.heads import Discriminator
+
+OPTIM = Optim(lr=1e-6, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
+
+# (kappa_1, kappa_2 = kappa_3, kappa_4): fake score while it trains, fake score and teacher in the generator's loss.
+PRESETS = {"none": (1.0, 1.0, 1.0), "zero-cfg": (0.0, 0.0, 1.0), "anti-cfg": (-1.0, -1.0, 1.0)}
+
+
+@register(
+    "sid-lsg",
+    Paper(
+        title="Few-Step Diffusion via Score identity Distillation",
+        arxiv="2505.12674",
+        year=2025,
+        code="mingyuanzhou/SiD-LSG",
+    ),
+)
+class SiDLSG(Method):
+    """One- to few-step students from a frozen, class- or text-conditional teacher. The loss is a score identity (no
+    derivative of the fake score by its weights is needed); all K steps share one student and one fake score, and each
+    update returns one uniformly drawn step. Guidance can sit in the teacher (long), in both nets (LSG) or, with the
+    least loss of diversity, in the fake score alone (Zero-CFG, Anti-CFG). An optional GAN reads the fake score's features.
+
+    Reconstructed: the numbers of Anti-CFG, the schedule of the few-step version (its code was not released).
+    """
+
+    @dataclass
+    class Options:
+        student_steps: int = 1  # K
+        t_init: float = 0.625
+        alpha: float = 1.0  # 0.5: exact Fisher gradient; 1: score identity alone; 1.2: over-corrected
+        guidance: Literal["none", "lsg", "long", "short", "zero-cfg", "anti-cfg"] = "none"
+        guidance_scale: float = 1.5  # kappa of lsg, long (> 1) and short (< 1)
+        condition_drop: float = 0.1  # per sample, in the fake score's turn, only where kappa_1 or kappa_2 is not 1
+        step_choice: Literal["uniform", "last"] = "uniform"  # "last": train only the K-th output (ablation)
+        gan_weight: float = 0.0  # lambda_adv; > 0 needs real images
+        critic_gan_weight: float = 1.0
+        gan_head: Literal["mean", "mlp"] = "mean"
+        gan_block: str = ""
+        generator_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
+        critic_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
+        fake_loss: FakeLoss = "eps"
+        renoise: Literal["fresh", "fixed", "ddim"] = "fresh"
+
+    options: Options
+
+    def build(self, teacher: Denoiser) -> None:
+        o = self.options
+        self.teacher = frozen(teacher)
+        self.student = self.clone(teacher, "student")
+        self.fake = self.clone(teacher, "fake")
+        self.discriminator = Discriminator(self.fake, o.gan_block, o.gan_head)
+        self.times = few_step_times(o.student_steps, o.t_init)
+        k = o.guidance_scale
+        own = {"lsg": (k, k, k), "long": (1.0, 1.0, k), "short": (k, 1.0, 1.0)}
+        self.k_train, self.k_fake, self.k_real = {**PRESETS, **own}[o.guidance]
+
+    def sample_student(self, batch: Batch, grad: bool) -> Tensor:
+        last = len(self.times) - 1 if self.options.step_choice == "last" else None
+        return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=last)
+
+    def dropped(self, cond: Cond) -> Cond:
+        """Step 2: some conditions become null while a guided fake score trains."""
+        if not self.options.condition_drop or not cond or (self.k_train == 1 and self.k_fake == 1):
+            return cond
+        drop, null = self.draw.uniform(self.draw.local) < self.options.condition_drop, self.fake.null_cond(cond)
+        return {k: v.where(~drop.to(v.device).reshape(-1, *[1] * (v.ndim - 1)), null[k]) for k, v in cond.items()}
+
+    @turn(trains=("fake", "discriminator"), optim=OPTIM)
+    def critic(self, batch: Batch) -> Terms:
+        """Step 2: the guided combination itself is regressed, with gradient through both branches."""
+        o, process = self.options, self.teacher.process
+        x0 = self.sample_student(batch, grad=False)
+        t, eps = o.critic_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        cond, x_t = self.dropped(batch["cond"]), process.add_noise(x0, eps, t)
+        loss = fake_score_loss(self.fake(x_t, t, cond, self.k_train), x0, eps, o.fake_loss)
+        self.note("fake_error", loss)
+        terms = {"denoise": loss}
+        if o.gan_weight:  # the same time and noise for real and generated, conditions kept under Zero-CFG too
+            _, fake_logits = self.discriminator(self.fake, x_t, t, batch["cond"])
+            real_t = process.add_noise(batch["image"], eps, t)
+            _, real_logits = self.discriminator(self.fake, real_t, t, batch["cond"])
+            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
+            self.note("real_logit", real_logits.mean())
+            self.note("fake_logit", fake_logits.mean())
+        return terms
+
+    @turn(trains="student", optim=OPTIM)
+    def generator(self, batch: Batch) -> Terms:
+        """Step 3: L = (Y_r - Y_f) . [(Y_r - x0) - alpha (Y_r - Y_f)] / w = (-<d, e> + (1 - alpha) |d|^2) / w."""
+        o, cond, process = self.options, batch["cond"], self.teacher.process
+        x0 = self.sample_student(batch, grad=True)
+        t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        x_t = process.add_noise(x0, eps, t)
+        real, fake = self.teacher(x_t, t, cond, self.k_real).x0, self.fake(x_t, t, cond, self.k_fake).x0
+        weight = mean_abs_normaliser(x0, real)
+        terms = {"sid": score_difference_loss(x0, fake, real, sim=1.0, fgm=1 - o.alpha, weight=weight)}
+        if o.gan_weight:
+            _, logits = self.discriminator(self.fake, x_t, t, cond)
+            per_sample = adversarial.generator_loss(logits.clamp(-10, 10)) * x0[0].numel() * weight
+            terms["gan"] = o.gan_weight * per_sample.mean()
+        self.note("score_gap", (fake - real).square().mean())
+        self.note("sample_std", x0.std())
+        return terms
+
+    def sampler(self) -> FewStepSampler:
+        return FewStepSampler(self.times, self.options.renoise)

@@ -1,0 +1,100 @@
+"""SwiftBrush: image-free variational score distillation; a LoRA copy of the teacher is the fake score (arXiv 2312.05239)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import expand
+from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.diffusion.times import TimeLaw
+from stillroom.losses.score import denoising_loss, score_difference_loss
+from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.models.lora import lora_role
+
+
+@register(
+    "swiftbrush",
+    Paper(
+        title="SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
+        arxiv="2312.05239",
+        year=2023,
+        venue="CVPR 2024",
+        code="VinAIResearch/SwiftBrush",
+    ),
+)
+class SwiftBrush(Method):
+    """A one-step student from conditions only, no images. The student's samples are pulled along the difference of the
+    teacher's and a LoRA teacher's noise predictions, both guided alike; the LoRA teacher (adapters on the teacher's own
+    weights) learns to denoise the student's samples.
+    """
+
+    @dataclass
+    class Options:
+        fake: Literal["lora", "full"] = "lora"  # "full": an own copy of all weights, the usual fake score
+        rank: int = 64
+        lora_alpha: float = 108.0
+        targets: tuple[str, ...] = ("to_q", "to_v")
+        guidance: float = 4.5  # on the teacher
+        fake_guidance: float = 4.5  # on the LoRA teacher; the paper keeps the two equal
+        score: Literal["vsd", "sds"] = "vsd"  # "sds": the fake score is replaced by the noise that was added
+        reparametrise: bool = True  # False: the network's raw output is taken as x0 (the paper's ablation)
+        condition_drop: float = 0.1  # LoRA turn only, one coin per batch
+        t_init: float = 1.0
+        student_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
+        fake_times: TimeLaw = TimeLaw("uniform", 0.0, 1.0)
+
+    options: Options
+
+    def build(self, teacher: Denoiser) -> None:
+        o = self.options
+        self.student = self.clone(teacher, "student")  # copied before adapters are put into the teacher's network
+        if o.fake == "lora":
+            self.fake = lora_role(teacher, "fake", o.rank, o.lora_alpha, o.targets)
+        else:
+            self.fake = self.clone(teacher, "fake")
+        self.teacher = frozen(teacher)
+
+    def one_step(self, batch: Batch) -> Tensor:
+        """Step 1: ``x0 = (z - sigma_T eps(z, T)) / alpha_T``, i.e. the teacher's own one-step guess at the start."""
+        process = self.student.process
+        z = self.draw.normal(self.draw.local, *self.student.shape).to(next(self.student.parameters()))
+        t = z.new_tensor(self.options.t_init * process.t_max)
+        p = self.student(process.sigma(t) * z, t, batch["cond"])
+        return p.x0 if self.options.reparametrise else p.value
+
+    @turn(trains="student", optim=Optim(lr=1e-6, name="adam", clip_norm=1.0))
+    def generator(self, batch: Batch) -> Terms:
+        """Step 2: g = sigma^2 (e_psi - e_phi) = alpha sigma (D_phi - D_psi) and dL/dx0 = g / numel."""
+        o, cond, process = self.options, batch["cond"], self.teacher.process
+        x0 = self.one_step(batch)
+        self.shared["x0"] = x0.detach()
+        t, eps = o.student_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        with torch.no_grad():
+            x_t = process.add_noise(x0, eps, t)
+            real = self.teacher(x_t, t, cond, o.guidance).x0
+            fake = self.fake(x_t, t, cond, o.fake_guidance).x0 if o.score == "vsd" else x0.detach()
+            weight = process.alpha(t) * process.sigma(t) / x0[0].numel()
+        self.note("score_gap", (fake - real).square().mean())
+        self.note("sample_std", x0.std())
+        return {"vsd": score_difference_loss(x0, fake, real, di=1.0, weight=weight)}
+
+    @turn(trains="fake", optim=Optim(lr=1e-3, name="adam", clip_norm=1.0))
+    def critic(self, batch: Batch) -> Terms:
+        """Step 3: ``alpha^2 |eps_phi - eps|^2`` on the sample that the student turn of this step made."""
+        o, cond, process, x0 = self.options, batch["cond"], self.teacher.process, self.shared["x0"]
+        t, eps = o.fake_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        if self.draw.index(1_000_000) < o.condition_drop * 1_000_000:
+            cond = self.fake.null_cond(cond)
+        x_t = process.add_noise(x0, eps, t)
+        p = self.fake(x_t, t, cond)
+        loss = denoising_loss(expand(process.alpha(t), x0) * p.eps, expand(process.alpha(t), x0) * eps)
+        self.note("fake_error", loss)
+        return {"denoise": loss}
+
+    def sampler(self) -> FewStepSampler:
+        return FewStepSampler((self.options.t_init,))

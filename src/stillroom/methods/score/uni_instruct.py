@@ -1,0 +1,140 @@
+"""Uni-Instruct: one-step distillation by a diffusion-expanded f-divergence, f of your choice (arXiv 2505.20755)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.sampling import FewStepSampler, rollout
+from stillroom.diffusion.times import TimeLaw
+from stillroom.losses import adversarial
+from stillroom.losses.divergence import density_ratio, get_divergence
+from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss, square
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
+from stillroom.models.heads import Discriminator
+
+OPTIM = Optim(lr=1e-5, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
+
+
+@register(
+    "uni-instruct",
+    Paper(
+        title="Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
+        arxiv="2505.20755",
+        year=2025,
+        venue="NeurIPS 2025",
+        code="a-little-hoof/Uni_Instruct",
+    ),
+)
+class UniInstruct(Method):
+    """A one-step student from a frozen teacher and real images. One loss covers the field: a divergence f sets the
+    weights of a score-implicit part (SiD, SIM), a score-Fisher part and a Diff-Instruct part (DMD, VSD) through the
+    density ratio r = q / p that a discriminator on the fake score's features gives; f chooses between covering
+    (forward_kl) and mode seeking (reverse_kl).
+
+    Departures: the ratio is exp(logit), not the scaled adversarial loss of the released code (which is about +-1), and
+    its gradient is kept by default, since detaching it makes all but reverse_kl wrong.
+    """
+
+    @dataclass
+    class Options:
+        divergence: Literal["reverse_kl", "forward_kl", "jeffreys", "js", "chi2", "hellinger"] = "jeffreys"
+        ratio_grad: bool = True  # False: C(r) is detached, as in the released code
+        fgm: bool = False  # True: the exact gradient; the published method drops this part
+        normalise_ratio: bool = False  # divide r by its batch mean
+        gan_weight: float = 0.01
+        critic_gan_weight: float = 1.0
+        gan_head: Literal["mean", "mlp"] = "mean"
+        gan_block: str = ""
+        guidance: float = 1.0
+        t_init: float = 0.714  # sigma_init 2.5
+        critic_share: float = 0.02  # of the steps: the student waits while the critics learn
+        warmup_share: float = 0.1  # of the steps: reverse_kl without GAN, before r can be trusted
+        generator_times: TimeLaw = TimeLaw("karras", 0.0, 0.8)
+        critic_times: TimeLaw = TimeLaw("log-normal", mean=-1.2, std=1.2)
+        fake_loss: FakeLoss = "snr"
+
+    options: Options
+
+    def build(self, teacher: Denoiser) -> None:
+        o = self.options
+        self.teacher = frozen(teacher)
+        self.student = self.clone(teacher, "student")
+        self.fake = self.clone(teacher, "fake")
+        self.discriminator = Discriminator(self.fake, o.gan_block, o.gan_head)
+
+    def stages(self) -> tuple[Stage, ...]:
+        o = self.options
+        plan = (
+            Stage("critics", ("critic",), o.critic_share),
+            Stage("warm-up", None, o.warmup_share),
+            Stage("divergence", None, 1 - o.critic_share - o.warmup_share),
+        )
+        return tuple(stage for stage in plan if stage.share > 0)
+
+    @property
+    def needs_ratio(self) -> bool:
+        return self.options.gan_weight > 0 or self.options.divergence != "reverse_kl"
+
+    @turn(trains=("fake", "discriminator"), optim=OPTIM)
+    def critic(self, batch: Batch) -> Terms:
+        """Step 7a: fake score and discriminator from one forward pass each; real and generated share time and noise."""
+        o, process, cond = self.options, self.teacher.process, batch["cond"]
+        x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=False)
+        t, eps = o.critic_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        p, fake_logits = self.discriminator(self.fake, process.add_noise(x0, eps, t), t, cond)
+        loss = fake_score_loss(p, x0, eps, o.fake_loss)
+        self.note("fake_error", loss)
+        terms = {"denoise": loss}
+        if self.needs_ratio:
+            _, real_logits = self.discriminator(self.fake, process.add_noise(batch["image"], eps, t), t, cond)
+            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
+            self.note("real_logit", real_logits.mean())
+            self.note("fake_logit", fake_logits.mean())
+        return terms
+
+    @turn(trains="student", optim=OPTIM)
+    def generator(self, batch: Batch) -> Terms:
+        """Step 4, over 2 k^2: - C(r) <d, e> + (C - r C')/2 |d|^2 + alpha k r^2 C''/2 |d|^2 <sg d, x0>, k = alpha/sigma^2."""
+        o, process, cond = self.options, self.teacher.process, batch["cond"]
+        full = self.stage.name == "divergence"
+        f = get_divergence(o.divergence if full else "reverse_kl")
+        x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=True)
+        t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        x_t = process.add_noise(x0, eps, t)
+        real = self.teacher(x_t, t, cond, o.guidance).x0
+        p, logits = self.discriminator(self.fake, x_t, t, cond)
+        fake = p.x0
+        r = self.ratio(logits) if full and o.divergence != "reverse_kl" else torch.ones(len(x0)).to(x0)
+        k = process.alpha(t) / process.sigma(t) ** 2
+        weight, r_fixed = mean_abs_normaliser(x0, real), r.detach()
+        direct = f.direct(r_fixed)
+        terms = {
+            "score": score_difference_loss(
+                x0,
+                fake,
+                real,
+                sim=f.c(r if o.ratio_grad else r_fixed),
+                fgm=f.fisher(r_fixed) if o.fgm else 0.0,
+                di=process.alpha(t) * k * direct * square(fake - real).detach() if bool(direct.any()) else 0.0,
+                weight=weight,
+            )
+        }
+        if o.gan_weight and full:
+            per_sample = adversarial.generator_loss(logits.clamp(-10, 10)) * x0[0].numel() * weight
+            terms["gan"] = o.gan_weight * per_sample.mean()
+        self.note("score_gap", (fake - real).square().mean())
+        self.note("sample_std", x0.std())
+        self.note("ratio", r.mean())
+        return terms
+
+    def ratio(self, logits: Tensor) -> Tensor:
+        r = density_ratio(logits)
+        return r / r.detach().mean() if self.options.normalise_ratio else r
+
+    def sampler(self) -> FewStepSampler:
+        return FewStepSampler((self.options.t_init,))

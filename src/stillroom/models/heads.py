@@ -1,0 +1,105 @@
+"""Discriminator heads on the features of a denoiser, and the tap that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.errors import UserError, nearest
+
+
+@contextmanager
+def tap(module: nn.Module, path: str) -> Iterator[list[Tensor]]:
+    """Collect the output of the submodule at ``path`` while the context is open (first element of tuple outputs)."""
+    paths = dict(module.named_modules())
+    if path not in paths:
+        raise UserError(
+            f"{type(module).__name__} has no module {path!r}{nearest(path, paths)}",
+            cure="name a module by its path, e.g. transformer_blocks.2",
+        )
+    seen: list[Tensor] = []
+    handle = paths[path].register_forward_hook(
+        lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def middle_block(network: nn.Module) -> str:
+    """Path of the bottleneck: ``mid_block`` of a UNet, else the middle element of the longest list of blocks."""
+    if getattr(network, "mid_block", None) is not None:
+        return "mid_block"
+    lists = {n: m for n, m in network.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1}
+    if not lists:
+        raise UserError(f"{type(network).__name__} has no list of blocks to tap", cure="name the module to tap yourself")
+    name = max(lists, key=lambda n: (len(lists[n]), -n.count(".")))
+    return f"{name}.{len(lists[name]) // 2}"
+
+
+def ask_with_features(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, path: str
+) -> tuple[Prediction, Tensor]:
+    """The prediction and, from the same forward pass, the features at ``path``: ``[B, N, D]`` tokens."""
+    with tap(denoiser.network, path) as seen:
+        prediction = denoiser(x_t, t, cond)
+    return prediction, as_tokens(seen[0])
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """Feature maps ``[B, D, H, W]`` and vectors ``[B, D]`` as tokens ``[B, N, D]``."""
+    if features.ndim == 4:
+        return features.flatten(2).transpose(1, 2)
+    return features.unsqueeze(1) if features.ndim == 2 else features
+
+
+class DiscriminatorHead(nn.Module):
+    """Logits of real against generated from tokens ``[B, N, D]``.
+
+    kind ``mlp``: norm, then a small MLP per token, one logit per token ``[B, N]`` (the transformer counterpart of
+    DMD2's convolutional head). kind ``mean``: no parameters, the mean over channels of the normalised token, ``[B, N]``
+    (SiDA's head, arXiv 2410.14919).
+    """
+
+    def __init__(self, width: int, kind: Literal["mlp", "mean"] = "mlp", hidden: int = 128) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "mlp":
+            self.body = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                nn.Linear(hidden, 1),
+            )  # fmt: skip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.body(tokens).squeeze(-1) if self.kind == "mlp" else tokens.float().mean(-1)
+
+
+class Discriminator(nn.Module):
+    """A head on one block of a denoiser. The denoiser is not owned (it is the fake score or the teacher): the caller's
+    turn says whether its weights move."""
+
+    def __init__(self, denoiser: Denoiser, block: str = "", kind: Literal["mlp", "mean"] = "mlp") -> None:
+        super().__init__()
+        self.path = block or middle_block(denoiser.network)
+        self.head = DiscriminatorHead(feature_width(denoiser, self.path), kind)
+
+    def forward(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
+        """``(prediction, logits [B, N])`` from one forward pass."""
+        prediction, tokens = ask_with_features(denoiser, x_t, t, cond, self.path)
+        return prediction, self.head(tokens)
+
+
+def feature_width(denoiser: Denoiser, path: str) -> int:
+    """Channels of the tokens at ``path``, found by one dry call on zeros."""
+    parameter = next(denoiser.parameters())
+    x = torch.zeros(1, *denoiser.shape, device=parameter.device)
+    cond = {k: torch.as_tensor(v, device=parameter.device).unsqueeze(0) for k, v in denoiser.null.items()}
+    with torch.no_grad():
+        t = torch.full((1,), 0.5 * denoiser.process.t_max, device=parameter.device)
+        return ask_with_features(denoiser, x, t, cond, path)[1].shape[-1]

@@ -1,0 +1,134 @@
+"""LoRA roles: several denoisers that share one copy of the base weights (arXiv 2106.09685), built on peft's layers.
+
+Teacher = all adapters off; each role = its own adapter on. A switch on the network says who speaks; every call of a
+denoiser goes through it, and a layer recomputed under activation checkpointing speaks with the voice it had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.errors import UserError, nearest
+
+
+class LoraSwitch:
+    """Which adapter of a network is active; ``None`` is the bare base."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.active: str | None = None
+        self._set(None)
+
+    def _set(self, role: str | None) -> None:
+        # peft's public switches also toggle requires_grad, which belongs to the engine here.
+        self.active = role
+        for layer in self.layers:
+            layer._disable_adapters = role is None
+            layer._active_adapter = [role] if role is not None else []
+
+    @contextmanager
+    def use(self, role: str | None) -> Iterator[None]:
+        before = self.active
+        if before != role:
+            self._set(role)
+        try:
+            yield
+        finally:
+            if before != role:
+                self._set(before)
+
+    def checkpoint(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Activation checkpointing that recomputes ``block`` with the adapter that was active in the forward pass."""
+        role = self.active
+
+        def run(*inner: Any, **inner_kwargs: Any) -> Any:
+            with self.use(role):
+                return block(*inner, **inner_kwargs)
+
+        return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def lora_role(
+    teacher: Denoiser,
+    role: str,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Sequence[str] = ("to_q", "to_v"),
+    init: bool | str = True,
+) -> Denoiser:
+    """A denoiser that is ``teacher`` plus a trainable adapter named ``role`` on the modules whose names end in
+    ``targets`` (module path suffixes). Starts equal to the teacher (``B = 0``); ``alpha`` defaults to ``rank``.
+
+    Raises UserError when no module of the network has such a name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    network = teacher.network
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            ends = {name.rsplit(".", 1)[-1] for name in names if name}
+            raise UserError(
+                f"LoRA target {target!r} names no module of {type(network).__name__}{nearest(target, ends)}",
+                cure="targets are module path endings such as to_q, to_v",
+            )
+    trainable = {name: p.requires_grad for name, p in network.named_parameters()}
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(targets), init_lora_weights=init
+    )
+    inject_adapter_in_model(config, network, adapter_name=role)
+    for name, p in network.named_parameters():  # peft freezes the base; the owner of the base decides that here
+        original = name.replace(".base_layer", "")
+        p.requires_grad_(trainable.get(original, trainable.get(name, f".{role}." in name)))
+    layers = [m for m in network.modules() if isinstance(m, LoraLayer)]
+    object.__setattr__(network, "lora_switch", LoraSwitch(layers))
+    return LoraDenoiser(teacher, role)
+
+
+class LoraDenoiser(Denoiser):
+    """The view of a shared network through one adapter."""
+
+    def __init__(self, base: Denoiser, role: str) -> None:
+        super().__init__(
+            base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call
+        )
+        self.adapter = role
+
+    def role_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.network.named_parameters() if f".{self.adapter}." in name}
+
+    def checkpoint_function(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
+        return self.network.lora_switch.checkpoint(block, *args, **kwargs)  # type: ignore[union-attr,operator]
+
+    def merged(self) -> Denoiser:
+        """An ordinary denoiser with this adapter folded into the weights and every other adapter gone."""
+        return plain_copy(self, self.adapter)
+
+
+def plain_copy(denoiser: Denoiser, role: str | None = None) -> Denoiser:
+    """A copy of ``denoiser`` whose network has no LoRA layers: the adapter ``role`` folded in, all others dropped."""
+    from peft.tuners.lora import LoraLayer
+
+    network = copy.deepcopy(denoiser.network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, LoraLayer):
+            plain: nn.Module = module.get_base_layer()
+            if role in module.lora_A:
+                with torch.no_grad():
+                    weight: Tensor = plain.weight  # type: ignore[assignment]
+                    weight += module.get_delta_weight(role)
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, plain)
+    network.__dict__.pop("lora_switch", None)
+    return Denoiser(
+        network, denoiser.process, denoiser.prediction, null=denoiser.null, shape=denoiser.shape, call=denoiser.call
+    )

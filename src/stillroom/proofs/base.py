@@ -1,0 +1,109 @@
+"""What a proof is: a world, arms that are trained in it, and claims that compare them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Level = Literal["mechanism", "image"]
+TeacherKind = Literal["bench", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get a student. Seeds and world are added when it runs.
+
+    method: slug; empty: nothing is trained and the teacher itself is run by ``sampler``.
+    options, engine: of the method's ``Options`` and of ``EngineConfig``.
+    lora: roles that become adapters.
+    teacher: ``shuffled`` answers for the wrong class, the control that must fail.
+    start: parts of the world that the arm's networks start without (``missing classes`` worlds), see worlds.
+    """
+
+    name: str
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    teacher: TeacherKind = "bench"
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_(self, name: str, **changes: Any) -> Arm:
+        """A variation: ``options``, ``engine`` and ``lora`` are merged key by key, other fields replaced."""
+        values = {f: getattr(self, f) for f in ("method", "options", "engine", "lora", "teacher", "sampler")}
+        for key, value in changes.items():
+            values[key] = merge(values[key], value) if isinstance(value, Mapping) else value
+        return Arm(name, **values)
+
+    def key(self, world: str, seed: int) -> str:
+        """Content hash of everything that determines the result; equal arms of two proofs share one run."""
+        tree = {**asdict(self), "world": world, "seed": seed}
+        del tree["name"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, nested mappings merged."""
+    out = dict(base)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return out
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``metric(left) op factor * metric(right)``, or ``metric(left) op bound`` where ``right`` is empty.
+
+    paper: the place in the paper that claims it. The factor is the margin, fixed before the runs.
+    """
+
+    id: str
+    statement: str
+    paper: str
+    metric: str
+    left: str
+    op: Literal["<=", ">="]
+    factor: float = 1.0
+    right: str = ""
+    bound: float | None = None
+
+    def holds(self, left: float, right: float | None) -> bool:
+        limit = self.bound if right is None else self.factor * right
+        assert limit is not None
+        return left <= limit if self.op == "<=" else left >= limit
+
+    def verdict(self, lefts: list[float], rights: list[float | None]) -> str:
+        """``holds`` if the inequality holds for every seed, ``fails`` if for none, else ``unresolved``."""
+        results = [self.holds(a, b) for a, b in zip(lefts, rights, strict=True)]
+        return "holds" if all(results) else "unresolved" if any(results) else "fails"
+
+    @property
+    def margin(self) -> str:
+        if self.right:
+            return f"{self.left} {self.op} {self.factor:g} x {self.right}"
+        return f"{self.left} {self.op} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Arms and claims of one method at one level. ``note`` says what this size of world cannot show."""
+
+    method: str
+    level: Level
+    world: str
+    arms: tuple[Arm, ...]
+    claims: tuple[Claim, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"proof {self.method}: two arms share a name")
+        for claim in self.claims:
+            for side in (claim.left, claim.right):
+                if side and side not in names:
+                    raise ValueError(f"proof {self.method}, claim {claim.id}: no arm {side!r}")

@@ -1,0 +1,260 @@
+"""Running proofs: arms x seeds in worker processes, each result kept, verdicts computed from what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from stillroom.diffusion.sampling import sampler_from_dict
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.errors import TrainingDiverged, UserError
+from stillroom.evaluation.cost import latency, parameters
+from stillroom.method import get_method
+from stillroom.models.lora import LoraDenoiser
+from stillroom.proofs import get_proofs
+from stillroom.proofs.base import Arm, Claim, Proof
+from stillroom.proofs.worlds import World, get_world, shuffle
+from stillroom.recipe import Recipe
+
+RESULTS = Path("results")
+
+
+def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
+    """Train (if there is anything to train) and score one arm at one seed.
+
+    A training that diverges is a result too: its scores are infinite and ``diverged`` says where.
+    """
+    started = time.perf_counter()
+    teacher = world.teacher()
+    curves: dict[str, list[float]] = {}
+    if not arm.method:
+        denoiser, sampler, steps = teacher, sampler_from_dict(dict(arm.sampler)), 0
+    else:
+        torch.manual_seed(seed)
+        method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
+        method.build(teacher)
+        if arm.teacher == "shuffled":
+            shuffle(method.teacher)  # type: ignore[arg-type]
+        sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
+        steps = int(arm.engine.get("steps", 0))
+        denoiser = method.student
+        if steps:
+            config = EngineConfig(**{**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1})
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = Trainer(method, world.data(), config, Path(folder))
+                try:
+                    trainer.fit()
+                except TrainingDiverged as error:
+                    nothing = {name: math.inf for name in world.metrics}
+                    return {"scores": nothing, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
+                denoiser = trainer.export_role()
+                curves = health_curves(Path(folder) / "metrics.jsonl")
+    trained = time.perf_counter() - started
+    denoiser = denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser.eval()
+    scores = world.score(denoiser, sampler, seed)
+    label = {"label": torch.zeros(1, dtype=torch.long)}
+    noise = torch.randn(1, *denoiser.shape)
+    speed = latency(lambda _: sampler.sample(denoiser, noise, label), batches=(1,))[0]
+    cost = {
+        "seconds": round(trained, 1),
+        "steps": steps,
+        "nfe": sampler.nfe,
+        "params": parameters(denoiser.network),
+        "latency_ms": round(speed.median_ms, 3),
+    }
+    return {"scores": scores, "cost": cost, "health": curves}
+
+
+def options_of(arm: Arm) -> Any:
+    """The arm's options as an instance of its method's ``Options``, checked as a recipe's are."""
+    return Recipe.from_dict({"method": arm.method, "options": dict(arm.options)}).method_options()
+
+
+def health_curves(path: Path) -> dict[str, list[float]]:
+    """``{name: [least, greatest]}`` of each health number over the second half of the training."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows[len(rows) // 2 :]
+    names = sorted({key for row in rows for key in row if key.startswith(("health/", "grad_norm/"))})
+    bands = {}
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            bands[name] = [min(values), max(values)]
+    return bands
+
+
+def _work(arm: Arm, world: str, seed: int, out: Path) -> tuple[str, int, float]:
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    result = run_arm(arm, get_world(world), seed)
+    result |= {"arm": arm.name, "world": world, "seed": seed, "commit": commit(), "machine": machine()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(out)
+    return arm.name, seed, time.perf_counter() - started
+
+
+def arm_file(results: Path, proof: Proof, arm: Arm, seed: int) -> Path:
+    """Where one measured arm lies. Equal arms of different proofs share the file through the content hash."""
+    return results / "arms" / proof.world / f"{arm.key(proof.world, seed)}.json"
+
+
+def prove(
+    slugs: Sequence[str],
+    seeds: Sequence[int] = (0, 1, 2),
+    level: str = "all",
+    jobs: int = 2,
+    results: Path = RESULTS,
+    report: Callable[[str], None] = print,
+    arms: Iterable[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Run what is missing of the proofs of ``slugs``, write ``results/<slug>.json``, return those results.
+
+    level: ``mechanism``, ``image`` or ``all``. arms: only train these arms (claims stay as they are until all are in).
+    An arm already measured with the same settings is not run again. Raises UserError for unknown slugs.
+    """
+    if level not in ("mechanism", "image", "all"):
+        raise UserError(f"unknown level {level!r}", cure="choose mechanism, image or all")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError("a proof needs distinct seeds", cure="for example --seeds 0 1 2")
+    chosen = [p for slug in slugs for p in get_proofs(slug) if level in ("all", p.level)]
+    wanted = set(arms) if arms is not None else None
+    todo: dict[Path, tuple[Arm, str, int]] = {}
+    for proof in chosen:
+        for seed in seeds:
+            for arm in proof.arms:
+                out = arm_file(results, proof, arm, seed)
+                if not out.exists() and (wanted is None or arm.name in wanted):
+                    todo.setdefault(out, (arm, proof.world, seed))
+    if todo:
+        report(f"{len(todo)} trainings to run, {jobs} at a time")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = [pool.submit(_work, arm, world, seed, out) for out, (arm, world, seed) in todo.items()]
+        for done, future in enumerate(as_completed(futures), 1):
+            name, seed, seconds = future.result()
+            report(f"[{done}/{len(todo)}] {name} seed {seed}: {seconds:.0f} s")
+    return [write_result(slug, seeds, results) for slug in dict.fromkeys(slugs)]
+
+
+def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> dict[str, Any]:
+    """Put together ``results/<slug>.json`` from the measured arms; claims whose arms are missing are left out."""
+    claims, floors, hashes, health, notes = [], {}, [], {}, {}
+    commits, machines = set(), set()
+    for proof in get_proofs(slug):
+        measured: dict[str, list[dict[str, Any]]] = {}
+        for arm in proof.arms:
+            files = [arm_file(results, proof, arm, seed) for seed in seeds]
+            hashes += [f.stem for f in files]
+            if all(f.exists() for f in files):
+                measured[arm.name] = [json.loads(f.read_text()) for f in files]
+        if not measured:
+            continue
+        floors[proof.level] = {"world": proof.world, **get_world(proof.world).floor()}
+        notes[proof.level] = proof.note
+        commits |= {run["commit"] for runs in measured.values() for run in runs}
+        machines |= {run["machine"] for runs in measured.values() for run in runs}
+        if proof.level == "image" and proof.arms[0].name in measured:
+            health = _bands(measured[proof.arms[0].name])
+        for claim in proof.claims:
+            if claim.left in measured and (not claim.right or claim.right in measured):
+                claims.append(_judge(claim, proof, measured))
+    result = {
+        "method": slug,
+        "bench": sorted(f["world"] for f in floors.values()),
+        "commit": sorted(commits),
+        "recipe_hash": sorted(hashes),
+        "machine": sorted(machines),
+        "seeds": list(seeds),
+        "floor": floors,
+        "notes": notes,
+        "health": health,
+        "claims": claims,
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    lefts = [run["scores"][claim.metric] for run in measured[claim.left]]
+    rights = [run["scores"][claim.metric] for run in measured[claim.right]] if claim.right else [None] * len(lefts)
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "paper": claim.paper,
+        "level": proof.level,
+        "world": proof.world,
+        "metric": claim.metric,
+        "left": claim.left,
+        "right": claim.right,
+        "op": claim.op,
+        "margin": claim.margin,
+        "verdict": claim.verdict(lefts, rights),
+        "arms": {name: _summary(runs, claim.metric) for name, runs in measured.items()},
+    }
+
+
+def _summary(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    values = [run["scores"][metric] for run in runs]
+    finite = all(map(math.isfinite, values))
+    keys = sorted({key for run in runs for key in run["cost"]})
+    cost = {key: fmean(run["cost"][key] for run in runs if key in run["cost"]) for key in keys}
+    return {
+        "values": values,
+        "mean": fmean(values) if finite else None,
+        "sd": stdev(values) if finite and len(values) > 1 else None,
+        "cost": cost,
+    }
+
+
+def _bands(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    names = set.intersection(*(set(run["health"]) for run in runs))
+    return {n: [min(r["health"][n][0] for r in runs), max(r["health"][n][1] for r in runs)] for n in sorted(names)}
+
+
+def commit() -> str:
+    try:
+        out = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def machine() -> str:
+    """Processor, cores and library versions, in one line."""
+    try:
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    except OSError:
+        names = []
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows ``(claim, arm, metric mean +- sd, cost, verdict)`` for the terminal."""
+    rows = []
+    for claim in result["claims"]:
+        for side in filter(None, (claim["left"], claim["right"])):
+            arm = claim["arms"][side]
+            value = "diverged" if arm["mean"] is None else f"{arm['mean']:.4g} ± {arm['sd'] or 0:.2g}"
+            cost = f"{arm['cost'].get('seconds', 0):.0f} s, {arm['cost'].get('nfe', 0):.0f} nfe"
+            verdict = f"{claim['verdict']}: {claim['margin']}" if side == claim["left"] else ""
+            rows.append((claim["id"] if side == claim["left"] else "", side, f"{claim['metric']} {value}", cost, verdict))
+    return rows
+
+

@@ -1,0 +1,111 @@
+"""The worlds that proofs run in: teacher, data and scores behind one small interface."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.bench.fashion import PROOF_N, FashionBench
+from stillroom.bench.mixture2d import RingBench
+from stillroom.data.source import ASSETS, ArrayData
+from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.sampling import Sampler
+from stillroom.errors import UserError
+from stillroom.models.folder import ImageGenerator, load_denoiser
+
+Scores = dict[str, Any]
+
+
+class World(Protocol):
+    """A fixed teacher, its data, and what is measured."""
+
+    name: str
+    metrics: tuple[str, ...]
+
+    def teacher(self) -> Denoiser: ...
+    def data(self) -> ArrayData: ...
+    def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores: ...
+    def floor(self) -> Scores: ...
+
+
+class RingWorld:
+    """Points on the ring; the teacher is a small trained network (shipped), so students can start from its weights."""
+
+    name = "ring"
+    metrics = ("ced", "in_mode", "std", "mode_balance")
+    n = 4000
+
+    def __init__(self) -> None:
+        self.bench = RingBench()
+
+    def teacher(self) -> Denoiser:
+        return load_denoiser(ASSETS / "ring-teacher")
+
+    def data(self) -> ArrayData:
+        return self.bench.data()
+
+    def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores:
+        labels = self.bench.labels(self.n)
+        points = ImageGenerator(denoiser, sampler).sample(labels, seed=10_000 + seed, batch=self.n)
+        return self.bench.score(points, labels)
+
+    def floor(self) -> Scores:
+        return self.bench.floor(self.n)
+
+
+class FashionWorld:
+    """Class-conditional Fashion-MNIST; all image scores at N = 5,000 against the 10,000 test images."""
+
+    name = "fashion"
+    metrics = ("fd", "kid", "precision", "recall", "density", "coverage", "class_agreement", "class_histogram_tv")
+
+    def __init__(self) -> None:
+        self.bench = FashionBench("fashion")
+
+    @property
+    def n(self) -> int:
+        return min(PROOF_N, self.bench.train.n)
+
+    def teacher(self) -> Denoiser:
+        return load_denoiser(self.bench.teacher_dir)
+
+    def data(self) -> ArrayData:
+        return self.bench.train
+
+    def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores:
+        labels = self.bench.labels(self.n)
+        images = ImageGenerator(denoiser, sampler).sample(labels, seed=10_000 + seed)
+        scores = self.bench.score(images, labels, self.n)
+        return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+
+    def floor(self) -> Scores:
+        scores = self.bench.floor(self.n)
+        return {k: v for k, v in scores.items() if isinstance(v, (int, float, str)) and k != "reference"}
+
+    @cached_property
+    def origin(self) -> str:
+        return self.bench.train.origin
+
+
+WORLDS: dict[str, type] = {"ring": RingWorld, "fashion": FashionWorld}
+
+
+def get_world(name: str) -> World:
+    if name not in WORLDS:
+        raise UserError(f"unknown proof world {name!r}", cure=f"known: {', '.join(WORLDS)}")
+    return WORLDS[name]()
+
+
+def shuffle(teacher: Denoiser) -> None:
+    """From now on ``teacher`` is asked about class c and answers for class c + 1: a teacher that must not teach. The
+    null label stays what it is."""
+    classes, ask = int(teacher.null["label"]), teacher.call
+
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        label = cond["label"]
+        return ask(network, x, time, {**cond, "label": torch.where(label < classes, (label + 1) % classes, label)})
+
+    teacher.call = call

@@ -1,0 +1,200 @@
+"""The house rules that a machine can check: imports run downhill, files stay short, the command line starts fast, and
+what is registered is also proven and documented."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "stillroom"
+
+# What each part of the package may import besides itself. A part that is not listed here fails the test.
+TOOLS = {"losses", "diffusion", "models", "errors"}
+BELOW_BENCH = TOOLS | {"data", "evaluation", "method", "engine", "recipe", "methods"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "losses": TOOLS,
+    "diffusion": TOOLS,
+    "models": TOOLS,
+    "data": TOOLS,
+    "evaluation": TOOLS | {"data"},
+    "method": TOOLS,
+    "engine": TOOLS | {"data", "method"},
+    "recipe": TOOLS | {"method", "engine"},
+    "methods": TOOLS | {"method"},
+    "bench": BELOW_BENCH,
+    "report": BELOW_BENCH | {"bench"},
+    "proofs": BELOW_BENCH | {"bench"},
+    "run": BELOW_BENCH | {"bench", "report", "proofs", "__init__"},
+    "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "__init__"},
+    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run"},
+    "__main__": {"cli"},
+}
+# Anybody may name these in an annotation (under TYPE_CHECKING): they are the contract, not an implementation.
+CONTRACT = {"stillroom.method", "stillroom.errors"}
+
+
+def module_name(path: Path, source: Path) -> str:
+    parts = ("stillroom", *path.relative_to(source).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def part_of(module: str) -> str:
+    """``stillroom.diffusion.process`` -> ``diffusion``; the package itself -> ``__init__``."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def type_only(tree: ast.AST) -> set[ast.AST]:
+    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING"))
+    return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+
+
+def imports(path: Path, source: Path) -> Iterator[tuple[str, int]]:
+    """Modules of the package that this file imports, anywhere in it, with the line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    annotations_only = type_only(tree)
+    package = module_name(path, source).split(".")
+    package = package if path.name == "__init__.py" and package[-1] != "__init__" else package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+            base = base if node.level else node.module or ""
+            found = [
+                f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}", source) else base for alias in node.names
+            ]
+        else:
+            continue
+        for module in found:
+            if module.split(".")[0] == "stillroom" and not (node in annotations_only and module in CONTRACT):
+                yield module, node.lineno
+
+
+def is_module(name: str, source: Path) -> bool:
+    path = source.joinpath(*name.split(".")[1:])
+    return name.startswith("stillroom.") and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
+def violations(source: Path) -> list[str]:
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        here = module_name(path, source)
+        part = part_of(here)
+        if part not in MAY_IMPORT:
+            found.append(f"{path.relative_to(source)}: {part!r} has no place in the house; give it one in MAY_IMPORT")
+            continue
+        for target, line in imports(path, source):
+            other = part_of(target)
+            uphill = other != part and other not in MAY_IMPORT[part]
+            sideways = part == other == "methods" and target != here and path.name != "__init__.py"
+            if uphill or sideways:
+                found.append(f"{path.relative_to(source)}:{line}: {part} imports {target}")
+    return found
+
+
+def test_imports_run_downhill() -> None:
+    assert violations(SOURCE) == []
+
+
+ANNOTATION = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+PLANTED = {
+    "diffusion/process.py": "def f():\n    from stillroom.engine.trainer import Trainer",
+    "engine/trainer.py": "import stillroom.methods.score.dmd2",
+    "methods/score/dmd2.py": "from .sim import SIM",
+    "methods/score/sim.py": "from stillroom.methods.score import dmd2",
+    "bench/fashion.py": "from ..proofs import dmd2",
+    "losses/score.py": ANNOTATION + "from stillroom.bench.fashion import Bench",
+}
+
+
+@pytest.mark.parametrize("file", PLANTED)
+def test_an_uphill_import_is_caught(tmp_path: Path, file: str) -> None:
+    for name in PLANTED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(PLANTED[name] if name == file else "")
+    assert [line.split(":")[0] for line in violations(tmp_path)] == [file]
+
+
+def test_a_part_without_a_place_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "gadgets.py").write_text("")
+    assert violations(tmp_path) == ["gadgets.py: 'gadgets' has no place in the house; give it one in MAY_IMPORT"]
+
+
+def test_downhill_and_contract_imports_pass(tmp_path: Path) -> None:
+    allowed = {
+        "method.py": "from stillroom.errors import UserError",
+        "errors.py": "",
+        "diffusion/times.py": ANNOTATION + "from stillroom.method import Draws",
+        "methods/score/dmd2.py": "from stillroom.diffusion import times\nfrom ...method import register",
+    }
+    for name, text in allowed.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert violations(tmp_path) == []
+
+
+def test_no_source_file_is_over_500_lines() -> None:
+    lengths = {p.relative_to(SOURCE): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCE.rglob("*.py")}
+    assert {str(path): n for path, n in lengths.items() if n > 500} == {}
+
+
+def test_help_is_fast_and_light() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "stillroom", "--help"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONWARNINGS": ""}
+        )
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr[-2000:]
+    imported = {
+        line.rsplit("|", 1)[-1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert "stillroom" in imported
+    assert not imported & {"torch", "diffusers", "transformers", "peft", "matplotlib", "numpy"}
+    assert min(seconds) < 2.0, f"--help took {min(seconds):.2f} s"
+
+
+# --- every method has its whole set -----------------------------------------------------------------------------------
+SLUGS = sorted(p.stem.replace("_", "-") for p in (SOURCE / "methods").glob("*/*.py") if p.name != "__init__.py")
+
+
+def test_method_files_and_registry_agree() -> None:
+    from stillroom.method import methods
+
+    own = {slug for slug, cls in methods().items() if cls.__module__.startswith("stillroom.")}
+    assert own == set(SLUGS)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_method_has_recipe_proof_result_and_row(slug: str) -> None:
+    assert (SOURCE / "recipes" / f"{slug}.yaml").is_file()
+    assert (SOURCE / "proofs" / f"{slug.replace('-', '_')}.py").is_file()
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in (ROOT / "results").glob("*.json")]
+    assert any(result["method"] == slug for result in results), "no proof result under results/"
+    assert f"docs/methods.md#{slug})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+CATALOGUE = {e["slug"]: e for e in yaml.safe_load((SOURCE / "catalogue.yaml").read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("slug", [slug for slug in SLUGS if slug in CATALOGUE])
+def test_the_catalogue_agrees_with_the_class(slug: str) -> None:
+    from stillroom.method import get_method
+
+    cls, entry = get_method(slug), CATALOGUE[slug]
+    assert (entry["arxiv"], entry["title"], entry["wing"]) == (cls.paper.arxiv, cls.paper.title, cls.wing)

@@ -1,0 +1,130 @@
+"""Two gloo processes: what they compute is what one computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from workers.toy import Stop, stop_after, trainer, weights
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """All weights alike; counters, which count micro-batches, aside."""
+    assert a.keys() == b.keys()
+    worst = max((float((a[name] - b[name]).abs().max()), name) for name in a if a[name].is_floating_point())
+    assert worst[0] <= tolerance, f"{worst[1]} differs by {worst[0]:.2e}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All two-process runs of this file, in one torchrun."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("one-then-ddp", "one-then-fsdp"):
+        alone = trainer(folder / name)
+        alone.callbacks.append(stop_after(6))
+        with pytest.raises(Stop):
+            alone.fit()
+    scenarios: list[dict[str, Any]] = [
+        {"name": "ddp"},
+        {"name": "ddp-accumulated", "settings": {"accumulate": 2}},
+        {"name": "fsdp", "settings": {"parallel": "fsdp"}},
+        {"name": "fsdp-accumulated", "settings": {"parallel": "fsdp", "accumulate": 2}},
+        {"name": "", "run_dir": "ddp-run", "stop": 7},
+        {"name": "ddp-resumed", "run_dir": "ddp-run", "resume": True},
+        {"name": "", "run_dir": "fsdp-run", "settings": {"parallel": "fsdp"}, "stop": 7},
+        {"name": "fsdp-resumed", "run_dir": "fsdp-run", "resume": True, "settings": {"parallel": "fsdp"}},
+        {"name": "", "run_dir": "fsdp-then-one", "settings": {"parallel": "fsdp"}, "stop": 7},
+        {"name": "", "run_dir": "fsdp-then-ddp", "settings": {"parallel": "fsdp"}, "stop": 7},
+        {"name": "fsdp-then-ddp", "run_dir": "fsdp-then-ddp", "resume": True},
+        {"name": "one-then-ddp", "run_dir": "one-then-ddp", "resume": True},
+        {"name": "one-then-fsdp", "run_dir": "one-then-fsdp", "resume": True, "settings": {"parallel": "fsdp"}},
+    ]
+    for scenario in scenarios:
+        if "run_dir" in scenario:
+            scenario["run_dir"] = str(folder / scenario["run_dir"])
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            WORKERS / "scenarios.py",
+            folder,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    run = trainer()
+    run.fit()
+    return weights(run)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-accumulated", "fsdp", "fsdp-accumulated"])
+def test_two_processes_compute_what_one_does(folder: Path, alone: dict[str, Tensor], name: str) -> None:
+    close(load_file(folder / f"{name}.safetensors"), alone)
+
+
+def test_training_moved_every_trained_weight(alone: dict[str, Tensor]) -> None:
+    fresh = weights(trainer())
+    still = [name for name in alone if name.startswith(("student", "critic")) and torch.equal(alone[name], fresh[name])]
+    assert not still
+
+
+def test_fsdp_computes_what_ddp_does(folder: Path) -> None:
+    close(load_file(folder / "fsdp.safetensors"), load_file(folder / "ddp.safetensors"))
+
+
+def test_two_processes_log_what_one_does(folder: Path) -> None:
+    run = trainer()
+    run.fit()
+    for name in ("ddp", "fsdp"):
+        for mine, theirs in zip(run.history, json.loads((folder / f"{name}.json").read_text()), strict=True):
+            assert mine.keys() == theirs.keys()
+            for key in mine.keys() - {"seconds", "stage", "health/std"}:
+                assert theirs[key] == pytest.approx(mine[key], abs=1e-5), key
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_resumed_run_equals_the_straight_run(folder: Path, kind: str) -> None:
+    straight, resumed = load_file(folder / f"{kind}.safetensors"), load_file(folder / f"{kind}-resumed.safetensors")
+    assert straight.keys() == resumed.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("name", ["one-then-ddp", "one-then-fsdp", "fsdp-then-ddp"])
+def test_resume_on_more_processes_or_another_layout(folder: Path, alone: dict[str, Tensor], name: str) -> None:
+    close(load_file(folder / f"{name}.safetensors"), alone)
+
+
+def test_sharded_checkpoint_resumes_on_one_process(folder: Path, alone: dict[str, Tensor]) -> None:
+    run = trainer(folder / "fsdp-then-one", resume=True)
+    run.fit()
+    close(weights(run), alone)
+
+
+def test_checkpoints_hold_no_pickle(folder: Path) -> None:
+    files = [path for path in folder.glob("*/checkpoints/**/*") if path.is_file()]
+    assert files
+    assert {path.suffix for path in files} == {".safetensors", ".json"}

@@ -1,0 +1,252 @@
+"""Samplers against the closed-form flow of a Gaussian, diffusers' schedulers, and what each promises step by step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from gaussians import KINDS, PROCESSES, draws, exact
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Denoiser, Prediction
+from stillroom.diffusion.process import VP, Process, RectifiedFlow, TrigFlow
+from stillroom.diffusion.sampling import (
+    AncestralSampler,
+    FewStepSampler,
+    ODESampler,
+    Sampler,
+    ancestral_step,
+    ddim_step,
+    few_step_times,
+    rollout,
+    sampler_from_dict,
+)
+from stillroom.method import Draws
+
+MEAN, STD = torch.tensor([0.4, -0.8], dtype=torch.float64), 0.5
+NAMES = list(PROCESSES)
+SOLVERS = ["euler", "heun", "dpm++"]
+
+
+def gaussian(name: str, kind: str = "") -> Denoiser:
+    return exact(PROCESSES[name], kind or KINDS[name], (MEAN.tolist(),), (STD,))
+
+
+def flow_map(x: Tensor, process: Process, t: Any, s: Any) -> Tensor:
+    """The probability flow of a Gaussian keeps the standardised position: mean and std move, the quantile stays."""
+    t, s = (torch.as_tensor(v, dtype=torch.float64) for v in (t, s))
+    std = lambda u: torch.hypot(process.alpha(u) * STD, process.sigma(u))  # noqa: E731
+    return process.alpha(s) * MEAN + std(s) / std(t) * (x - process.alpha(t) * MEAN)
+
+
+def errors(name: str, solver: str, steps: tuple[int, ...]) -> list[float]:
+    process, noise = PROCESSES[name], torch.randn(32, 2, dtype=torch.float64)
+    true = flow_map(process.sigma(torch.tensor(process.t_max).double()) * noise, process, process.t_max, 0.0)
+    out = []
+    for n in steps:
+        x = ODESampler(solver, n).sample(gaussian(name), noise)  # type: ignore[arg-type]
+        out.append(float((x - true).square().mean().sqrt()))
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2)])
+def test_ode_solvers_converge_to_the_flow_of_a_gaussian_at_their_order(name: str, solver: str, order: int) -> None:
+    coarse, fine = errors(name, solver, (48, 96))
+    rate = math.log2(coarse / fine)
+    assert rate > order - 0.25, f"{solver} on {name} converges at order {rate:.2f}"
+    assert fine < (0.05 if order == 1 else 0.02)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_first_and_last_steps_are_finite_in_float32(name: str, solver: str, steps: int) -> None:
+    x = ODESampler(solver, steps).sample(gaussian(name), torch.randn(8, 2))  # type: ignore[arg-type]
+    assert x.dtype == torch.float32
+    assert bool(torch.isfinite(x).all())
+
+
+@pytest.mark.parametrize("name", ["flow", "trig", "edm"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step_is_the_posterior_mean(name: str, solver: str) -> None:
+    process, noise = PROCESSES[name], torch.randn(8, 2)
+    x = ODESampler(solver, 1).sample(gaussian(name), noise)  # type: ignore[arg-type]
+    torch.testing.assert_close(x, gaussian(name)(process.sigma(torch.tensor(process.t_max)) * noise, process.t_max).x0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ancestral_sampling_reproduces_mean_and_spread(name: str, eta: float) -> None:
+    steps = 400 if name == "edm" else 150
+    x = AncestralSampler(steps, eta).sample(gaussian(name), torch.randn(8000, 2), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(x.mean(0).double(), MEAN, atol=0.035, rtol=0)
+    torch.testing.assert_close(x.std(0).double(), torch.full((2,), STD).double(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_vp_steps_are_those_of_diffusers_ddim(eta: float) -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(20)
+    process, x, eps, noise = VP(), torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 3)
+    for t in (950, 500, 50):
+        theirs = scheduler.step(eps, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
+        now, then = torch.tensor(float(t)), torch.tensor(float(t - 50))
+        p = Prediction(process, "eps", eps, x, now)
+        ours = ancestral_step(p, process, now, then, eta, noise)
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+        if eta == 0:
+            torch.testing.assert_close(ddim_step(p, process, then), theirs, rtol=2e-4, atol=2e-4)
+
+
+def test_euler_on_a_flow_is_that_of_diffusers() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 9)[:-1].tolist())
+    denoiser, noise = gaussian("flow"), torch.randn(5, 2)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoiser(x, float(t) / 1000).v, t, x).prev_sample
+    torch.testing.assert_close(ODESampler("euler", 8).sample(denoiser, noise), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        *(ODESampler(s, 7) for s in SOLVERS),
+        AncestralSampler(5),
+        FewStepSampler((0.9, 0.5, 0.2)),
+        ODESampler("heun", 4, 2.5),
+        ODESampler("euler", 3, 0.0),
+        AncestralSampler(3, guidance=3.0),
+        FewStepSampler((0.8, 0.3), guidance=1.5),
+    ],
+    ids=lambda s: f"{s.name}-{getattr(s, 'solver', '')}-w{s.guidance:g}" if isinstance(s, Sampler) else str(s),
+)
+def test_nfe_is_the_number_of_evaluations_that_a_sample_costs(name: str, sampler: Sampler) -> None:
+    denoiser = exact(PROCESSES[name], KINDS[name], ((0.0, 0.0),), (0.5,), offsets=((1.0, 0.0), (0.0, 0.0)))
+    sampler.sample(denoiser, torch.randn(3, 2), {"label": torch.zeros(3, dtype=torch.long)})
+    assert denoiser.network.rows == 3 * sampler.nfe  # type: ignore[operator]
+
+
+def test_samplers_survive_a_file() -> None:
+    for sampler in (ODESampler("dpm++", 9, 2.0), AncestralSampler(4, 0.3), FewStepSampler((1.0, 0.25), "ddim")):
+        assert sampler_from_dict(sampler.to_dict()) == sampler
+    listed = FewStepSampler((1.0, 0.5)).to_dict() | {"times": [1.0, 0.5]}  # as JSON gives it back
+    assert sampler_from_dict(listed) == FewStepSampler((1.0, 0.5))
+
+
+class Recorder(nn.Module):
+    """Answers x0 = 0.5 tanh(x) and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.inputs: list[Tensor] = []
+        self.graphs: list[bool] = []
+
+    def forward(self, x: Tensor, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        self.inputs.append(x)
+        self.graphs.append(torch.is_grad_enabled())
+        return self.gain * x.tanh()
+
+
+def recorder(process: Process) -> Denoiser:
+    return Denoiser(Recorder(), process, "x0", shape=(2,))
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), TrigFlow(), VP()], ids=lambda p: p.name)
+@pytest.mark.parametrize("renoise", ["fresh", "fixed", "ddim"])
+def test_few_step_sampling_predicts_noises_again_and_predicts(process: Process, renoise: str) -> None:
+    denoiser, noise, times = recorder(process), torch.randn(6, 2), (0.9, 0.6, 0.3)
+    out = FewStepSampler(times, renoise).sample(denoiser, noise, generator=torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    fresh, asked = torch.Generator().manual_seed(3), denoiser.network.inputs  # type: ignore[union-attr]
+    t = [torch.tensor(f * process.t_max) for f in times]
+    torch.testing.assert_close(asked[0], process.sigma(t[0]) * noise)  # type: ignore[index]
+    for k in (1, 2):
+        before = asked[k - 1]  # type: ignore[index]
+        x0 = 0.5 * before.tanh()
+        implied = (before - process.alpha(t[k - 1]) * x0) / process.sigma(t[k - 1])
+        eps = {"fixed": noise, "ddim": implied}.get(renoise)
+        eps = torch.randn(6, 2, generator=fresh) if eps is None else eps
+        torch.testing.assert_close(asked[k], process.alpha(t[k]) * x0 + process.sigma(t[k]) * eps)  # type: ignore[index]
+    torch.testing.assert_close(out, 0.5 * asked[2].tanh())  # type: ignore[index]
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("times", [(), (0.5, 0.5), (0.2, 0.8)])
+def test_few_step_times_must_decrease(times: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="decrease"):
+        FewStepSampler(times)
+
+
+def test_few_step_times_are_evenly_spaced() -> None:
+    assert few_step_times(4) == (1.0, 0.75, 0.5, 0.25)
+    assert [round(999 * t) for t in few_step_times(4)] == [999, 749, 500, 250]  # DMD2's 999, 749, 499, 249 to rounding
+    assert [int(1000 * t) for t in few_step_times(4, 0.625)] == [625, 468, 312, 156]  # few-step SiD's
+    for wrong in ((0, 1.0), (2, 0.0), (2, 1.5)):
+        with pytest.raises(ValueError, match="few-step times"):
+            few_step_times(*wrong)
+
+
+def test_a_rollout_is_the_few_step_sampler_on_the_same_noise() -> None:
+    denoiser, times = recorder(RectifiedFlow()), (0.9, 0.6, 0.3)
+    trained = rollout(denoiser, draws(5, seed=11), {}, times, grad=False, last=2)
+    generator = torch.Generator().manual_seed(11)
+    noise = torch.randn(5, 2, generator=generator)
+    assert torch.equal(trained, FewStepSampler(times).sample(denoiser, noise, generator=generator))
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_only_the_last_call_of_a_rollout_carries_a_graph(last: int) -> None:
+    denoiser = recorder(RectifiedFlow())
+    x0 = rollout(denoiser, draws(5), {}, (0.9, 0.6, 0.3), grad=True, last=last)
+    assert denoiser.network.graphs == [False] * last + [True]
+    inputs = denoiser.network.inputs  # type: ignore[union-attr]
+    assert not any(x.requires_grad for x in inputs)  # type: ignore[union-attr]
+    x0.sum().backward()
+    gain = denoiser.network.gain.grad  # type: ignore[union-attr]
+    torch.testing.assert_close(gain, inputs[-1].tanh().sum())  # type: ignore[index,union-attr]
+
+
+def test_a_rollout_without_gradients_has_no_graph() -> None:
+    denoiser = recorder(RectifiedFlow())
+    assert not rollout(denoiser, draws(5), {}, (0.9, 0.6), grad=False).requires_grad
+    assert not any(denoiser.network.graphs)  # type: ignore[arg-type]
+
+
+def test_a_rollout_draws_each_step_equally_often() -> None:
+    denoiser, counts = recorder(RectifiedFlow()), [0, 0, 0]
+    draw = draws(1)
+    for _ in range(600):
+        denoiser.network.inputs.clear()  # type: ignore[union-attr,operator]
+        rollout(denoiser, draw, {}, (0.9, 0.6, 0.3), grad=False)
+        counts[len(denoiser.network.inputs) - 1] += 1  # type: ignore[arg-type]
+    assert min(counts) > 150
+
+
+def test_a_rollout_does_not_depend_on_how_the_batch_is_split() -> None:
+    denoiser, times = recorder(RectifiedFlow()), (0.9, 0.6, 0.3)
+    whole = rollout(denoiser, draws(6, seed=2), {}, times, grad=False)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        draw = Draws(torch.Generator().manual_seed(2), rows, 6)
+        parts.append(rollout(denoiser, draw, {}, times, grad=False))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_draws_are_for_the_micro_batch_and_say_so() -> None:
+    draw = Draws(torch.Generator().manual_seed(0), slice(2, 5), 8)
+    assert draw.local == 3
+    assert draw.normal(3, 4).shape == (3, 4)
+    with pytest.raises(ValueError, match="micro-batch size 3"):
+        draw.normal(8, 4)
+    whole = Draws(torch.Generator().manual_seed(0), slice(0, 8), 8).normal(8, 4)
+    again = Draws(torch.Generator().manual_seed(0), slice(2, 5), 8).normal(3, 4)
+    assert torch.equal(whole[2:5], again)

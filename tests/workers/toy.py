@@ -1,0 +1,148 @@
+"""A two-turn method on a small transformer, and endless data for it: what the engine's tests train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.method import Method, Optim, frozen, turn
+
+TOKENS, WIDTH = 3, 6
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        # no biases: softmax is blind to that of the keys, so its gradient is rounding noise, which Adam amplifies
+        self.attention = nn.MultiheadAttention(WIDTH, 2, bias=False, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 10), nn.GELU(), nn.Dropout(dropout), nn.Linear(10, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Net(nn.Module):
+    """``[B, TOKENS, WIDTH]`` to the same shape. Of the gain, a single number, one of two processes has no shard."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.1)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        x = x + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x) * self.gain + 0.0
+
+
+class Role(nn.Module):
+    """Wraps its network as a denoiser does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+class Toy(Method):
+    """The critic learns what the student makes; the student follows teacher minus critic, and the data a little."""
+
+    slug = "toy"
+
+    @dataclass
+    class Options:
+        period: int = 2
+        dropout: float = 0.0
+
+    def build(self) -> None:
+        torch.manual_seed(7)
+        self.teacher = frozen(Role(Net()))
+        self.student = Role(Net(self.options.dropout))
+        self.critic = Role(Net())
+
+    @turn(trains="student", every="period", optim=Optim(lr=1e-2))
+    def generator(self, batch: Any) -> dict[str, Tensor]:
+        x = self.student(self.draw.normal(*batch["image"].shape))
+        self.shared["x"] = x.detach()
+        self.note("std", x.std())
+        noisy = x + 0.5 * self.draw.normal_like(x)
+        return {
+            "match": (self.teacher(noisy) - self.critic(noisy)).square().mean(),
+            "data": 0.1 * (x - batch["image"]).square().mean(),
+        }
+
+    @turn(trains="critic", optim=Optim(lr=2e-2, clip_norm=0.5))
+    def follow(self, batch: Any) -> dict[str, Tensor]:
+        x = self.shared.get("x")
+        if x is None:
+            with torch.no_grad():
+                x = self.student(self.draw.normal(*batch["image"].shape))
+        noisy = x + 0.5 * self.draw.normal_like(x)
+        return {"denoise": (self.critic(noisy) - x).square().mean()}
+
+
+class Points:
+    """Random batches, a pure function of (seed, step)."""
+
+    def batch(self, seed: int, step: int, size: int, rows: slice) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        return {"image": torch.randn(size, TOKENS, WIDTH, generator=generator)[rows]}
+
+
+SETTINGS: dict[str, Any] = {
+    "steps": 12,
+    "batch": 8,
+    "seed": 3,
+    "device": "cpu",
+    "checkpoint_every": 4,
+    "log_every": 5,
+    "warmup": 3,
+    "schedule": "cosine",
+    "ema": [{"name": "ema", "of": "student", "half_life": 40.0, "ramp": 0.5}],
+    "export": "ema",
+    "check_freezing": True,
+}
+
+
+def trainer(
+    run_dir: Any = None, resume: bool = False, options: dict[str, Any] | None = None, **settings: Any
+) -> Trainer:
+    method = Toy(Toy.Options(**(options or {})))
+    method.build()
+    return Trainer(method, Points(), EngineConfig(**{**SETTINGS, **settings}), run_dir, resume, show=False)
+
+
+class Stop(Exception):
+    """Raised by a callback, to leave a run as a crash would."""
+
+
+def stop_after(step: int) -> Any:
+    def callback(_: Trainer, done: int) -> None:
+        if done == step:
+            raise Stop
+
+    return callback
+
+
+def weights(trained: Trainer) -> dict[str, Tensor]:
+    """Everything that the run changed, whole, and the exported network. Collective for a sharded method."""
+    from stillroom.engine.distributed import full
+
+    own = {name: full(tensor.detach()).clone() for name, tensor in trained.method.named_parameters()}
+    return own | {f"export.{name}": tensor for name, tensor in trained.export_role().state_dict().items()}

@@ -1,0 +1,303 @@
+"""Write the measured parts of README.md and docs/ from the catalogue, the method classes and results/.
+
+What stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is written by this program and never by hand.
+
+    python tools/generate_docs.py            rewrite
+    python tools/generate_docs.py --check    exit 1 if a file does not say what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LEVELS = ("image", "mechanism")
+VERDICTS = {"holds": "✅ holds", "fails": "❌ fails", "unresolved": "➖ unresolved"}
+
+
+class Sources:
+    """What the documents are made from."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        package = root / "src" / "stillroom"
+        self.catalogue: list[dict[str, Any]] = yaml.safe_load((package / "catalogue.yaml").read_text(encoding="utf-8"))
+        self.implemented = {
+            p.stem.replace("_", "-") for p in (package / "methods").glob("*/*.py") if p.stem != "__init__"
+        }
+        uncatalogued = self.implemented - {entry["slug"] for entry in self.catalogue}
+        self.catalogue += [self.entry_of(slug) for slug in sorted(uncatalogued)]
+        self.results: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted((root / "results").glob("*.json")):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            self.results.setdefault(result["method"], []).append(result)
+        self.benchmarks = [
+            json.loads(p.read_text(encoding="utf-8")) for p in sorted((root / "results" / "benchmarks").glob("*.json"))
+        ]
+
+    def classes(self) -> dict[str, Any]:
+        sys.path.insert(0, str(self.root / "src"))
+        from stillroom.method import methods
+
+        return methods()
+
+    def entry_of(self, slug: str) -> dict[str, Any]:
+        """A method that was never planned describes itself: the first sentence of its docstring."""
+        cls = self.classes()[slug]
+        purpose = inspect.cleandoc(cls.__doc__ or "").split(". ")[0].rstrip(".")
+        return {"slug": slug, "arxiv": cls.paper.arxiv, "wing": cls.wing, "purpose": purpose}
+
+    def claims(self, slug: str) -> list[dict[str, Any]]:
+        """All claims of a method, those on images first, each with its ``floor`` and ``result``."""
+        found = [
+            claim | {"floor": (result.get("floor") or {}).get(claim["level"]) or {}, "result": result}
+            for result in self.results.get(slug, [])
+            for claim in result["claims"]
+        ]
+        return sorted(found, key=lambda claim: LEVELS.index(claim["level"]))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def spread(arm: dict[str, Any]) -> str:
+    if arm["mean"] is None:
+        return "diverged"
+    mean, sd = number(arm["mean"]), arm.get("sd")
+    return mean if sd is None or len(arm["values"]) < 2 else f"{mean} ± {number(sd)}"
+
+
+def cell(text: Any) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows])
+
+
+def verdict_cell(sources: Sources, slug: str) -> str:
+    if slug not in sources.implemented:
+        return "planned"
+    if not (claims := sources.claims(slug)):
+        return "not proven yet"
+    parts = []
+    for level in dict.fromkeys(claim["level"] for claim in claims):
+        counts = Counter(claim["verdict"] for claim in claims if claim["level"] == level)
+        parts.append(f"{level}: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v]))
+    return "; ".join(parts)
+
+
+def metric_name(metric: str, floor: dict[str, Any]) -> str:
+    """A distance in a feature space is named after its extractor and sample size."""
+    if "extractor" not in floor:
+        return metric.replace("_", " ")
+    word = metric.upper() if metric in ("fd", "kid") else metric.replace("_", " ")
+    return f"{word}-{floor['extractor']}, N={floor['n']}"
+
+
+def figure_cell(sources: Sources, slug: str) -> str:
+    """The two sides of the first claim."""
+    if not (claims := sources.claims(slug)):
+        return ""
+    claim = claims[0]
+    sides = [f"{side} {spread(claim['arms'][side])}" for side in (claim["left"], claim["right"]) if side]
+    return f"{metric_name(claim['metric'], claim['floor'])}: " + ", ".join(sides)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+def block_methods(sources: Sources) -> str:
+    rows = []
+    for entry in sources.catalogue:
+        slug = entry["slug"]
+        name = f"[{slug}](docs/methods.md#{slug})" if slug in sources.implemented else slug
+        paper = f"[{entry['arxiv']}](https://arxiv.org/abs/{entry['arxiv']})"
+        rows.append(
+            [name, paper, entry["wing"], entry["purpose"], verdict_cell(sources, slug), figure_cell(sources, slug)]
+        )
+    return table(["method", "paper", "wing", "what it is for", "verdict", "measured"], rows)
+
+
+def block_count(sources: Sources) -> str:
+    total = sum(not entry.get("foundation") for entry in sources.catalogue)
+    proven = sum(bool(sources.results.get(slug)) for slug in sources.implemented)
+    return f"{total} methods in all: {len(sources.implemented)} are here, {proven} of them with measured results."
+
+
+def block_benchmarks(sources: Sources) -> str:
+    if not sources.benchmarks:
+        return "No benchmark has been recorded yet."
+    sections = []
+    for bench in sources.benchmarks:
+        lines = [f"### {bench['name']}", "", bench["statement"], ""]
+        if bench.get("rows"):
+            head = list(dict.fromkeys(key for row in bench["rows"] for key in row))
+            lines += [table(head, [[number(row.get(key)) for key in head] for row in bench["rows"]]), ""]
+        facts = [f"Verdict: {VERDICTS.get(bench['verdict'], bench['verdict'])}"] if bench.get("verdict") else []
+        facts += [f"`{bench['command']}`"] if bench.get("command") else []
+        facts += [where(bench)]
+        sections.append("\n".join([*lines, " · ".join(facts)]))
+    return "\n\n".join(sections)
+
+
+def where(record: dict[str, Any]) -> str:
+    """Commit and machine; both may be lists, where arms were measured at several times."""
+    commits, machines = (record.get(key) or [] for key in ("commit", "machine"))
+    commits = [commits] if isinstance(commits, str) else commits
+    machines = [machines] if isinstance(machines, str) else machines
+    named = ", ".join(f"`{commit[:12]}`" for commit in commits)
+    return " · ".join(filter(None, [f"commit {named}" if named else "", *map(cell, machines)]))
+
+
+def block_method_pages(sources: Sources) -> str:
+    known = sources.classes()
+    purposes = {entry["slug"]: entry["purpose"] for entry in sources.catalogue}
+    order = [entry["slug"] for entry in sources.catalogue if entry["slug"] in sources.implemented]
+    return "\n\n".join(method_page(sources, known[slug], purposes[slug]) for slug in order)
+
+
+def method_page(sources: Sources, cls: Any, purpose: str) -> str:
+    slug, paper = cls.slug, cls.paper
+    file = Path(inspect.getfile(cls)).relative_to(sources.root)
+    venue = f", {paper.venue}" if paper.venue else ""
+    lines = [
+        f"## {slug}",
+        "",
+        f"[{paper.title}]({paper.url}) ({paper.year}{venue}). For {purpose}.",
+        "",
+        inspect.cleandoc(cls.__doc__ or ""),
+        "",
+        f"[{file}](../{file}) · `stillroom run {slug}` · `stillroom prove {slug}`",
+        "",
+        "**Turns**, in the order of a step:",
+        "",
+        table(
+            ["turn", "trains", "every", "optimizer"],
+            [[t.name, ", ".join(t.trains), option_or_steps(t.every), optimizer(t.optim)] for t in cls().turns()],
+        ),
+        "",
+    ]
+    if options := option_rows(cls):
+        lines += ["**Options**", "", table(["option", "type", "default", "meaning"], options), ""]
+    return "\n".join([*lines, *claim_lines(sources, slug)]).rstrip()
+
+
+def option_or_steps(every: int | str) -> str:
+    return f"`{every}` steps" if isinstance(every, str) else "step" if every == 1 else f"{every} steps"
+
+
+def optimizer(optim: Any) -> str:
+    changed = {k: v for k, v in vars(optim).items() if k != "name" and v != getattr(type(optim)(), k)}
+    return ", ".join([optim.name, f"lr {optim.lr:g}", *(f"{k} {v}" for k, v in changed.items() if k != "lr")])
+
+
+def option_rows(cls: Any) -> list[list[str]]:
+    """Name, type, default and meaning of each option; the meaning is the string below it or the comment beside it."""
+    source = inspect.cleandoc("\n" + inspect.getsource(cls.Options))
+    text = source.splitlines()
+    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
+    rows = []
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        default = ast.unparse(node.value) if node.value else ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            meaning = inspect.cleandoc(str(following.value.value))
+        else:
+            comment = re.search(r"#\s*(.*)$", text[node.end_lineno - 1][node.end_col_offset :])
+            meaning = comment.group(1) if comment else ""
+        rows.append([f"`{node.target.id}`", f"`{ast.unparse(node.annotation)}`", f"`{default}`", meaning])
+    return rows
+
+
+def claim_lines(sources: Sources, slug: str) -> list[str]:
+    claims = sources.claims(slug)
+    if not claims:
+        return ["No result has been recorded yet."]
+    lines = []
+    for level in LEVELS:
+        if not (here := [claim for claim in claims if claim["level"] == level]):
+            continue
+        result, floor = here[0]["result"], here[0]["floor"]
+        seeds = ", ".join(map(str, result["seeds"]))
+        note = (result.get("notes") or {}).get(level, "")
+        lines += [f"**Measured, {level} level** (world `{here[0]['world']}`, seeds {seeds}; {where(result)})", ""]
+        lines += [
+            f"- {VERDICTS[claim['verdict']]}: {claim['statement']} ({claim['paper']}; "
+            f"{metric_name(claim['metric'], floor)}: {claim['margin']})"
+            for claim in here
+        ]
+        lines += ["", *([note, ""] if note else []), arm_table(here, floor), ""]
+    return lines
+
+
+def arm_table(claims: list[dict[str, Any]], floor: dict[str, Any]) -> str:
+    """One row per arm: every metric that the claims use, then the costs; below, the floor of real data."""
+    metrics = {claim["metric"]: claim["arms"] for claim in claims}
+    arms: dict[str, dict[str, Any]] = {name: arm for claim in claims for name, arm in claim["arms"].items()}
+    costs = list(dict.fromkeys(key for arm in arms.values() for key in arm.get("cost") or {}))
+    rows = [
+        [
+            name,
+            *(spread(measured[name]) if name in measured else "–" for measured in metrics.values()),
+            *(number((arm.get("cost") or {}).get(key)) for key in costs),
+        ]
+        for name, arm in arms.items()
+    ]
+    if floor:
+        rows.append(["real data (floor)", *(number(floor.get(metric)) for metric in metrics), *("" for _ in costs)])
+    return table(["arm", *(metric_name(metric, floor) for metric in metrics), *costs], rows)
+
+
+BLOCKS: dict[str, Callable[[Sources], str]] = {
+    "methods": block_methods,
+    "count": block_count,
+    "benchmarks": block_benchmarks,
+    "method-pages": block_method_pages,
+}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def regenerate(text: str, sources: Sources) -> str:
+    """The text with each generated block made anew. An unknown block name raises KeyError."""
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](sources)}\n{found[3]}", text)
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a file is out of date")
+    check = parser.parse_args(arguments).check
+    sources, stale = Sources(root), []
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        if (new := regenerate(text, sources)) != text:
+            stale.append(str(path.relative_to(root)))
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'does not say what the results say; run `make docs`' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
