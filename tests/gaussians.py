@@ -125,16 +125,12 @@ def _vector(values: Any) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
 
 
-def hermite(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of ``E[f(n)]``, n standard normal (Golub and Welsch)."""
-    off = torch.arange(1, n, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return nodes, vectors[0] ** 2
-
-
-def hermite_pair(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes ``(z, eps)`` and weights ``[n * n]`` of a pair of independent standard normals."""
-    nodes, weights = hermite(n)
+def normal_pair(n: int, reach: float = 8.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes ``(z, eps)`` and weights ``[n * n]`` of two independent standard normals: the trapezoid rule, which converges
+    faster than any power of n for smooth functions that decay."""
+    nodes = torch.linspace(-reach, reach, n, dtype=torch.float64)
+    weights = torch.exp(-(nodes**2) / 2)
+    weights = weights / weights.sum()
     z, eps = (m.reshape(-1) for m in torch.meshgrid(nodes, nodes, indexing="ij"))
     return z, eps, torch.outer(weights, weights).reshape(-1)
 

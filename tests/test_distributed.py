@@ -40,6 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "ddp-accumulated", "settings": {"accumulate": 2}},
         {"name": "fsdp", "settings": {"parallel": "fsdp"}},
         {"name": "fsdp-accumulated", "settings": {"parallel": "fsdp", "accumulate": 2}},
+        {"name": "shared-ddp", "options": {"shared": True}},
+        {"name": "shared-fsdp", "options": {"shared": True}, "settings": {"parallel": "fsdp"}},
         {"name": "", "run_dir": "ddp-run", "stop": 7},
         {"name": "ddp-resumed", "run_dir": "ddp-run", "resume": True},
         {"name": "", "run_dir": "fsdp-run", "settings": {"parallel": "fsdp"}, "stop": 7},
@@ -83,6 +85,13 @@ def alone() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["ddp", "ddp-accumulated", "fsdp", "fsdp-accumulated"])
 def test_two_processes_compute_what_one_does(folder: Path, alone: dict[str, Tensor], name: str) -> None:
     close(load_file(folder / f"{name}.safetensors"), alone)
+
+
+@pytest.mark.parametrize("name", ["shared-ddp", "shared-fsdp"])
+def test_roles_may_share_one_network(folder: Path, name: str) -> None:
+    run = trainer(options={"shared": True})
+    run.fit()
+    close(load_file(folder / f"{name}.safetensors"), weights(run))
 
 
 def test_training_moved_every_trained_weight(alone: dict[str, Tensor]) -> None:

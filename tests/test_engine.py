@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.interrupt import Interrupted
 from stillroom.engine.player import clip_norm, learning_rate_factor
+from stillroom.engine.progress import Progress
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.method import Method, Optim, Stage, turn
@@ -363,6 +365,21 @@ def test_first_signal_saves_and_raises_interrupted(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     assert run.checkpoints.steps()[-1] == 6
     assert same(weights(fit(tmp_path, resume=True)), weights(fit()))
+
+
+def test_roles_that_share_a_network_move_their_own_parameters_only(tmp_path: Path) -> None:
+    run, fresh = fit(tmp_path, options={"shared": True}), trainer(options={"shared": True})
+    moved = {n for n, p in run.method.named_parameters() if not torch.equal(p, fresh.method.get_parameter(n))}
+    assert moved == {f"teacher.network.adapters.{role}.{kind}" for role in "sc" for kind in ("weight", "bias")}
+    stored = {name for name in run.checkpoints.manifest(12)["tensors"] if name.startswith("weights/")}
+    assert stored == {f"weights/{name}" for name in moved}
+
+
+def test_progress_without_a_terminal_is_plain_lines_with_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total=4, title="toy", every=0.0)
+    progress.update(2, {"critic/denoise": 0.123456})
+    progress.close()
+    assert re.fullmatch(r"toy 2/4  0:00:00 gone, 0:00:00 left  critic/denoise 0.1235\n", capsys.readouterr().err)
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------

@@ -43,10 +43,15 @@ def flow_map(x: Tensor, process: Process, t: Any, s: Any) -> Tensor:
 
 def errors(name: str, solver: str, steps: tuple[int, ...]) -> list[float]:
     process, noise = PROCESSES[name], torch.randn(32, 2, dtype=torch.float64)
-    true = flow_map(process.sigma(torch.tensor(process.t_max).double()) * noise, process, process.t_max, 0.0)
+    start = process.sigma(torch.tensor(process.t_max).double()) * noise
     out = []
     for n in steps:
         x = ODESampler(solver, n).sample(gaussian(name), noise)  # type: ignore[arg-type]
+        true = flow_map(start, process, process.t_max, 0.0)
+        if name == "vp":  # its time 0 has noise left: the exact flow to the last time, then the posterior mean
+            last = process.grid(n)[-2]
+            a, s = process.alpha(last), process.sigma(last)
+            true = gaussian(name).network.posterior(flow_map(start, process, process.t_max, last), a, s)[0]  # type: ignore[operator]
         out.append(float((x - true).square().mean().sqrt()))
     return out
 
@@ -54,10 +59,12 @@ def errors(name: str, solver: str, steps: tuple[int, ...]) -> list[float]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2)])
 def test_ode_solvers_converge_to_the_flow_of_a_gaussian_at_their_order(name: str, solver: str, order: int) -> None:
-    coarse, fine = errors(name, solver, (48, 96))
+    coarse, fine = errors(name, solver, (192, 384))
     rate = math.log2(coarse / fine)
-    assert rate > order - 0.25, f"{solver} on {name} converges at order {rate:.2f}"
-    assert fine < (0.05 if order == 1 else 0.02)
+    # a first step from pure noise costs DPM++ a factor log(steps), hence its slack
+    slack = 0.35 if solver == "dpm++" else 0.15
+    assert rate > order - slack, f"{solver} on {name} converges at order {rate:.2f}"
+    assert fine < (5e-3 if order == 1 else 1.1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import UserError, nearest
+from stillroom.models.freezing import frozen, unfrozen
+
+__all__ = [
+    "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Terms", "Turn", "frozen", "get_method", "methods", "nearest",
+    "option_fields", "register", "turn", "unfrozen",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from stillroom.diffusion.denoiser import Denoiser
@@ -222,20 +228,6 @@ class Method(nn.Module):
         return self
 
 
-def frozen(module: Any) -> Any:
-    """Freeze in place and for good: no gradients, eval mode, also after ``method.train()``. Returns the module."""
-    for part in module.modules():
-        part.is_frozen = True
-    return module.requires_grad_(False).eval()
-
-
-def unfrozen(module: Any) -> Any:
-    """Undo :func:`frozen` (used on copies of a frozen teacher). Returns the module."""
-    for part in module.modules():
-        part.is_frozen = False
-    return module.requires_grad_(True)
-
-
 # --- registry -----------------------------------------------------------------------------------------------------
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -246,7 +238,7 @@ def register(slug: str, paper: Paper) -> Callable[[type[Method]], type[Method]]:
     def add(cls: type[Method]) -> type[Method]:
         if slug in _REGISTRY and _REGISTRY[slug].__qualname__ != cls.__qualname__:
             raise ValueError(f"two methods claim the slug {slug!r}: {_REGISTRY[slug].__module__} and {cls.__module__}")
-        cls.slug, cls.paper, cls.wing = slug, paper, cls.__module__.split(".")[-2]
+        cls.slug, cls.paper, cls.wing = slug, paper, ("own." + cls.__module__).split(".")[-2]
         _REGISTRY[slug] = cls
         return cls
 

@@ -18,7 +18,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = World.join("cpu")
     for scenario in json.loads((folder / "scenarios.json").read_text()):
-        run = trainer(scenario.get("run_dir"), scenario.get("resume", False), **scenario.get("settings", {}))
+        run = trainer(
+            scenario.get("run_dir"),
+            scenario.get("resume", False),
+            scenario.get("options"),
+            **scenario.get("settings", {}),
+        )
         if "stop" in scenario:
             run.callbacks.append(stop_after(scenario["stop"]))
             try:

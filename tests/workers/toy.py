@@ -40,13 +40,15 @@ class Net(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         if self.training:
             self.calls += 1
         x = x + self.position
         for block in self.blocks:
             x = block(x)
-        return self.out(x) * self.gain + 0.0
+        if adapter is not None:
+            x = x + self.adapters[adapter](x)
+        return self.out(x) * self.gain
 
 
 class Role(nn.Module):
@@ -60,6 +62,23 @@ class Role(nn.Module):
         return self.network(x)
 
 
+class Adapted(Role):
+    """A role that is a small layer of its own on a network that others use too, as LoRA roles are."""
+
+    def __init__(self, base: Role, name: str) -> None:
+        super().__init__(base.network)
+        self.name = name
+        adapters = getattr(base.network, "adapters", None)
+        base.network.adapters = adapters if adapters is not None else nn.ModuleDict()
+        base.network.adapters[name] = nn.Linear(WIDTH, WIDTH)
+
+    def role_parameters(self) -> dict[str, nn.Parameter]:
+        return {key: p for key, p in self.network.named_parameters() if f".{self.name}." in f".{key}"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x, self.name)
+
+
 class Toy(Method):
     """The critic learns what the student makes; the student follows teacher minus critic, and the data a little."""
 
@@ -69,12 +88,15 @@ class Toy(Method):
     class Options:
         period: int = 2
         dropout: float = 0.0
+        shared: bool = False  # one network for all roles, an adapter for each that trains
 
     def build(self) -> None:
         torch.manual_seed(7)
         self.teacher = frozen(Role(Net()))
-        self.student = Role(Net(self.options.dropout))
-        self.critic = Role(Net())
+        if self.options.shared:
+            self.student, self.critic = Adapted(self.teacher, "s"), Adapted(self.teacher, "c")
+        else:
+            self.student, self.critic = Role(Net(self.options.dropout)), Role(Net())
 
     @turn(trains="student", every="period", optim=Optim(lr=1e-2))
     def generator(self, batch: Any) -> dict[str, Tensor]:

@@ -195,18 +195,81 @@ class RingBench:
         ``ced``: conditional energy distance to 8,000 data points (has a floor); ``std``: per coordinate, all points
         (data: 0.731); ``in_mode``: share within three standard deviations of a mode of its own class (data: 0.989);
         ``mode_balance``: share of the rarer radial mode, nearest mode counted, in the class where it is smallest
-        (data: a little under 0.5; a dropped mode: 0).
+        (data: a little under 0.5; a dropped mode: 0); ``class_std``: standard deviation within a class over that of
+        the data, averaged over classes (a student collapsed to one point per class: 0).
         """
         points, labels = points.detach().double().cpu(), labels.cpu()
         own = self.mixture.means.reshape(self.CLASSES, len(self.RADII), 2)[labels]
         distance, mode = (points[:, None] - own).norm(dim=2).min(1)
         inner = torch.stack([(mode[labels == c] == 0).double().mean() for c in torch.unique(labels)])
         reference = self._reference
+        within = torch.stack([(points[labels == c] - points[labels == c].mean(0)).square().mean().sqrt() for c in labels.unique()])
+        of_data = (self.STD**2 + ((self.RADII[1] - self.RADII[0]) / 2) ** 2 / 2) ** 0.5
         return {
             "ced": metrics.conditional_energy_distance(points, labels, reference.array, reference.labels),
             "std": float((points - points.mean(0)).square().mean().sqrt()),
             "in_mode": float((distance <= 3 * self.STD).double().mean()),
             "mode_balance": float(torch.minimum(inner, 1 - inner).min()),
+            "class_std": float(within.mean() / of_data),
+        }
+
+    def floor(self, n: int = 4_000, seed: int = 1) -> dict[str, float]:
+        """:meth:`score` of ``n`` fresh data points."""
+        fresh = self.data(n, seed)
+        return self.score(fresh.array, fresh.labels)
+
+
+class PairBench:
+    """Two overlapping classes, ``N((-1, 0), I)`` and ``N((+1, 0), I)``: the world in which guidance shows.
+
+    Without guidance a sample falls on its class's side with probability 0.841; guidance pushes the classes apart along
+    the first axis and must leave the second alone.
+    """
+
+    CLASSES = 2
+
+    def __init__(self) -> None:
+        means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+        self.mixture = GaussianMixture(means, std=1.0, classes=torch.arange(2))
+
+    def labels(self, n: int) -> Tensor:
+        """``[n]`` int64, balanced."""
+        return torch.arange(n) % self.CLASSES
+
+    def data(self, n: int = 20_000, seed: int = 0) -> ArrayData:
+        """``n`` float32 points ``[n, 2]`` with balanced classes."""
+        labels = self.labels(n)
+        points = self.mixture.sample(n, torch.Generator().manual_seed(seed), labels).float()
+        return ArrayData(points, {LABELS: labels}, ["left", "right"], "pair", f"pair: {n:,} points, seed {seed}")
+
+    @cached_property
+    def train(self) -> ArrayData:
+        """The standard training points."""
+        return self.data()
+
+    @property
+    def teacher_dir(self) -> Path:
+        """The shipped trained teacher (``stillroom teach pair``)."""
+        return ASSETS / "pair-teacher"
+
+    @cached_property
+    def _reference(self) -> ArrayData:
+        return self.data(8_000, seed=2**31)
+
+    def score(self, points: Tensor, labels: Tensor) -> dict[str, float]:
+        """Scores of ``points [N, 2]`` asked for as ``labels [N]``: ``accuracy`` (on the class's own side; data: 0.841),
+        ``shift`` (mean distance of a class from the middle; data: 1), ``std_along`` and ``std_across`` (within a class,
+        on the first and second axis; data: 1), ``ced`` (conditional energy distance to 8,000 data points)."""
+        points, labels = points.detach().double().cpu(), labels.cpu()
+        side = points[:, 0] * (2 * labels - 1)
+        spread = torch.stack([points[labels == c].std(0) for c in (0, 1)]).mean(0)
+        reference = self._reference
+        return {
+            "ced": metrics.conditional_energy_distance(points, labels, reference.array, reference.labels),
+            "accuracy": float((side > 0).double().mean()),
+            "shift": float(side.mean()),
+            "std_along": float(spread[0]),
+            "std_across": float(spread[1]),
         }
 
     def floor(self, n: int = 4_000, seed: int = 1) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from stillroom.bench.fashion import FashionBench
-from stillroom.bench.mixture2d import RingBench
+from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler
@@ -28,6 +28,7 @@ from stillroom.method import Batch, Method, Optim, Terms, turn
 from stillroom.models.families import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.models.folder import OWN_NETWORKS, ImageGenerator
 
+POINTS: dict[str, type[RingBench | PairBench]] = {"ring": RingBench, "pair": PairBench}
 TEACHERS = Path(__file__).parent / "teachers"
 
 
@@ -114,7 +115,7 @@ def teach(
     """Train a bench teacher and score its samplers. Writes the teacher folder ``out`` (default: the bench's own) with
     its card ``card.json``, and returns the card. ``run_dir`` keeps checkpoints; ``resume`` continues from them."""
     recipe = TeacherRecipe.load(name, overrides)
-    bench = RingBench() if recipe.data == "ring" else FashionBench(recipe.data)
+    bench = POINTS[recipe.data]() if recipe.data in POINTS else FashionBench(recipe.data)
     method = Denoising(Denoising.Options(**recipe.options))
     method.build(recipe.denoiser())
     config = EngineConfig(**recipe.engine)
@@ -132,7 +133,7 @@ def teach(
 
 
 def score_teacher(
-    folder: Path, recipe: TeacherRecipe, bench: FashionBench | RingBench, cost: dict[str, Any] | None = None
+    folder: Path, recipe: TeacherRecipe, bench: FashionBench | RingBench | PairBench, cost: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Score every sampler of the recipe's ``evaluate`` section at N samples, make the best the folder's own sampler, and
     write ``card.json``. One- and few-step rows are there to be beaten."""

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.errors import UserError
-from stillroom.method import nearest
+from stillroom.errors import UserError, nearest
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")

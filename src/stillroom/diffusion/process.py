@@ -104,7 +104,8 @@ class TrigFlow(Process):
         return math.pi / 2
 
     def alpha(self, t: Tensor) -> Tensor:
-        return t.cos()
+        # cos(pi/2) is not 0 in floating point, and negative in float32; the end of the process must be exact.
+        return t.cos().clamp_min(0).where(t < self.t_max, torch.zeros_like(t))
 
     def sigma(self, t: Tensor) -> Tensor:
         return t.sin()
@@ -140,7 +141,7 @@ class EDM(Process):
         return torch.zeros_like(t), torch.ones_like(t)
 
     def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return sigma / alpha
+        return (sigma / alpha.clamp_min(1e-12)).clamp(max=self.sigma_max)
 
     def network_time(self, t: Tensor) -> Tensor:
         return t.clamp_min(1e-20).log() / 4
@@ -180,6 +181,11 @@ def _log_ratio_table(schedule: str, steps: int, beta_start: float, beta_end: flo
     return 0.5 * torch.log((1 - kept) / kept)
 
 
+def _like(rate: Tensor, t: Tensor) -> Tensor:
+    """In the floating type of ``t``; integer timesteps, which diffusers' users pass, get the default type."""
+    return rate.to(t) if t.is_floating_point() else rate.to(torch.get_default_dtype())
+
+
 @dataclass(frozen=True)
 class VP(Process):
     """``alpha^2 + sigma^2 = 1`` with the ``steps`` discrete alphas of DDPM (arXiv 2006.11239), ``v = alpha eps - sigma
@@ -205,10 +211,10 @@ class VP(Process):
         return torch.lerp(table[low], table[low + 1], at - low)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(-2 * self._log_ratio(t)).sqrt().to(t)
+        return _like(torch.sigmoid(-2 * self._log_ratio(t)).sqrt(), t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(2 * self._log_ratio(t)).sqrt().to(t)
+        return _like(torch.sigmoid(2 * self._log_ratio(t)).sqrt(), t)
 
     def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -self.sigma(t), self.alpha(t)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stillroom.method import Draws
 
 
+Renoise = Literal["fresh", "fixed", "ddim"]
+
+
 def ddim_step(p: Prediction, process: Process, s: Tensor) -> Tensor:
     """From ``x_t`` to ``x_s`` along the ODE with the prediction held fixed: ``alpha_s x0 + sigma_s eps`` (Euler)."""
     return process.alpha(s) * p.x0 + process.sigma(s) * p.eps
@@ -28,8 +31,6 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, g
     """Second order: Euler, then the mean of the slopes at both ends, ``dy/du = eps - x0`` with ``y = x / (alpha + sigma)``."""
     process = denoiser.process
     first = denoiser(x, t, cond, guidance)
-    if float(process.sigma(s)) == 0:
-        return first.x0 * process.alpha(s)
     scale_t, scale_s = process.alpha(t) + process.sigma(t), process.alpha(s) + process.sigma(s)
     u_t, u_s = process.sigma(t) / scale_t, process.sigma(s) / scale_s
     slope_t = first.eps - first.x0
@@ -85,27 +86,25 @@ class ODESampler(Sampler):
         times = process.grid(self.steps).to(noise)
         x = process.sigma(times[0]) * noise
         previous: tuple[Tensor, Tensor] | None = None  # DPM++'s last x0 and the ratio of its step
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in zip(times[:-2], times[1:-1], strict=True):
             if self.solver == "heun":
                 x = heun_step(denoiser, x, t, s, cond, self.guidance)
-                continue
-            p = denoiser(x, t, cond, self.guidance)
-            if self.solver == "euler":
-                x = ddim_step(p, process, s) if float(process.sigma(s)) > 0 else process.alpha(s) * p.x0
-                continue
-            x, previous = _dpm_step(p, process, t, s, previous)
-        return x
+            elif self.solver == "euler":
+                x = ddim_step(denoiser(x, t, cond, self.guidance), process, s)
+            else:
+                x, previous = _dpm_step(denoiser(x, t, cond, self.guidance), process, t, s, previous)
+        return denoiser(x, times[-2], cond, self.guidance).x0  # the last step goes all the way to clean data
 
 
 def _dpm_step(
     p: Prediction, process: Process, t: Tensor, s: Tensor, previous: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One DPM++(2M) step with ``h`` the step in log(alpha / sigma); first order at the start and where sigma_s = 0."""
+    """One DPM++(2M) step with ``h`` the step in log(alpha / sigma); first order at the start."""
     a_t, s_t, a_s, s_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
     ratio = s_s * a_t / (s_t * a_s)  # exp(-h)
     h = -ratio.log()
     target = p.x0
-    if previous is not None and float(s_s) > 0:
+    if previous is not None:
         r = previous[1] / h
         target = p.x0 + (p.x0 - previous[0]) / (2 * r)
     return s_s / s_t * p.x_t + a_s * (1 - ratio) * target, (p.x0, h)
@@ -131,12 +130,10 @@ class AncestralSampler(Sampler):
         process = denoiser.process
         times = process.grid(self.steps).to(noise)
         x = process.sigma(times[0]) * noise
-        for t, s in zip(times[:-1], times[1:], strict=True):
-            p = denoiser(x, t, cond, self.guidance)
-            if float(process.sigma(s)) == 0:
-                return process.alpha(s) * p.x0
-            x = ancestral_step(p, process, t, s, self.eta, torch.randn(x.shape, generator=generator).to(x))
-        return p.x0
+        for t, s in zip(times[:-2], times[1:-1], strict=True):
+            p, noise = denoiser(x, t, cond, self.guidance), torch.randn(x.shape, generator=generator).to(x)
+            x = ancestral_step(p, process, t, s, self.eta, noise)
+        return denoiser(x, times[-2], cond, self.guidance).x0
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ class FewStepSampler(Sampler):
 
     name: ClassVar[str] = "few-step"
     times: tuple[float, ...] = (1.0,)
-    renoise: Literal["fresh", "fixed", "ddim"] = "fresh"
+    renoise: Renoise = "fresh"
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -195,21 +192,32 @@ def few_step_times(steps: int, t_init: float = 1.0) -> tuple[float, ...]:
 
 
 def rollout(
-    student: Denoiser, draw: Draws, cond: Cond, times: tuple[float, ...], *, grad: bool, last: int | None = None
+    student: Denoiser,
+    draw: Draws,
+    cond: Cond,
+    times: tuple[float, ...],
+    *,
+    grad: bool,
+    last: int | None = None,
+    renoise: Renoise = "fresh",
 ) -> Tensor:
     """A training sample ``x0 [B, ...]`` of a few-step student, made exactly as at inference (backward simulation,
-    arXiv 2405.14867, section 4.5): fresh noise at each of ``times`` (fractions of ``t_max``) up to step ``last``.
+    arXiv 2405.14867, section 4.5): through ``times`` (fractions of ``t_max``) up to step ``last``.
 
     last: 0-based index of the step returned; by default one index drawn for the whole batch. Inputs are detached between
     steps, so only the last call carries a graph (and only if ``grad``).
     """
-    process, x0 = student.process, None
+    process, p = student.process, None
     last = draw.index(len(times)) if last is None and len(times) > 1 else (last or 0)
+    eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
     for k in range(last + 1):
-        eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
         t = torch.tensor(times[k] * process.t_max, dtype=eps.dtype, device=eps.device)
-        x_in = process.sigma(t) * eps if x0 is None else process.add_noise(x0, eps, t)
+        if p is not None and renoise == "fresh":
+            eps = draw.normal_like(eps)
+        elif p is not None and renoise == "ddim":
+            eps = p.eps
+        x_in = process.sigma(t) * eps if p is None else process.add_noise(p.x0, eps, t)
         with torch.set_grad_enabled(grad and k == last):
-            x0 = student(x_in, t, cond).x0
-    assert x0 is not None
+            p = student(x_in, t, cond)
+            x0 = p.x0
     return x0

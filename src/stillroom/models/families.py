@@ -54,7 +54,13 @@ def process_from_scheduler(config: dict[str, Any]) -> tuple[Process, str]:
     name = config.get("_class_name", "")
     if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
         return RectifiedFlow(shift=float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0)), "v"
+    if config.get("rescale_betas_zero_snr"):
+        raise UserError(f"scheduler {name} rescales its betas to zero SNR", cure="such teachers are not supported yet")
     if name.startswith("EDM"):
+        if config.get("prediction_type", "epsilon") != "epsilon":
+            raise UserError(
+                f"scheduler {name} has prediction_type {config['prediction_type']!r}", cure="supported here: epsilon"
+            )
         return EDM(config["sigma_min"], config["sigma_max"], config["sigma_data"], config.get("rho", 7.0)), "edm"
     kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
     kind = config.get("prediction_type", "epsilon")
@@ -102,7 +108,8 @@ def denoiser_from_diffusers(
 ) -> Denoiser:
     """A denoiser of any diffusers transformer or UNet and its scheduler's config.
 
-    null: unconditional values by condition name; for class-conditional DiT the extra label is found by itself.
+    null: unconditional values by condition name. DiT's extra label is found by itself; a UNet's must be given, since
+    whether its last class means "unconditional" cannot be read from its config.
     Raises UserError when the network's sample shape cannot be read from its config.
     """
     config = dict(getattr(network, "config", {}))
@@ -118,8 +125,6 @@ def denoiser_from_diffusers(
         null = {}
         if type(network).__name__ == "DiTTransformer2DModel":
             null = {"label": config["num_embeds_ada_norm"]}
-        elif config.get("num_class_embeds"):
-            null = {"label": config["num_class_embeds"] - 1}
     return Denoiser(
         network,
         process or found,
@@ -135,7 +140,7 @@ def disable_label_dropout(network: nn.Module) -> None:
     is a choice of the training turn here."""
     for module in network.modules():
         if type(module).__name__ == "LabelEmbedding":
-            module.dropout_prob = 0.0
+            setattr(module, "dropout_prob", 0.0)  # noqa: B010 - nn.Module's own annotation allows tensors only
 
 
 def make_network(class_name: str, config: dict[str, Any]) -> nn.Module:

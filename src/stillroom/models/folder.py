@@ -27,6 +27,7 @@ from stillroom.models.mlp import PointMLP
 NETWORK_FOLDERS = ("transformer", "unet", "network")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIDE_FILE = "stillroom.json"
+NULLS = "null_conditions.safetensors"
 OWN_NETWORKS: dict[str, type[nn.Module]] = {"PointMLP": PointMLP}
 
 
@@ -90,10 +91,13 @@ class ImageGenerator:
             (folder / "scheduler").mkdir(exist_ok=True)
             schedule = scheduler_config(denoiser.process, denoiser.prediction)
             (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
+        tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.null.items() if isinstance(v, Tensor)}
+        if tensors:
+            save_file(tensors, folder / NULLS)
         side = {
             "process": denoiser.process.to_dict(),
             "prediction": denoiser.prediction,
-            "null": denoiser.null,
+            "null": {k: v for k, v in denoiser.null.items() if not isinstance(v, Tensor)},
             "sampler": self.sampler.to_dict(),
             "classes": self.classes,
             **extra,
@@ -134,11 +138,14 @@ def load_denoiser(folder: str | Path) -> Denoiser:
         return denoiser.eval()
     network = make_network(class_name, config)
     load_weights(network, folder / name / WEIGHTS)
+    null = side.get("null")
+    if (folder / NULLS).exists():
+        null = {**(null or {}), **read_tensors(folder / NULLS)}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     denoiser = denoiser_from_diffusers(
         network,
         scheduler,
-        null=side.get("null"),
+        null=null,
         prediction=side.get("prediction"),
         process=process_from_dict(side["process"]) if "process" in side else None,
     )
@@ -147,17 +154,21 @@ def load_denoiser(folder: str | Path) -> Denoiser:
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill ``network`` from a safetensors file. Raises UserError when it is missing, corrupt or of another shape."""
+    try:
+        network.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"weights {path} do not fit their config.json: {detail}", cure="use the matching pair") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises UserError when it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.exists():
         raise UserError(f"weights {path} are missing", cure="only safetensors files are read, never pickles")
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"weights {path} cannot be read ({error})", cure="copy the file again; it is damaged") from None
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"weights {path} do not fit their config.json: {detail}", cure="use the matching pair") from None

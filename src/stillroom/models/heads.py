@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from stillroom.errors import UserError, nearest
 
 @contextmanager
 def tap(module: nn.Module, path: str) -> Iterator[list[Tensor]]:
-    """Collect the output of the submodule at ``path`` while the context is open (first element of tuple outputs)."""
+    """Collect the output of the submodule at ``path`` while the context is open. Of a tuple the last tensor counts:
+    blocks of two streams (SD3, Flux) return text first, image last."""
     paths = dict(module.named_modules())
     if path not in paths:
         raise UserError(
@@ -23,9 +24,12 @@ def tap(module: nn.Module, path: str) -> Iterator[list[Tensor]]:
             cure="name a module by its path, e.g. transformer_blocks.2",
         )
     seen: list[Tensor] = []
-    handle = paths[path].register_forward_hook(
-        lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        seen.append(next(part for part in reversed(parts) if isinstance(part, Tensor)))
+
+    handle = paths[path].register_forward_hook(keep)
     try:
         yield seen
     finally:
@@ -33,13 +37,13 @@ def tap(module: nn.Module, path: str) -> Iterator[list[Tensor]]:
 
 
 def middle_block(network: nn.Module) -> str:
-    """Path of the bottleneck: ``mid_block`` of a UNet, else the middle element of the longest list of blocks."""
+    """Path of the bottleneck: ``mid_block`` of a UNet, else the middle element of the longest outermost list of blocks."""
     if getattr(network, "mid_block", None) is not None:
         return "mid_block"
-    lists = {n: m for n, m in network.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1}
+    lists = {n: m for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     if not lists:
         raise UserError(f"{type(network).__name__} has no list of blocks to tap", cure="name the module to tap yourself")
-    name = max(lists, key=lambda n: (len(lists[n]), -n.count(".")))
+    name = min(lists, key=lambda n: (n.count("."), -len(lists[n])))
     return f"{name}.{len(lists[name]) // 2}"
 
 
@@ -63,7 +67,7 @@ class DiscriminatorHead(nn.Module):
     """Logits of real against generated from tokens ``[B, N, D]``.
 
     kind ``mlp``: norm, then a small MLP per token, one logit per token ``[B, N]`` (the transformer counterpart of
-    DMD2's convolutional head). kind ``mean``: no parameters, the mean over channels of the normalised token, ``[B, N]``
+    DMD2's convolutional head). kind ``mean``: no parameters, the mean over channels of the token, ``[B, N]``
     (SiDA's head, arXiv 2410.14919).
     """
 

@@ -62,7 +62,6 @@ def lora_role(
     rank: int = 8,
     alpha: float | None = None,
     targets: Sequence[str] = ("to_q", "to_v"),
-    init: bool | str = True,
 ) -> Denoiser:
     """A denoiser that is ``teacher`` plus a trainable adapter named ``role`` on the modules whose names end in
     ``targets`` (module path suffixes). Starts equal to the teacher (``B = 0``); ``alpha`` defaults to ``rank``.
@@ -83,7 +82,9 @@ def lora_role(
             )
     trainable = {name: p.requires_grad for name, p in network.named_parameters()}
     config = LoraConfig(
-        r=rank, lora_alpha=alpha if alpha is not None else rank, target_modules=list(targets), init_lora_weights=init
+        r=rank,
+        lora_alpha=alpha if alpha is not None else rank,  # pyrefly: ignore  # peft divides it; fractions are fine
+        target_modules=list(targets),
     )
     inject_adapter_in_model(config, network, adapter_name=role)
     for name, p in network.named_parameters():  # peft freezes the base; the owner of the base decides that here
@@ -122,10 +123,10 @@ def plain_copy(denoiser: Denoiser, role: str | None = None) -> Denoiser:
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
             plain: nn.Module = module.get_base_layer()
-            if role in module.lora_A:
+            if role is not None and role in module.lora_A:
                 with torch.no_grad():
                     weight: Tensor = plain.weight  # type: ignore[assignment]
-                    weight += module.get_delta_weight(role)
+                    weight += module.get_delta_weight(role)  # pyrefly: ignore  # every layer type of peft has it
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, plain)
     network.__dict__.pop("lora_switch", None)

@@ -20,7 +20,7 @@ import torch
 
 from stillroom.diffusion.sampling import sampler_from_dict
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.trainer import Trainer
+from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.evaluation.cost import latency, parameters
 from stillroom.method import get_method
@@ -44,8 +44,8 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
     if not arm.method:
         denoiser, sampler, steps = teacher, sampler_from_dict(dict(arm.sampler)), 0
     else:
-        torch.manual_seed(seed)
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
+        torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
         method.build(teacher)
         if arm.teacher == "shuffled":
             shuffle(method.teacher)  # type: ignore[arg-type]
@@ -53,7 +53,8 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
         steps = int(arm.engine.get("steps", 0))
         denoiser = method.student
         if steps:
-            config = EngineConfig(**{**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1})
+            settings: dict[str, Any] = {**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1}
+            config = EngineConfig(**settings)
             with tempfile.TemporaryDirectory() as folder:
                 trainer = Trainer(method, world.data(), config, Path(folder))
                 try:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import PROOF_N, FashionBench
-from stillroom.bench.mixture2d import RingBench
-from stillroom.data.source import ASSETS, ArrayData
+from stillroom.bench.mixture2d import PairBench, RingBench
+from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
@@ -31,21 +31,19 @@ class World(Protocol):
     def floor(self) -> Scores: ...
 
 
-class RingWorld:
-    """Points on the ring; the teacher is a small trained network (shipped), so students can start from its weights."""
+class PointWorld:
+    """Points in the plane; the teacher is a small trained network (shipped), so students can start from its weights."""
 
-    name = "ring"
-    metrics = ("ced", "in_mode", "std", "mode_balance")
     n = 4000
-
-    def __init__(self) -> None:
-        self.bench = RingBench()
+    name: str
+    metrics: tuple[str, ...]
+    bench: RingBench | PairBench
 
     def teacher(self) -> Denoiser:
-        return load_denoiser(ASSETS / "ring-teacher")
+        return load_denoiser(self.bench.teacher_dir)
 
     def data(self) -> ArrayData:
-        return self.bench.data()
+        return self.bench.train
 
     def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores:
         labels = self.bench.labels(self.n)
@@ -54,6 +52,26 @@ class RingWorld:
 
     def floor(self) -> Scores:
         return self.bench.floor(self.n)
+
+
+class RingWorld(PointWorld):
+    """Eight classes on a ring, each with two modes."""
+
+    name = "ring"
+    metrics = ("ced", "in_mode", "std", "mode_balance", "class_std")
+
+    def __init__(self) -> None:
+        self.bench = RingBench()
+
+
+class PairWorld(PointWorld):
+    """Two overlapping classes: what guidance does."""
+
+    name = "pair"
+    metrics = ("ced", "accuracy", "shift", "std_along", "std_across")
+
+    def __init__(self) -> None:
+        self.bench = PairBench()
 
 
 class FashionWorld:
@@ -90,7 +108,7 @@ class FashionWorld:
         return self.bench.train.origin
 
 
-WORLDS: dict[str, type] = {"ring": RingWorld, "fashion": FashionWorld}
+WORLDS: dict[str, type] = {"ring": RingWorld, "pair": PairWorld, "fashion": FashionWorld}
 
 
 def get_world(name: str) -> World:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import FewStepSampler, few_step_times, rollout
+from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
@@ -50,9 +50,9 @@ class DMD2(Method):
         gan_block: str = ""  # module path of the tapped block; empty: the middle one
         backward_simulation: bool = True  # False: few-step inputs are noised real data
         generator_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
-        critic_times: TimeLaw = TimeLaw("uniform", 0.0, 1.0)
+        critic_times: TimeLaw = TimeLaw("uniform", 0.001, 1.0)  # 0 itself has no eps to predict
         fake_loss: FakeLoss = "v"
-        renoise: Literal["fresh", "fixed", "ddim"] = "fresh"
+        renoise: Renoise = "fresh"
 
     options: Options
 
@@ -60,22 +60,20 @@ class DMD2(Method):
         self.teacher = frozen(teacher)
         self.student = self.clone(teacher, "student")
         self.fake = self.clone(teacher, "fake")
-        self.discriminator = Discriminator(self.fake, self.options.gan_block)
+        self.discriminator = Discriminator(self.fake, self.options.gan_block) if self.options.gan_weight else nn.Identity()
         self.times = few_step_times(self.options.student_steps, self.options.t_init)
 
     def sample_student(self, batch: Batch, grad: bool) -> Tensor:
         """Item 5: one random step k of the few-step schedule, reached by simulation or from noised real data."""
         if self.options.backward_simulation or len(self.times) == 1:
-            return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad)
-        k = self.draw.index(len(self.times))
-        real = batch["image"]
+            return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, renoise=self.options.renoise)
+        k, real = self.draw.index(len(self.times)), batch["image"]
         if k == 0:
             return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=0)
         t = real.new_tensor(self.times[k] * self.student.process.t_max)
         x_in = self.student.process.add_noise(real, self.draw.normal_like(real), t)
-        if grad:
+        with torch.set_grad_enabled(grad):
             return self.student(x_in, t, batch["cond"]).x0
-        return self.student(x_in, t, batch["cond"]).x0.detach()
 
     def noised(self, x: Tensor, law: TimeLaw) -> tuple[Tensor, Tensor, Tensor]:
         """``(x_t, t, eps)`` with fresh noise."""

@@ -46,7 +46,7 @@ class SwiftBrush(Method):
         condition_drop: float = 0.1  # LoRA turn only, one coin per batch
         t_init: float = 1.0
         student_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
-        fake_times: TimeLaw = TimeLaw("uniform", 0.0, 1.0)
+        fake_times: TimeLaw = TimeLaw("uniform", 0.001, 1.0)  # 0 itself has no eps to predict
 
     options: Options
 

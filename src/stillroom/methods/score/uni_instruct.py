@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.sampling import FewStepSampler, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial
@@ -65,7 +65,7 @@ class UniInstruct(Method):
         self.teacher = frozen(teacher)
         self.student = self.clone(teacher, "student")
         self.fake = self.clone(teacher, "fake")
-        self.discriminator = Discriminator(self.fake, o.gan_block, o.gan_head)
+        self.discriminator = Discriminator(self.fake, o.gan_block, o.gan_head) if self.needs_ratio else nn.Identity()
 
     def stages(self) -> tuple[Stage, ...]:
         o = self.options
@@ -75,6 +75,12 @@ class UniInstruct(Method):
             Stage("divergence", None, 1 - o.critic_share - o.warmup_share),
         )
         return tuple(stage for stage in plan if stage.share > 0)
+
+    def ask_fake(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
+        """Fake score and logits from one forward pass; logits of 0 (r = 1) where nothing needs a discriminator."""
+        if self.needs_ratio:
+            return self.discriminator(self.fake, x_t, t, cond)
+        return self.fake(x_t, t, cond), x_t.new_zeros(len(x_t))
 
     @property
     def needs_ratio(self) -> bool:
@@ -86,7 +92,7 @@ class UniInstruct(Method):
         o, process, cond = self.options, self.teacher.process, batch["cond"]
         x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=False)
         t, eps = o.critic_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
-        p, fake_logits = self.discriminator(self.fake, process.add_noise(x0, eps, t), t, cond)
+        p, fake_logits = self.ask_fake(process.add_noise(x0, eps, t), t, cond)
         loss = fake_score_loss(p, x0, eps, o.fake_loss)
         self.note("fake_error", loss)
         terms = {"denoise": loss}
@@ -107,7 +113,7 @@ class UniInstruct(Method):
         t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         x_t = process.add_noise(x0, eps, t)
         real = self.teacher(x_t, t, cond, o.guidance).x0
-        p, logits = self.discriminator(self.fake, x_t, t, cond)
+        p, logits = self.ask_fake(x_t, t, cond)
         fake = p.x0
         r = self.ratio(logits) if full and o.divergence != "reverse_kl" else torch.ones(len(x0)).to(x0)
         k = process.alpha(t) / process.sigma(t) ** 2

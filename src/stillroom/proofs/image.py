@@ -1,0 +1,47 @@
+"""What all image-level proofs of score distillation share: the recipe's own arm, the controls, and the claims on them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from stillroom.data.source import ASSETS
+from stillroom.proofs.base import Arm, Claim
+from stillroom.recipe import Recipe
+
+
+def recipe_arm(slug: str) -> Arm:
+    """The arm that ``stillroom run <slug>`` trains: options, LoRA and engine of the shipped recipe."""
+    recipe = Recipe.load(slug)
+    engine = recipe.engine.to_dict()
+    free = ("seed", "checkpoint_every", "keep", "log_every", "device", "check_freezing", "loss_limit", "growth_limit")
+    engine = {key: value for key, value in engine.items() if key not in free}
+    return Arm(slug, slug, options=recipe.to_dict()["options"], engine=engine, lora=recipe.lora)
+
+
+def image_arms(arm: Arm) -> tuple[Arm, ...]:
+    """The controls: the untouched student, the teacher at one and at its best many steps, and the same network trained
+    by the GAN alone, without a teacher (shared by all proofs)."""
+    gan = recipe_arm("dmd2")
+    return (
+        arm.with_("untouched", engine={"steps": 0}),
+        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
+        Arm("teacher", sampler=best_sampler()),
+        gan.with_("gan-only", options={"distribution_matching": 0.0}),
+    )
+
+
+@functools.cache
+def best_sampler() -> dict[str, Any]:
+    """The shipped teacher's best many-step sampler, as its card has it."""
+    return json.loads((ASSETS / "fashion-teacher" / "card.json").read_text())["best"]["sampler"]
+
+
+def image_claims(name: str) -> tuple[Claim, ...]:
+    """Student against the controls, and against the teacher's best many-step sampling."""
+    return (
+        Claim("learns", "The one-step student beats the untouched copy of the teacher", "", "fd", name, "<=", 0.5, "untouched"),
+        Claim("teacher-1", "The student beats its teacher at one step", "", "fd", name, "<=", 0.5, "teacher-1"),
+        Claim("near-teacher", "The student's distance is at most 1.2 times that of the teacher's best many-step sampling", "", "fd", name, "<=", 1.2, "teacher"),
+    )  # fmt: skip

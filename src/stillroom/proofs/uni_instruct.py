@@ -1,0 +1,57 @@
+"""Uni-Instruct: which divergence, and what the density ratio and the GAN add to the score part."""
+
+from __future__ import annotations
+
+from stillroom.proofs.base import Arm, Claim, Proof
+from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+
+POINTS = Arm(
+    "uni-instruct",
+    "uni-instruct",
+    options={
+        "divergence": "jeffreys", "gan_head": "mlp", "gan_weight": 0.01, "critic_gan_weight": 1.0, "t_init": 1.0,
+        "fake_loss": "v", "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
+        "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
+    },
+    engine={
+        "steps": 1500, "batch": 256, "warmup": 50, "log_every": 50,
+        "optim": {"generator": {"lr": 2e-4}, "critic": {"lr": 1e-3}},
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
+    },
+)  # fmt: skip
+PLAIN = {"divergence": "reverse_kl", "gan_weight": 0.0}
+
+MECHANISM = Proof(
+    "uni-instruct",
+    "mechanism",
+    "ring",
+    arms=(
+        POINTS,
+        POINTS.with_("forward-kl", options={"divergence": "forward_kl"}),
+        POINTS.with_("reverse-kl-no-gan", options=PLAIN),
+        POINTS.with_("chi2", options={"divergence": "chi2"}),
+        POINTS.with_("untouched", engine={"steps": 0}),
+        POINTS.with_("shuffled-teacher", teacher="shuffled"),
+    ),
+    claims=(
+        Claim("gan", "Jeffreys with GAN beats reverse KL without GAN", "ablation, CIFAR-10", "ced", "uni-instruct", "<=", 0.95, "reverse-kl-no-gan"),
+        Claim("good-family", "Forward KL is as good as Jeffreys within a quarter", "ablation, CIFAR-10", "ced", "forward-kl", "<=", 1.25, "uni-instruct"),
+        Claim("chi2-worse", "The chi-squared divergence is worse than Jeffreys", "ablation, CIFAR-10", "ced", "chi2", ">=", 1.0, "uni-instruct"),
+        Claim("learns", "The student beats the untouched copy of the teacher at one step", "", "ced", "uni-instruct", "<=", 0.5, "untouched"),
+        Claim("control-shuffled", "Control: a teacher that answers for the wrong class ruins the student", "", "ced", "shuffled-teacher", ">=", 5.0, "uni-instruct"),
+    ),
+)  # fmt: skip
+
+UNI = recipe_arm("uni-instruct")
+IMAGE = Proof(
+    "uni-instruct",
+    "image",
+    "fashion",
+    arms=(UNI, UNI.with_("reverse-kl-no-gan", options=PLAIN), *image_arms(UNI)),
+    claims=(
+        Claim("gan", "Jeffreys with GAN beats reverse KL without GAN", "ablation, CIFAR-10", "fd", "uni-instruct", "<=", 0.95, "reverse-kl-no-gan"),
+        *image_claims("uni-instruct"),
+    ),
+)  # fmt: skip
+
+PROOFS = (IMAGE, MECHANISM)

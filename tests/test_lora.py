@@ -1,0 +1,247 @@
+"""LoRA roles: many voices, one copy of the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import RectifiedFlow
+from stillroom.errors import UserError
+from stillroom.method import Method, frozen
+from stillroom.models.families import denoiser_from_diffusers, make_network
+from stillroom.models.lora import LoraDenoiser, lora_role, plain_copy
+from stillroom.models.mlp import PointMLP
+
+TARGETS = ("to_q", "to_v")
+
+
+def point_teacher() -> Denoiser:
+    torch.manual_seed(3)
+    return Denoiser(PointMLP(2, 16, 3, 4), RectifiedFlow(), "v", null={"label": 4}, shape=(2,))
+
+
+def dit_teacher() -> Denoiser:
+    torch.manual_seed(3)
+    network = make_network(
+        "DiTTransformer2DModel",
+        {
+            "in_channels": 1, "out_channels": 1, "sample_size": 8, "patch_size": 4, "num_layers": 3, "dropout": 0.0,
+            "num_attention_heads": 2, "attention_head_dim": 8, "num_embeds_ada_norm": 4,
+        },
+    )  # fmt: skip
+    for p in network.parameters():  # zero-initialised gates would hide every block
+        nn.init.normal_(p, std=0.2)
+    return denoiser_from_diffusers(network, {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+
+
+TEACHERS = {"point": point_teacher, "dit": dit_teacher}
+
+
+@pytest.fixture(params=TEACHERS)
+def teacher(request: pytest.FixtureRequest) -> Denoiser:
+    return frozen(TEACHERS[request.param]())
+
+
+def ask(denoiser: Denoiser) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, *denoiser.shape, generator=generator)
+    return denoiser(x, torch.tensor([0.2, 0.4, 0.6, 0.8]), {"label": torch.tensor([0, 1, 2, 3])}).value
+
+
+def train(role: LoraDenoiser, steps: int = 3) -> None:
+    own = role.role_parameters()
+    for p in own.values():
+        p.requires_grad_(True)
+    optimizer = torch.optim.SGD(own.values(), lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (ask(role) - 1).square().mean().backward()
+        optimizer.step()
+    for p in own.values():
+        p.requires_grad_(False)
+
+
+def test_a_new_role_says_what_the_teacher_says(teacher: Denoiser) -> None:
+    before = ask(teacher)
+    role = lora_role(teacher, "student", rank=4)
+    assert torch.equal(ask(role), before)
+    assert torch.equal(ask(teacher), before)
+
+
+def test_training_a_role_changes_that_role_alone(teacher: Denoiser) -> None:
+    before = ask(teacher)
+    first, second = lora_role(teacher, "student", rank=4), lora_role(teacher, "fake", rank=2)
+    train(first)
+    assert not torch.allclose(ask(first), before, atol=1e-4)
+    assert torch.equal(ask(teacher), before)
+    assert torch.equal(ask(second), before)
+    kept = ask(first)
+    train(second, steps=5)
+    assert not torch.allclose(ask(second), before, atol=1e-4)
+    assert torch.equal(ask(first), kept)
+    assert torch.equal(ask(teacher), before)
+
+
+def test_a_role_may_be_added_after_another_was_trained_and_on_other_modules(teacher: Denoiser) -> None:
+    first = lora_role(teacher, "student", rank=2, targets=("to_q",))
+    train(first)
+    kept, before = ask(first), ask(teacher)
+    second = lora_role(teacher, "fake", rank=2, targets=("to_v",))
+    assert torch.equal(ask(second), before)
+    assert torch.equal(ask(first), kept)
+    train(second)
+    assert torch.equal(ask(first), kept)
+
+
+def test_roles_share_one_copy_of_the_base_weights_and_own_only_their_adapters(teacher: Denoiser) -> None:
+    base = {id(p) for p in teacher.parameters()}
+    first, second = lora_role(teacher, "student", rank=4), lora_role(teacher, "fake", rank=4)
+    assert first.network is teacher.network
+    assert base <= {id(p) for p in first.parameters()}
+    own, other = first.role_parameters(), second.role_parameters()
+    assert own
+    assert not {id(p) for p in own.values()} & {id(p) for p in other.values()}
+    assert not {id(p) for p in own.values()} & base
+    assert sum(p.numel() for p in own.values()) < sum(p.numel() for p in teacher.parameters()) / 2
+
+
+def test_gradients_of_a_role_reach_only_its_adapter(teacher: Denoiser) -> None:
+    first, second = lora_role(teacher, "student", rank=4), lora_role(teacher, "fake", rank=4)
+    teacher.network.requires_grad_(False)
+    for p in first.role_parameters().values():
+        p.requires_grad_(True)
+    ask(first).square().mean().backward()
+    assert all(p.grad is not None for p in first.role_parameters().values())
+    assert all(p.grad is None for p in second.role_parameters().values())
+    named = teacher.network.named_parameters()
+    assert all(p.grad is None for n, p in named if ".student." not in n)
+
+
+def test_adding_a_role_leaves_the_base_as_frozen_or_trainable_as_it_was() -> None:
+    for make in TEACHERS.values():
+        for freeze in (True, False):
+            teacher = make()
+            if freeze:
+                frozen(teacher)
+            before = {id(p): p.requires_grad for p in teacher.parameters()}
+            role = lora_role(teacher, "student", rank=2)
+            lora_role(teacher, "fake", rank=2)
+            assert {id(p): p.requires_grad for p in teacher.parameters() if id(p) in before} == before
+            assert all(p.requires_grad for p in role.role_parameters().values())
+
+
+def test_merging_gives_an_ordinary_network_that_says_the_same(teacher: Denoiser) -> None:
+    names = [n for n, _ in teacher.network.named_parameters()]
+    before = ask(teacher)
+    first, second = lora_role(teacher, "student", rank=4, alpha=8.0), lora_role(teacher, "fake", rank=2)
+    train(first)
+    train(second)
+    merged = first.merged()
+    assert type(merged) is Denoiser
+    torch.testing.assert_close(ask(merged), ask(first), rtol=1e-5, atol=1e-5)
+    assert [n for n, _ in merged.network.named_parameters()] == names
+    assert not hasattr(merged.network, "lora_switch")
+    assert torch.equal(ask(plain_copy(teacher)), before)
+    assert torch.equal(ask(teacher), before)  # merging made a copy
+
+
+def test_a_deep_copy_of_a_role_speaks_for_itself(teacher: Denoiser) -> None:
+    """The engine averages weights on copies."""
+    role = lora_role(teacher, "student", rank=4)
+    train(role)
+    twin = copy.deepcopy(role)
+    kept = ask(role)
+    assert torch.equal(ask(twin), kept)
+    train(twin)
+    assert torch.equal(ask(role), kept)
+    assert not torch.equal(ask(twin), kept)
+
+
+def test_the_voice_returns_after_an_error(teacher: Denoiser) -> None:
+    role = lora_role(teacher, "student", rank=4)
+    train(role)
+    before = ask(teacher)
+    with pytest.raises(RuntimeError), role.adapter_scope():
+        raise RuntimeError
+    assert torch.equal(ask(teacher), before)
+    with role.adapter_scope():  # teacher asked while a role speaks, as in a nested call
+        assert torch.equal(ask(teacher), before)
+
+
+def test_alpha_over_rank_scales_the_adapter() -> None:
+    shifts = []
+    for alpha in (4.0, 8.0):
+        teacher = frozen(point_teacher())
+        role = lora_role(teacher, "student", rank=4, alpha=alpha, targets=("out",))
+        torch.manual_seed(0)
+        for p in role.role_parameters().values():
+            nn.init.normal_(p)
+        shifts.append(ask(role) - ask(teacher))
+    torch.testing.assert_close(shifts[1], 2 * shifts[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("speaker", ["student", "fake", None])
+def test_recomputed_activations_speak_with_the_voice_of_the_forward_pass(speaker: str | None) -> None:
+    """Backward runs long after the turn asked other roles of the same network."""
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        teacher = frozen(dit_teacher())
+        roles = {name: lora_role(teacher, name, rank=4) for name in ("student", "fake")}
+        torch.manual_seed(1)
+        for role in roles.values():
+            for p in role.role_parameters().values():
+                nn.init.normal_(p, std=0.3)
+        if checkpointed:
+            teacher.network.enable_gradient_checkpointing(roles["fake"].checkpoint_function)  # type: ignore[operator]
+            teacher.network.train()
+        x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        label = {"label": torch.tensor([0, 1, 2, 3])}
+        asked = roles[speaker] if speaker else teacher
+        value = asked(x, 0.5, label).value
+        for other in (teacher, *roles.values()):
+            other(x.detach(), 0.3, label)
+        wanted = [x, *(asked.role_parameters().values() if speaker else ())]  # type: ignore[operator]
+        return list(torch.autograd.grad(value.square().sum(), wanted))
+
+    plain, recomputed = gradients(False), gradients(True)
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_that_name_nothing_are_refused_with_the_nearest(teacher: Denoiser) -> None:
+    with pytest.raises(UserError, match=r"to_vv.*did you mean"):
+        lora_role(teacher, "student", targets=("to_q", "to_vv"))
+    assert not hasattr(teacher.network, "lora_switch")
+
+
+class TwoRoles(Method):
+    slug = "two"
+
+    def build(self, teacher: Denoiser) -> None:
+        self.teacher = frozen(teacher)
+        self.student = self.clone(teacher, "student")
+        self.fake = self.clone(teacher, "fake")
+
+
+@pytest.mark.parametrize("lora", [("student", "fake"), ("student",), ("fake",), ()])
+def test_a_recipe_decides_which_roles_are_adapters(lora: tuple[str, ...], teacher: Denoiser) -> None:
+    method = TwoRoles(lora={role: {"rank": 2, "targets": TARGETS} for role in lora})
+    before = ask(teacher)
+    method.build(teacher)
+    for role in ("student", "fake"):
+        network = method.role(role)
+        assert torch.equal(ask(network), before)  # type: ignore[arg-type]
+        assert isinstance(network, LoraDenoiser) == (role in lora)
+        own = method.trained_parameters(role)
+        assert all("lora" in name for name in own) == (role in lora)
+        with torch.no_grad():
+            for p in own.values():
+                p.add_(0.1)
+        assert not torch.equal(ask(network), before)  # type: ignore[arg-type]
+        assert torch.equal(ask(method.teacher), before)
+    method.train()
+    assert not any(m.training for m in method.teacher.modules())
