@@ -67,7 +67,13 @@ class ExactNet(nn.Module):
         self.calls += 1
         self.rows += len(x)
         x, time, process = x.double(), time.double(), self.process
-        t = time / 1000 if isinstance(process, RectifiedFlow) else (4 * time).exp() if isinstance(process, EDM) else time
+        t = (
+            time / 1000
+            if isinstance(process, RectifiedFlow)
+            else (4 * time).exp()
+            if isinstance(process, EDM)
+            else time
+        )
         for block in self.blocks:
             x = block(x)
         if self.kind == "edm":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gaussians import PROCESSES, exact
 from torch import Tensor, nn
 
+from gaussians import PROCESSES, exact
 from stillroom.diffusion.denoiser import KINDS, Denoiser
 from stillroom.diffusion.process import EDM, RectifiedFlow
 
@@ -80,7 +80,9 @@ def test_guidance_acts_in_the_network_output_space_and_then_converts() -> None:
 
 def test_null_values_may_be_tensors_and_keep_the_type_of_the_condition() -> None:
     denoiser = Denoiser(Affine(), RectifiedFlow(), null={"text": torch.arange(6.0).reshape(2, 3), "label": 4})
-    null = denoiser.null_cond({"text": torch.ones(5, 2, 3, dtype=torch.float64), "label": torch.zeros(5, dtype=torch.long)})
+    null = denoiser.null_cond(
+        {"text": torch.ones(5, 2, 3, dtype=torch.float64), "label": torch.zeros(5, dtype=torch.long)}
+    )
     assert null["text"].shape == (5, 2, 3)
     assert null["text"].dtype == torch.float64
     assert torch.equal(null["label"], torch.full((5,), 4))

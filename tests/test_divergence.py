@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from gaussians import Law, central, normal_pair
 from torch import Tensor
 
+from gaussians import Law, central, normal_pair
 from stillroom.errors import UserError
 from stillroom.losses.divergence import DIVERGENCES, density_ratio, get_divergence
 from stillroom.losses.score import score_difference_loss, square
@@ -32,11 +32,11 @@ NAMES = list(F)
 def test_the_weights_follow_from_f(name: str) -> None:
     """C = r^2 f'' by autograd, and its own derivatives too."""
     r = torch.linspace(0.1, 5, 40, dtype=torch.float64, requires_grad=True)
-    slope, = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
-    curvature, = torch.autograd.grad(slope.sum(), r, create_graph=True)
+    (slope,) = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), r, create_graph=True)
     c = r**2 * curvature
-    c1, = torch.autograd.grad(c.sum(), r, create_graph=True)
-    c2, = torch.autograd.grad(c1.sum(), r, allow_unused=True)
+    (c1,) = torch.autograd.grad(c.sum(), r, create_graph=True)
+    (c2,) = torch.autograd.grad(c1.sum(), r, allow_unused=True)
     divergence = DIVERGENCES[name]
     torch.testing.assert_close(divergence.c(r.detach()), c.detach())
     torch.testing.assert_close(divergence.c1(r.detach()), c1.detach(), atol=1e-9, rtol=1e-7)
@@ -118,7 +118,9 @@ def lead(name: str, fgm: bool = True) -> tuple[float, float]:
     z, eps, weights = normal_pair(27, 4.5)
     z, eps = z[:, None], eps[:, None]  # [pairs, levels] as one batch
     s = sigma.expand(len(z), -1)
-    parameters = mean, log_std = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, math.log(0.6))]
+    parameters = mean, log_std = [
+        torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, math.log(0.6))
+    ]
     optimizer, divergence = torch.optim.Adam(parameters, lr=0.03), DIVERGENCES[name]
     average = torch.zeros(2, dtype=torch.float64)
     batch = (weights[:, None] / sigma**2).reshape(-1) * weights.numel()  # 1/2 g^2 k^2 at log-uniform sigma

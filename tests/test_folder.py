@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora import ask, dit_teacher, point_teacher, train
 from torch import nn
 
 from stillroom.diffusion.denoiser import Denoiser
@@ -18,13 +17,16 @@ from stillroom.errors import UserError
 from stillroom.models.folder import SIDE_FILE, WEIGHTS, ImageGenerator, load_denoiser
 from stillroom.models.lora import lora_role
 from stillroom.models.mlp import PointMLP
+from test_lora import ask, dit_teacher, point_teacher, train
 
 MAKE = {"dit": dit_teacher, "point": point_teacher}
 NETWORK = {"dit": "transformer", "point": "network"}
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("sampler", [FewStepSampler((1.0, 0.5), "ddim"), ODESampler("euler", 3, 2.0), AncestralSampler(4)])
+@pytest.mark.parametrize(
+    "sampler", [FewStepSampler((1.0, 0.5), "ddim"), ODESampler("euler", 3, 2.0), AncestralSampler(4)]
+)
 def test_a_folder_gives_back_the_same_samples_bit_for_bit(kind: str, sampler: Any, tmp_path: Path) -> None:
     generator = ImageGenerator(MAKE[kind](), sampler, ["a", "b", "c", "d"])
     generator.save(tmp_path / "x", trained_on="tests")
@@ -63,19 +65,26 @@ def test_a_folder_written_by_diffusers_alone_is_read(tmp_path: Path) -> None:
 
     network = dit_teacher().network
     network.save_pretrained(tmp_path / "transformer")  # type: ignore[operator]
-    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(tmp_path / "scheduler")
+    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+        tmp_path / "scheduler"
+    )
     back = load_denoiser(tmp_path)
     assert back.process == VP()
     assert back.prediction == "eps"
     assert back.null == {"label": 4}
     assert not back.training
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), back.network.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(network.state_dict().values(), back.network.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("process", [RectifiedFlow(2.0), TrigFlow(), EDM(sigma_data=0.3), VP("linear", 100, 1e-3, 0.1)])
 def test_own_networks_keep_their_process_and_prediction(process: Any, tmp_path: Path) -> None:
     kind = "edm" if isinstance(process, EDM) else "x0"
-    ImageGenerator(Denoiser(PointMLP(3, 8, 2, 2), process, kind, null={"label": 2}, shape=(3,)), ODESampler()).save(tmp_path)
+    ImageGenerator(Denoiser(PointMLP(3, 8, 2, 2), process, kind, null={"label": 2}, shape=(3,)), ODESampler()).save(
+        tmp_path
+    )
     back = load_denoiser(tmp_path)
     assert (back.process, back.prediction, back.shape) == (process, kind, (3,))
 
@@ -105,7 +114,9 @@ def test_a_text_model_s_null_embedding_survives(tmp_path: Path) -> None:
     denoiser.null = {"encoder_hidden_states": torch.randn(5, 6)}
     ImageGenerator(denoiser, ODESampler("euler", 2, 2.0)).save(tmp_path)
     back = ImageGenerator.load(tmp_path)
-    assert torch.equal(back.sample(cond, seed=1), ImageGenerator(denoiser, ODESampler("euler", 2, 2.0)).sample(cond, seed=1))
+    assert torch.equal(
+        back.sample(cond, seed=1), ImageGenerator(denoiser, ODESampler("euler", 2, 2.0)).sample(cond, seed=1)
+    )
 
 
 def test_samples_do_not_depend_on_what_is_sampled_beside_them() -> None:

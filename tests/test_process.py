@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from gaussians import KINDS, PROCESSES, exact
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gaussians import KINDS, PROCESSES, exact
 from stillroom.diffusion.denoiser import Prediction, Reparametrised
 from stillroom.diffusion.process import (
     BETA_SCHEDULES,
@@ -127,7 +127,9 @@ def test_vp_velocity_is_the_derivative_along_the_angle() -> None:
     p, q = VP().velocity_weights(t.float())
     theirs = scheduler.get_velocity(x0, eps, t)
     torch.testing.assert_close(expand(p, x0) * x0 + expand(q, x0) * eps, theirs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(VP().add_noise(x0, eps, t.float()), scheduler.add_noise(x0, eps, t), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        VP().add_noise(x0, eps, t.float()), scheduler.add_noise(x0, eps, t), rtol=1e-4, atol=1e-5
+    )
 
 
 @given(processes, fractions, st.floats(0.1, 10))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from gaussians import KINDS, PROCESSES, draws, exact
 from torch import Tensor, nn
 
+from gaussians import KINDS, PROCESSES, draws, exact
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.process import VP, Process, RectifiedFlow, TrigFlow
 from stillroom.diffusion.sampling import (
@@ -88,7 +88,9 @@ def test_one_step_is_the_posterior_mean(name: str, solver: str) -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ancestral_sampling_reproduces_mean_and_spread(name: str, eta: float) -> None:
     steps = 400 if name == "edm" else 150
-    x = AncestralSampler(steps, eta).sample(gaussian(name), torch.randn(8000, 2), generator=torch.Generator().manual_seed(1))
+    x = AncestralSampler(steps, eta).sample(
+        gaussian(name), torch.randn(8000, 2), generator=torch.Generator().manual_seed(1)
+    )
     torch.testing.assert_close(x.mean(0).double(), MEAN, atol=0.035, rtol=0)
     torch.testing.assert_close(x.std(0).double(), torch.full((2,), STD).double(), atol=0.03, rtol=0)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from gaussians import Law, central, draws, normal_pair
 from torch import Tensor
 
+from gaussians import Law, central, draws, normal_pair
 from stillroom.diffusion.denoiser import Prediction
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow, TrigFlow
 from stillroom.losses import adversarial
@@ -53,7 +53,9 @@ def loss_gradient(a: float, s: float, n: int = 301, detach_inside: bool = False,
     if detach_inside:  # u is cut, the score of the student beside it is not
         d = (student.x0(inside, a, s) - real).detach()
         return _grad(-(weights * parts["weight"] * dot(parts["psi"](d), fake - x0)).sum(), mean, std)
-    loss = score_difference_loss(x0, fake, real, **parts | {"weight": weights * parts.get("weight", 1.0) * len(weights)})
+    loss = score_difference_loss(
+        x0, fake, real, **parts | {"weight": weights * parts.get("weight", 1.0) * len(weights)}
+    )
     return _grad(loss, mean, std)
 
 
@@ -186,8 +188,8 @@ def test_the_fake_score_loss_is_least_at_the_posterior_mean(process: Process, ki
     best = a * std**2 / (a**2 * std**2 + s**2)
     gain = best.clone().requires_grad_()
     loss = fake_score_loss(Prediction(process, "x0", gain * x_t, x_t, time), x0, eps, kind)  # type: ignore[arg-type]
-    slope, = torch.autograd.grad(loss, gain, create_graph=True)
-    curvature, = torch.autograd.grad(slope, gain)
+    (slope,) = torch.autograd.grad(loss, gain, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope, gain)
     assert abs(float((slope / curvature).detach())) < 0.02 * float(best)  # Newton's step from the exact gain
 
 

@@ -160,7 +160,9 @@ class Method(nn.Module):
     def __init__(self, options: Any = None, lora: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.options = options if options is not None else self.Options()
-        self.lora = dict(lora or {})  # role name -> LoRA settings: that role becomes an adapter on the teacher's weights
+        self.lora = dict(
+            lora or {}
+        )  # role name -> LoRA settings: that role becomes an adapter on the teacher's weights
         self.shared: dict[str, Any] = {}  # what this step (and micro-batch) has already made; emptied by the engine
         self.notes: dict[str, Tensor] = {}  # health numbers of the last turn
 

@@ -203,7 +203,9 @@ class RingBench:
         distance, mode = (points[:, None] - own).norm(dim=2).min(1)
         inner = torch.stack([(mode[labels == c] == 0).double().mean() for c in torch.unique(labels)])
         reference = self._reference
-        within = torch.stack([(points[labels == c] - points[labels == c].mean(0)).square().mean().sqrt() for c in labels.unique()])
+        within = torch.stack(
+            [(points[labels == c] - points[labels == c].mean(0)).square().mean().sqrt() for c in labels.unique()]
+        )
         of_data = (self.STD**2 + ((self.RADII[1] - self.RADII[0]) / 2) ** 2 / 2) ** 0.5
         return {
             "ced": metrics.conditional_energy_distance(points, labels, reference.array, reference.labels),

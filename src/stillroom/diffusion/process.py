@@ -17,7 +17,11 @@ from torch import Tensor
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """``[B]`` (or scalar) coefficients shaped to multiply ``like`` of shape ``[B, ...]``."""
-    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+    return (
+        coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
+        if coefficient.ndim
+        else coefficient
+    )
 
 
 @dataclass(frozen=True)

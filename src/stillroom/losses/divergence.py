@@ -64,7 +64,9 @@ DIVERGENCES: dict[str, Divergence] = {
 
 def get_divergence(name: str) -> Divergence:
     if name not in DIVERGENCES:
-        raise UserError(f"unknown divergence {name!r}{nearest(name, DIVERGENCES)}", cure=f"one of: {', '.join(DIVERGENCES)}")
+        raise UserError(
+            f"unknown divergence {name!r}{nearest(name, DIVERGENCES)}", cure=f"one of: {', '.join(DIVERGENCES)}"
+        )
     return DIVERGENCES[name]
 
 

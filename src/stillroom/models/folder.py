@@ -41,9 +41,7 @@ class ImageGenerator:
         self.denoiser, self.sampler, self.classes = denoiser.eval(), sampler, list(classes)
 
     @torch.no_grad()
-    def sample(
-        self, cond: Tensor | Sequence[int] | dict[str, Tensor] | int, seed: int = 0, batch: int = 250
-    ) -> Tensor:
+    def sample(self, cond: Tensor | Sequence[int] | dict[str, Tensor] | int, seed: int = 0, batch: int = 250) -> Tensor:
         """Samples ``[N, C, H, W]`` float32, one per condition, on the CPU.
 
         cond: class labels ``[N]``, a dictionary of conditions with N rows, or a number of unconditional samples.
@@ -158,7 +156,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         network.load_state_dict(read_tensors(path))
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"weights {path} do not fit their config.json: {detail}", cure="use the matching pair") from None
+        raise UserError(
+            f"weights {path} do not fit their config.json: {detail}", cure="use the matching pair"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -42,14 +42,14 @@ def middle_block(network: nn.Module) -> str:
         return "mid_block"
     lists = {n: m for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     if not lists:
-        raise UserError(f"{type(network).__name__} has no list of blocks to tap", cure="name the module to tap yourself")
+        raise UserError(
+            f"{type(network).__name__} has no list of blocks to tap", cure="name the module to tap yourself"
+        )
     name = min(lists, key=lambda n: (n.count("."), -len(lists[n])))
     return f"{name}.{len(lists[name]) // 2}"
 
 
-def ask_with_features(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, path: str
-) -> tuple[Prediction, Tensor]:
+def ask_with_features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, path: str) -> tuple[Prediction, Tensor]:
     """The prediction and, from the same forward pass, the features at ``path``: ``[B, N, D]`` tokens."""
     with tap(denoiser.network, path) as seen:
         prediction = denoiser(x_t, t, cond)

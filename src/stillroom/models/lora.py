@@ -99,9 +99,7 @@ class LoraDenoiser(Denoiser):
     """The view of a shared network through one adapter."""
 
     def __init__(self, base: Denoiser, role: str) -> None:
-        super().__init__(
-            base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call
-        )
+        super().__init__(base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call)
         self.adapter = role
 
     def role_parameters(self) -> dict[str, nn.Parameter]:

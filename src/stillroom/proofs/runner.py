@@ -60,7 +60,7 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
                 try:
                     trainer.fit()
                 except TrainingDiverged as error:
-                    nothing = {name: math.inf for name in world.metrics}
+                    nothing = dict.fromkeys(world.metrics, math.inf)
                     return {"scores": nothing, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
                 denoiser = trainer.export_role()
                 curves = health_curves(Path(folder) / "metrics.jsonl")
@@ -239,7 +239,11 @@ def commit() -> str:
 def machine() -> str:
     """Processor, cores and library versions, in one line."""
     try:
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
     except OSError:
         names = []
     cpu = names[0] if names else platform.processor() or platform.machine()
@@ -255,7 +259,7 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
             value = "diverged" if arm["mean"] is None else f"{arm['mean']:.4g} ± {arm['sd'] or 0:.2g}"
             cost = f"{arm['cost'].get('seconds', 0):.0f} s, {arm['cost'].get('nfe', 0):.0f} nfe"
             verdict = f"{claim['verdict']}: {claim['margin']}" if side == claim["left"] else ""
-            rows.append((claim["id"] if side == claim["left"] else "", side, f"{claim['metric']} {value}", cost, verdict))
+            rows.append(
+                (claim["id"] if side == claim["left"] else "", side, f"{claim['metric']} {value}", cost, verdict)
+            )
     return rows
-
-

@@ -60,7 +60,9 @@ class DMD2(Method):
         self.teacher = frozen(teacher)
         self.student = self.clone(teacher, "student")
         self.fake = self.clone(teacher, "fake")
-        self.discriminator = Discriminator(self.fake, self.options.gan_block) if self.options.gan_weight else nn.Identity()
+        self.discriminator = (
+            Discriminator(self.fake, self.options.gan_block) if self.options.gan_weight else nn.Identity()
+        )
         self.times = few_step_times(self.options.student_steps, self.options.t_init)
 
     def sample_student(self, batch: Batch, grad: bool) -> Tensor:

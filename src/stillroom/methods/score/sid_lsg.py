@@ -74,7 +74,9 @@ class SiDLSG(Method):
 
     def sample_student(self, batch: Batch, grad: bool) -> Tensor:
         last = len(self.times) - 1 if self.options.step_choice == "last" else None
-        return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=last, renoise=self.options.renoise)
+        return rollout(
+            self.student, self.draw, batch["cond"], self.times, grad=grad, last=last, renoise=self.options.renoise
+        )
 
     def dropped(self, cond: Cond) -> Cond:
         """Step 2: some conditions become null while a guided fake score trains."""
