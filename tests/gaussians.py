@@ -1,4 +1,4 @@
-"""Worlds whose scores are known: mixtures of Gaussians as exact denoisers, quadrature, and a turn as the engine plays it."""
+"""Worlds of known scores: mixtures of Gaussians as exact denoisers, quadrature, a turn as the engine runs it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def column(values: Any, like: Tensor) -> Tensor:
 class ExactNet(nn.Module):
     """The ideal network for a mixture of isotropic Gaussians, in the outputs of its process; trainable, for students.
 
-    A label adds ``offsets[label]`` to all means; the last row is the null label. Blocks are there to be tapped: they show
-    the network's input.
+    A label adds ``offsets[label]`` to all means; the last row is the null label. Blocks are there to be tapped: they
+    show the network's input.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ def _vector(values: Any) -> Tensor:
 
 
 def normal_pair(n: int, reach: float = 8.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes ``(z, eps)`` and weights ``[n * n]`` of two independent standard normals: the trapezoid rule, which converges
-    faster than any power of n for smooth functions that decay."""
+    """Nodes ``(z, eps)`` and weights ``[n * n]`` of two independent standard normals: the trapezoid rule, which
+    converges faster than any power of n for smooth functions that decay."""
     nodes = torch.linspace(-reach, reach, n, dtype=torch.float64)
     weights = torch.exp(-(nodes**2) / 2)
     weights = weights / weights.sum()

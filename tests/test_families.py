@@ -21,7 +21,8 @@ SD = {
     "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon",
 }  # fmt: skip
 NARROW_UNET = {
-    "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
+    "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+    "attention_head_dim": 4,
 }  # fmt: skip
 
 # class, config, scheduler, conditions
@@ -55,7 +56,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[], dict
         },
         SD,
         lambda: {
-            "encoder_hidden_states": torch.randn(3, 5, 6), "text_embeds": torch.randn(3, 10), "time_ids": torch.ones(3, 6),
+            "encoder_hidden_states": torch.randn(3, 5, 6), "text_embeds": torch.randn(3, 10),
+            "time_ids": torch.ones(3, 6),
         },
     ),
     "dit": (
@@ -207,6 +209,14 @@ def test_the_middle_of_a_shallow_transformer_is_still_a_block() -> None:
     assert middle_block(make_network(class_name, config | {"num_layers": 2})) == "transformer_blocks.1"
 
 
+def test_a_discriminator_on_a_network_without_its_null_conditions_says_so() -> None:
+    class_name, config, scheduler, _ = FAMILIES["unet"]
+    denoiser = denoiser_from_diffusers(make_network(class_name, config), scheduler)
+    with pytest.raises(UserError, match=r"UNet2DModel.*class_labels") as error:
+        Discriminator(denoiser)
+    assert "null" in (error.value.cure or "")
+
+
 def test_taps_read_any_module_and_leave_no_hook() -> None:
     denoiser, cond = build("dit")
     with tap(denoiser.network, "transformer_blocks.0") as seen:
@@ -264,7 +274,8 @@ def test_a_process_survives_diffusers_scheduler_config(process: Any) -> None:
         ("DDPMScheduler", {}, VP("linear", 1000, 1e-4, 0.02), "eps"),
         ("PNDMScheduler", SD, VP(), "eps"),
         ("EulerDiscreteScheduler", SD | {"prediction_type": "v_prediction"}, VP(), "v"),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+        ("DPMSolverMultistepScheduler",
+         {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
          RectifiedFlow(3.0), "v"),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0}, RectifiedFlow(2.0), "v"),
         ("EDMEulerScheduler", {"sigma_max": 70.0}, EDM(sigma_max=70.0), "edm"),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
+from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
 from stillroom.method import Method, frozen
-from stillroom.models.families import denoiser_from_diffusers, make_network
+from stillroom.models.families import denoiser_from_diffusers, make_network, parameter_count
+from stillroom.models.folder import ImageGenerator, load_denoiser, read_tensors
 from stillroom.models.lora import LoraDenoiser, lora_role, plain_copy
 from stillroom.models.mlp import PointMLP
 
@@ -109,6 +113,18 @@ def test_roles_share_one_copy_of_the_base_weights_and_own_only_their_adapters(te
     assert sum(p.numel() for p in own.values()) < sum(p.numel() for p in teacher.parameters()) / 2
 
 
+def test_an_adapter_costs_its_rank_and_nothing_else() -> None:
+    """Blocks of 16 -> 16 with two targets each, three blocks: rank * (16 + 16) numbers per target."""
+    teacher = frozen(point_teacher())
+    before = parameter_count(teacher)
+    added = 0
+    for role, rank in (("student", 4), ("fake", 2)):
+        own = lora_role(teacher, role, rank=rank).role_parameters()
+        added += 3 * 2 * rank * 32
+        assert sum(p.numel() for p in own.values()) == 3 * 2 * rank * 32
+        assert parameter_count(teacher) == before + added
+
+
 def test_gradients_of_a_role_reach_only_its_adapter(teacher: Denoiser) -> None:
     first, second = lora_role(teacher, "student", rank=4), lora_role(teacher, "fake", rank=4)
     teacher.network.requires_grad_(False)
@@ -145,6 +161,7 @@ def test_merging_gives_an_ordinary_network_that_says_the_same(teacher: Denoiser)
     torch.testing.assert_close(ask(merged), ask(first), rtol=1e-5, atol=1e-5)
     assert [n for n, _ in merged.network.named_parameters()] == names
     assert not hasattr(merged.network, "lora_switch")
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.network.modules())
     assert torch.equal(ask(plain_copy(teacher)), before)
     assert torch.equal(ask(teacher), before)  # merging made a copy
 
@@ -210,6 +227,41 @@ def test_recomputed_activations_speak_with_the_voice_of_the_forward_pass(speaker
     plain, recomputed = gradients(False), gradients(True)
     for a, b in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_recomputed_by_hand_speaks_with_the_voice_of_the_forward_pass() -> None:
+    """The switch's own checkpoint, with another voice still speaking at backward time."""
+    teacher = frozen(point_teacher())
+    roles = {name: lora_role(teacher, name, rank=4) for name in ("student", "fake")}
+    torch.manual_seed(1)
+    for role in roles.values():
+        for p in role.role_parameters().values():
+            nn.init.normal_(p, std=0.3)
+    block, switch = teacher.network.blocks[1], teacher.network.lora_switch  # type: ignore[index,union-attr]
+    h, gradients = torch.randn(4, 16, requires_grad=True), []
+    for checkpointed in (False, True):
+        with switch.use("student"):
+            out = switch.checkpoint(block, h) if checkpointed else block(h)
+        with switch.use("fake"):
+            own = [p for n, p in block.named_parameters() if ".student." in n]
+            gradients.append(torch.autograd.grad(out.square().sum(), [h, *own]))
+            assert switch.active == "fake"
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_saved_adapter_student_is_a_folder_of_plain_weights(kind: str, tmp_path: Path) -> None:
+    teacher = frozen(TEACHERS[kind]())
+    names = set(teacher.network.state_dict())
+    role = lora_role(teacher, "student", rank=4)
+    train(role)
+    ImageGenerator(role, ODESampler()).save(tmp_path)
+    (weights,) = tmp_path.rglob("*.safetensors")
+    assert set(read_tensors(weights)) == names
+    back = load_denoiser(tmp_path)
+    assert type(back) is Denoiser
+    torch.testing.assert_close(ask(back), ask(role), rtol=1e-5, atol=1e-5)
 
 
 def test_targets_that_name_nothing_are_refused_with_the_nearest(teacher: Denoiser) -> None:

@@ -1,4 +1,4 @@
-"""The score-difference loss against derivatives of the divergences that it stands for, in one dimension, by quadrature."""
+"""The score-difference loss against derivatives of the divergences it stands for, in one dimension, by quadrature."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fisher(p: Law, law: Law, distance: Any, a: float, s: float) -> Tensor:
 
 
 def loss_gradient(a: float, s: float, n: int = 301, detach_inside: bool = False, **parts: Any) -> Tensor:
-    """Gradient in (A, B) of the library's loss with exact predictions: expectation over (z, eps) as a weighted batch."""
+    """Gradient in (A, B) of the library's loss with exact predictions: expectation over (z, eps) as a batch."""
     mean, std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (A, B))
     z, eps, weights = normal_pair(n)
     x0 = (mean + std * z)[:, None]
@@ -179,7 +179,7 @@ def test_parts_with_weight_zero_need_no_graph_and_tensor_weights_are_per_sample(
 @pytest.mark.parametrize("process", [RectifiedFlow(), TrigFlow(), VP()], ids=lambda p: p.name)
 @pytest.mark.parametrize("kind", ["v", "eps", "x0", "snr"])
 def test_the_fake_score_loss_is_least_at_the_posterior_mean(process: Process, kind: str) -> None:
-    """Over a scale of the prediction, the best is that of the exact denoiser: the loss is a regression of the right target."""
+    """Over a scale of the prediction, the best is that of the exact denoiser: the loss regresses the right target."""
     n, std = 40_000, 0.8
     x0, eps, t = std * torch.randn(n, 1).double(), torch.randn(n, 1).double(), 0.55 * process.t_max
     time = torch.full((n,), t, dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_gan_losses_are_binary_cross_entropy_with_real_one() -> None:
 
 
 def test_pseudo_huber_bears_larger_learning_rates_than_the_plain_square() -> None:
-    """Student a + b z in 8-D from (6, 0.3), target N(0, 1), exact scores, plain SGD: every rate side by side in one batch."""
+    """Student a + b z in 8-D from (6, 0.3), target N(0, 1), exact scores, plain SGD: all rates in one batch."""
     rates = torch.tensor([1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
 
     def largest_stable(distance: str) -> float:

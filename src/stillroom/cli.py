@@ -133,9 +133,17 @@ class Prove:
 
         for slug in self.methods:
             get_method(slug)
-        from stillroom.proofs import prove
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
-        prove(list(self.methods), seeds=list(self.seeds), level=self.level, jobs=self.jobs)
+        from stillroom.proofs.runner import prove, table
+
+        for result in prove(self.methods, self.seeds, self.level, self.jobs, report=print):
+            shown = Table("claim", "arm", "value", "cost", "verdict", header_style="bold", title=result["method"])
+            for row in table(result):
+                shown.add_row(*(Text(cell) for cell in row))
+            Console().print(shown)
         return 0
 
 
@@ -351,9 +359,11 @@ def _methods_table() -> Table:
     from rich.table import Table
 
     package = Path(__file__).parent
-    here = {path.stem.replace("_", "-") for path in (package / "methods").glob("*/*.py")}
+    files = (package / "methods").glob("*/*.py")
+    here = {path.stem.replace("_", "-") for path in files if path.stem != "__init__"}
     table = Table("method", "wing", "arXiv", "", "what it is for", box=None, header_style="bold", pad_edge=False)
     entries = yaml.safe_load((package / "catalogue.yaml").read_text(encoding="utf-8"))
+    entries += [_entry_of(slug) for slug in sorted(here - {entry["slug"] for entry in entries})]
     for entry in sorted(entries, key=lambda entry: entry["slug"] not in here):
         style = "" if entry["slug"] in here else "dim"
         link = f"[link=https://arxiv.org/abs/{entry['arxiv']}]{entry['arxiv']}[/link]"
@@ -362,6 +372,17 @@ def _methods_table() -> Table:
     for point in entry_points(group="stillroom.methods"):
         table.add_row(point.name, "plug-in", "", "", point.dist.name if point.dist else point.value)
     return table
+
+
+def _entry_of(slug: str) -> dict[str, str]:
+    """A method that is not in the catalogue describes itself: the first sentence of its docstring."""
+    import inspect
+
+    from stillroom.method import get_method
+
+    method = get_method(slug)
+    purpose = inspect.cleandoc(method.__doc__ or "").split(". ")[0].rstrip(".").replace("\n", " ")
+    return {"slug": slug, "arxiv": method.paper.arxiv, "wing": method.wing, "purpose": purpose}
 
 
 def _options_table(slug: str) -> Table:

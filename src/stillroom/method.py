@@ -1,7 +1,8 @@
 """Method, turn, stage, registry: the one abstraction to learn.
 
 A :class:`Method` is an ``nn.Module`` that owns its networks and says, turn by turn, what is minimised. It holds no
-optimizer, no device, no logging and no loop: the engine brings those. A method file reads like its paper's algorithm box.
+optimizer, no device, no logging and no loop: the engine brings those. A method file reads like its paper's algorithm
+box.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from stillroom.errors import UserError, nearest
 from stillroom.models.freezing import frozen, unfrozen
 
 __all__ = [
-    "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Terms", "Turn", "frozen", "get_method", "methods", "nearest",
-    "option_fields", "register", "turn", "unfrozen",
+    "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Terms", "Turn", "frozen", "get_method", "methods",
+    "nearest", "option_fields", "register", "turn", "unfrozen",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from stillroom.diffusion.sampling import Sampler
 
 Batch = Mapping[str, Any]
-"""``{"image": [B, C, H, W], "cond": {name: [B, ...]}}``; a method reads what it needs (image-free methods: ``cond`` only)."""
+"""``{"image": [B, C, H, W], "cond": {name: [B, ...]}}``; a method reads what it needs (image-free: ``cond`` only)."""
 
 Terms = dict[str, Tensor]
 """Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name."""
@@ -73,7 +74,8 @@ class Turn:
     """One player's update inside a step.
 
     ``trains`` names the networks (attributes of the method) that move; all others are frozen while the turn runs.
-    ``every`` is a period in steps: a number, or the name of an integer option; the turn runs at steps 0, every, 2*every, ...
+    ``every`` is a period in steps: a number, or the name of an integer option; the turn runs at steps 0, every,
+    2*every, ...
     """
 
     name: str
@@ -87,7 +89,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps; shares are normalised)."""
+    """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps, normalised)."""
 
     name: str
     turns: tuple[str, ...] | None = None  # None: every turn of the method
@@ -106,8 +108,8 @@ def turn(trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Opt
 
 
 class Draws:
-    """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that the
-    same recipe gives the same numbers on one process, on many, and under gradient accumulation.
+    """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that
+    the same recipe gives the same numbers on one process, on many, and under gradient accumulation.
 
     ``rows``: this micro-batch's rows of the ``total`` rows of the step.
     """
@@ -141,7 +143,7 @@ class Draws:
 
 
 class Method(nn.Module):
-    """Base of all distillation methods. Subclasses define :class:`Options`, :meth:`build`, turns, and :meth:`sampler`."""
+    """Base of all distillation methods. A subclass defines :class:`Options`, :meth:`build`, turns, :meth:`sampler`."""
 
     slug: ClassVar[str]
     paper: ClassVar[Paper]
@@ -187,7 +189,7 @@ class Method(nn.Module):
         self.notes[name] = value.detach()
 
     def clone(self, teacher: Denoiser, role: str) -> Denoiser:
-        """A trainable copy of ``teacher``; a LoRA adapter on the teacher's own weights where the recipe asks for one."""
+        """A trainable copy of ``teacher``; a LoRA adapter on the teacher's weights where the recipe asks for one."""
         if role in self.lora:
             from stillroom.models.lora import lora_role
 
@@ -248,7 +250,7 @@ def register(slug: str, paper: Paper) -> Callable[[type[Method]], type[Method]]:
 
 
 def methods() -> dict[str, type[Method]]:
-    """All known methods by slug: stillroom's own and those that installed packages offer under ``stillroom.methods``."""
+    """All known methods by slug: stillroom's own and those that installed packages offer as ``stillroom.methods``."""
     package = importlib.import_module("stillroom.methods")
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not info.ispkg:

@@ -135,8 +135,8 @@ def teach(
 def score_teacher(
     folder: Path, recipe: TeacherRecipe, bench: FashionBench | RingBench | PairBench, cost: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Score every sampler of the recipe's ``evaluate`` section at N samples, make the best the folder's own sampler, and
-    write ``card.json``. One- and few-step rows are there to be beaten."""
+    """Score every sampler of the recipe's ``evaluate`` section at N samples, make the best the folder's own sampler,
+    and write ``card.json``. One- and few-step rows are there to be beaten."""
     n, seed, metric = recipe.evaluate["n"], recipe.evaluate.get("seed", 1234), recipe.evaluate["metric"]
     rows = []
     teacher = ImageGenerator.load(folder)

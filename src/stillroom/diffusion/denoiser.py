@@ -1,4 +1,4 @@
-"""A denoiser is a network + a process + a prediction kind; asking it gives a prediction readable as ``.x0 .eps .v .score``."""
+"""A denoiser: a network, a process and a prediction kind. Its answer is readable as ``.x0 .eps .v .score``."""
 
 from __future__ import annotations
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from stillroom.errors import UserError, nearest
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class TrigFlow(Process):
 
 @dataclass(frozen=True)
 class EDM(Process):
-    """``alpha = 1, sigma = t`` on [0, sigma_max], variance exploding (arXiv 2206.00364). ``v`` is the ODE slope, eps."""
+    """``alpha = 1, sigma = t`` on [0, sigma_max], variance exploding (arXiv 2206.00364). ``v`` is the slope, eps."""
 
     name: ClassVar[str] = "edm"
     sigma_min: float = 0.002
@@ -235,8 +237,16 @@ PROCESSES: dict[str, type[Process]] = {p.name: p for p in (RectifiedFlow, TrigFl
 
 
 def process_from_dict(values: dict[str, Any]) -> Process:
+    """The process that ``to_dict`` described. Raises UserError for a name or a setting that is not known."""
     values = dict(values)
-    return PROCESSES[values.pop("name")](**values)
+    name = values.pop("name", "")
+    if name not in PROCESSES:
+        raise UserError(f"unknown process {name!r}{nearest(name, PROCESSES)}", cure=f"known: {', '.join(PROCESSES)}")
+    try:
+        return PROCESSES[name](**values)
+    except TypeError as error:
+        known = ", ".join(f.name for f in fields(PROCESSES[name])) or "none"
+        raise UserError(f"process {name!r}: {error}", cure=f"its settings: {known}") from None
 
 
 def match_snr(t: Tensor, of: Process, to: Process) -> tuple[Tensor, Tensor]:

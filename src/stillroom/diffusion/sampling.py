@@ -6,6 +6,7 @@ sigma)``: regular at both ends for every process, and there Euler is exactly DDI
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ def ddim_step(p: Prediction, process: Process, s: Tensor) -> Tensor:
 
 
 def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, guidance: float) -> Tensor:
-    """Second order: Euler, then the mean of the slopes at both ends, ``dy/du = eps - x0`` with ``y = x / (alpha + sigma)``."""
+    """Second order: Euler, then the mean of both ends' slopes ``dy/du = eps - x0``, ``y = x / (alpha + sigma)``."""
     process = denoiser.process
     first = denoiser(x, t, cond, guidance)
     scale_t, scale_s = process.alpha(t) + process.sigma(t), process.alpha(s) + process.sigma(s)
@@ -66,7 +67,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class ODESampler(Sampler):
-    """Many-step deterministic sampling: Euler (= DDIM), Heun (arXiv 2206.00364, Alg. 1), DPM++(2M) (arXiv 2211.01095)."""
+    """Many-step deterministic sampling: Euler (= DDIM), Heun (arXiv 2206.00364, Alg. 1), DPM++(2M) (2211.01095)."""
 
     name: ClassVar[str] = "ode"
     solver: Literal["euler", "heun", "dpm++"] = "heun"
@@ -138,7 +139,7 @@ class AncestralSampler(Sampler):
 
 @dataclass(frozen=True)
 class FewStepSampler(Sampler):
-    """Predict x0, noise it again to the next time, repeat; return the last x0 (consistency and score-distilled students).
+    """Predict x0, noise it again to the next time, repeat; return the last x0 (consistency and score distillation).
 
     times: decreasing, as fractions of the process's ``t_max``.
     renoise: ``fresh`` noise at each step, the ``fixed`` first noise, or the ``ddim`` noise that the prediction implies.
@@ -204,20 +205,21 @@ def rollout(
     """A training sample ``x0 [B, ...]`` of a few-step student, made exactly as at inference (backward simulation,
     arXiv 2405.14867, section 4.5): through ``times`` (fractions of ``t_max``) up to step ``last``.
 
-    last: 0-based index of the step returned; by default one index drawn for the whole batch. Inputs are detached between
-    steps, so only the last call carries a graph (and only if ``grad``).
+    last: 0-based index of the step returned; by default one index drawn for the whole batch. Inputs are detached
+    between steps, so only the last call carries a graph (and only if ``grad``).
     """
-    process, p = student.process, None
+    process = student.process
     last = draw.index(len(times)) if last is None and len(times) > 1 else (last or 0)
     eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
-    for k in range(last + 1):
-        t = torch.tensor(times[k] * process.t_max, dtype=eps.dtype, device=eps.device)
-        if p is not None and renoise == "fresh":
-            eps = draw.normal_like(eps)
-        elif p is not None and renoise == "ddim":
-            eps = p.eps
-        x_in = process.sigma(t) * eps if p is None else process.add_noise(p.x0, eps, t)
-        with torch.set_grad_enabled(grad and k == last):
+    ts = torch.tensor(times[: last + 1], dtype=torch.float64).mul(process.t_max).to(eps)
+    x_in = process.sigma(ts[0]) * eps
+    for t, s in itertools.pairwise(ts):
+        with torch.no_grad():
             p = student(x_in, t, cond)
-            x0 = p.x0
-    return x0
+            if renoise == "fresh":
+                eps = draw.normal_like(eps)
+            elif renoise == "ddim":
+                eps = p.eps
+            x_in = process.add_noise(p.x0, eps, s)
+    with torch.set_grad_enabled(grad):
+        return student(x_in, ts[-1], cond).x0

@@ -1,7 +1,7 @@
 """f-divergences ``D_f(q||p) = E_p[f(r)], r = q/p``, expanded over noise levels (arXiv 2505.20755).
 
-Each is given by ``C(r) = r^2 f''(r)`` and its derivatives, from which the three weights of the expanded gradient follow:
-score-implicit ``C``, score-Fisher ``(C - r C') / 2`` and plain Diff-Instruct ``r^2 C'' / 2``.
+Each is given by ``C(r) = r^2 f''(r)`` and its derivatives, from which the three weights of the expanded gradient
+follow: score-implicit ``C``, score-Fisher ``(C - r C') / 2`` and plain Diff-Instruct ``r^2 C'' / 2``.
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ def get_divergence(name: str) -> Divergence:
 
 
 def density_ratio(logits: Tensor, limit: float = 10.0, low: float = 1e-3, high: float = 1e3) -> Tensor:
-    """``r = q / p = exp(logit)`` per sample ``[B]`` from the mean logit of a discriminator of real (q) against generated
-    (p), clamped."""
+    """``r = q / p = exp(logit)`` per sample ``[B]`` from the mean logit of a discriminator of real (q) against
+    generated (p), clamped."""
     return logits.reshape(len(logits), -1).mean(1).clamp(-limit, limit).exp().clamp(low, high)

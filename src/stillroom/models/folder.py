@@ -59,9 +59,10 @@ class ImageGenerator:
         if n == 0:
             raise UserError("no samples were asked for", cure="give at least one label")
         if "label" in conditions and self.classes:
-            worst = int(conditions["label"].max())
-            if worst >= len(self.classes) or int(conditions["label"].min()) < 0:
-                raise UserError(f"label {worst} is not a class", cure=f"labels are 0 to {len(self.classes) - 1}")
+            labels = conditions["label"]
+            bad = labels[(labels < 0) | (labels >= len(self.classes))]
+            if len(bad):
+                raise UserError(f"label {int(bad[0])} is not a class", cure=f"labels are 0 to {len(self.classes) - 1}")
         generator = torch.Generator().manual_seed(seed)
         out = []
         for start in range(0, n, batch):
@@ -127,6 +128,12 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
     class_name = config.get("_class_name", "")
     if class_name in OWN_NETWORKS:
+        for key in ("process", "prediction", "null"):
+            if key not in side:
+                raise UserError(
+                    f"{folder / SIDE_FILE} is missing or lacks {key!r}",
+                    cure=f"a {class_name} is read with this file only",
+                )
         network = OWN_NETWORKS[class_name](**{k: v for k, v in config.items() if k != "_class_name"})
         load_weights(network, folder / name / WEIGHTS)
         denoiser = Denoiser(

@@ -37,7 +37,7 @@ def tap(module: nn.Module, path: str) -> Iterator[list[Tensor]]:
 
 
 def middle_block(network: nn.Module) -> str:
-    """Path of the bottleneck: ``mid_block`` of a UNet, else the middle element of the longest outermost list of blocks."""
+    """Path of the bottleneck: ``mid_block`` of a UNet, else the middle of the longest outermost list of blocks."""
     if getattr(network, "mid_block", None) is not None:
         return "mid_block"
     lists = {n: m for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
@@ -100,10 +100,21 @@ class Discriminator(nn.Module):
 
 
 def feature_width(denoiser: Denoiser, path: str) -> int:
-    """Channels of the tokens at ``path``, found by one dry call on zeros."""
+    """Channels of the tokens at ``path``, found by one dry call on zeros.
+
+    Raises UserError when the network does not run on the denoiser's null conditions alone.
+    """
     parameter = next(denoiser.parameters())
     x = torch.zeros(1, *denoiser.shape, device=parameter.device)
     cond = {k: torch.as_tensor(v, device=parameter.device).unsqueeze(0) for k, v in denoiser.null.items()}
-    with torch.no_grad():
-        t = torch.full((1,), 0.5 * denoiser.process.t_max, device=parameter.device)
-        return ask_with_features(denoiser, x, t, cond, path)[1].shape[-1]
+    t = torch.full((1,), 0.5 * denoiser.process.t_max, device=parameter.device)
+    try:
+        with torch.no_grad():
+            return ask_with_features(denoiser, x, t, cond, path)[1].shape[-1]
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot try the discriminator on {type(denoiser.network).__name__}: {error}",
+            cure="give the denoiser its null conditions",
+        ) from error

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import sampler_from_dict
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer, mix
@@ -65,6 +66,7 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
                 denoiser = trainer.export_role()
                 curves = health_curves(Path(folder) / "metrics.jsonl")
     trained = time.perf_counter() - started
+    assert isinstance(denoiser, Denoiser)
     denoiser = denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser.eval()
     scores = world.score(denoiser, sampler, seed)
     label = {"label": torch.zeros(1, dtype=torch.long)}
@@ -144,7 +146,7 @@ def prove(
                     todo.setdefault(out, (arm, proof.world, seed))
     if todo:
         report(f"{len(todo)} trainings to run, {jobs} at a time")
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_work, arm, world, seed, out) for out, (arm, world, seed) in todo.items()]
         for done, future in enumerate(as_completed(futures), 1):
             name, seed, seconds = future.result()

@@ -15,7 +15,7 @@ def points(name: str, lr: float, **options: object) -> Arm:
             "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0}, **options,
         },
         engine={
-            "steps": 1500, "batch": 256, "warmup": 50, "log_every": 50,
+            "steps": 1000, "batch": 256, "warmup": 50, "log_every": 50,
             "optim": {"generator": {"lr": lr, "name": "sgd", "betas": [0.0, 0.0]}, "critic": {"lr": 1e-3}},
             "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
         },

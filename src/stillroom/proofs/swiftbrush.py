@@ -10,7 +10,7 @@ POINTS = Arm(
     "swiftbrush",
     options={"rank": 32, "lora_alpha": 32.0, "guidance": 1.0, "fake_guidance": 1.0, "condition_drop": 0.0},
     engine={
-        "steps": 1500, "batch": 256, "warmup": 50, "log_every": 50,
+        "steps": 1000, "batch": 256, "warmup": 50, "log_every": 50,
         "optim": {"generator": {"lr": 1e-4, "clip_norm": 0.0}, "critic": {"lr": 3e-3, "clip_norm": 0.0}},
         "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
     },

@@ -1,4 +1,4 @@
-"""DMD2: distribution matching with a fast fake score, a GAN on real data, and backward simulation (arXiv 2405.14867)."""
+"""DMD2: distribution matching with a fast fake score, a GAN on real data, backward simulation (arXiv 2405.14867)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class SiDLSG(Method):
     """One- to few-step students from a frozen, class- or text-conditional teacher. The loss is a score identity (no
     derivative of the fake score by its weights is needed); all K steps share one student and one fake score, and each
     update returns one uniformly drawn step. Guidance can sit in the teacher (long), in both nets (LSG) or, with the
-    least loss of diversity, in the fake score alone (Zero-CFG, Anti-CFG). An optional GAN reads the fake score's features.
+    least loss of diversity, in the fake score alone (Zero-CFG, Anti-CFG). An optional GAN reads its features.
 
     Reconstructed: the numbers of Anti-CFG, the schedule of the few-step version (its code was not released). Anti-CFG
     trains the fake score plainly and asks it at -1: trained at -1 as well, the regressed combination would learn the

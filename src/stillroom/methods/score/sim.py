@@ -1,4 +1,4 @@
-"""SIM, score implicit matching: a one-step student by any distance of scores, Pseudo-Huber above all (arXiv 2410.16794)."""
+"""SIM, score implicit matching: one step by any distance of scores, Pseudo-Huber above all (arXiv 2410.16794)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwiftBrush: image-free variational score distillation; a LoRA copy of the teacher is the fake score (arXiv 2312.05239)."""
+"""SwiftBrush: image-free variational score distillation; the fake score is a LoRA on the teacher (arXiv 2312.05239)."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ class UniInstruct(Method):
 
     @turn(trains="student", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
-        """Step 4, over 2 k^2: - C(r) <d, e> + (C - r C')/2 |d|^2 + alpha k r^2 C''/2 |d|^2 <sg d, x0>, k = alpha/sigma^2."""
+        """Step 4, over 2 k^2: - C(r) <d, e> + (C - r C')/2 |d|^2 + alpha k r^2 C''/2 |d|^2 <sg d, x0>;
+        k = alpha/sigma^2."""
         o, process, cond = self.options, self.teacher.process, batch["cond"]
         full = self.stage.name == "divergence"
         f = get_divergence(o.divergence if full else "reverse_kl")

@@ -1,0 +1,81 @@
+"""The teacher's own many-step sampler against a one-step student: time, evaluations, multiply-accumulates, parameters.
+
+    python benchmarks/latency.py [--student RUN_OR_STUDENT_DIR]
+
+Without a student, the teacher's network asked once stands in for it: a student is a copy of that network, so it costs
+the same. The two sides take turns, call by call, so that whatever else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from common import Row, median, record
+
+from stillroom.bench.fashion import FashionBench
+from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.evaluation.cost import macs, parameters
+from stillroom.models.folder import ImageGenerator
+
+RUNS = {1: 31, 32: 11}
+LIMIT = 20.0
+
+
+def load_student(folder: Path) -> ImageGenerator:
+    """A student folder, or a run folder that holds one."""
+    return ImageGenerator.load(folder / "student" if (folder / "student").is_dir() else folder)
+
+
+def seconds(model: ImageGenerator, labels: list[int]) -> float:
+    began = time.perf_counter()
+    model.sample(labels)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--student", type=Path, help="a run folder or a student folder")
+    chosen: Path | None = parser.parse_args().student
+    torch.set_num_threads(1)
+    teacher = ImageGenerator.load(FashionBench().teacher_dir)
+    if chosen:
+        student, name = load_student(chosen), f"student {chosen.name}"
+    else:
+        student = ImageGenerator(teacher.denoiser, FewStepSampler((0.8,)), teacher.classes)
+        name = "one step of the same network"
+    settings = teacher.sampler.to_dict()
+    many = f"teacher, {settings['name']} {settings.get('solver', '')} {settings.get('steps', '')}".rstrip()
+    many += f" steps, guidance {settings.get('guidance', 1.0):g}"
+    medians: dict[str, dict[int, float]] = {many: {}, name: {}}
+    ratios: dict[int, float] = {}
+    for batch, runs in RUNS.items():
+        labels = [i % 10 for i in range(batch)]
+        for model in (teacher, student, student, student):  # warm-up
+            model.sample(labels)
+        pairs = [(seconds(teacher, labels), seconds(student, labels)) for _ in range(runs)]
+        medians[many][batch], medians[name][batch] = (1000 * median(side) for side in zip(*pairs))
+        ratios[batch] = medians[many][batch] / medians[name][batch]
+    rows: list[Row] = []
+    for label, model in ((many, teacher), (name, student)):
+        row: Row = {"sampler": label, "NFE": model.sampler.nfe}
+        row["MACs per image, M"] = macs(lambda model=model: model.sample([0])) / 1e6
+        row["parameters"] = parameters(model.denoiser.network)
+        for batch in RUNS:
+            row[f"latency, batch {batch}, ms"] = medians[label][batch]
+            row[f"speed-up, batch {batch}"] = ratios[batch] if label == name else 1.0
+        rows.append(row)
+    record(
+        "Latency",
+        f"A one-step student answers at least {LIMIT:g}x faster than the teacher's best many-step sampler, at batch 1 "
+        f"and at batch 32 (medians of {RUNS[1]} and {RUNS[32]} interleaved calls).",
+        "python benchmarks/latency.py" + (f" --student {chosen}" if chosen else ""),
+        rows,
+        all(ratio >= LIMIT for ratio in ratios.values()),
+    )
+
+
+if __name__ == "__main__":
+    main()
