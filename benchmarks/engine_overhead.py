@@ -181,8 +181,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [
-        measure("denoising, one network", denoising, denoising_by_hand, 200),
-        measure("dmd2 without GAN, three networks, two turns", two_turns, two_turns_by_hand, 200),
+        measure("denoising, one network", denoising, denoising_by_hand, 150),
+        measure("dmd2 without GAN, three networks, two turns", two_turns, two_turns_by_hand, 150),
     ]
     record(
         "Engine overhead",

@@ -24,7 +24,7 @@ from stillroom.method import Method, get_method
 from stillroom.models.families import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.models.lora import lora_role
 
-BATCH, STEPS, REPEATS, LIMIT = 8, 3, 3, 1.5
+BATCH, STEPS, REPEATS, LIMIT = 8, 2, 2, 1.5
 WIDTH, DEPTH, PATCH = 512, 8, 7
 LORA = {"rank": 16, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
 

@@ -1,6 +1,8 @@
 """The picture of teacher and students: every class from the same noise, many steps beside one.
 
-python benchmarks/pictures.py RUN_OR_STUDENT_DIR... [--out docs/images/teacher-student.png]
+    python benchmarks/pictures.py RUN_OR_STUDENT_DIR... [--out docs/images/teacher-student.png]
+
+The rows are classes, the blocks teacher at many steps, teacher at one, then each student.
 """
 
 from __future__ import annotations

@@ -1,0 +1,131 @@
+"""Proofs: verdicts are the stated inequality over all seeds, equal arms share a run, and every shipped proof is sound."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillroom.errors import UserError
+from stillroom.proofs import get_proofs, proofs
+from stillroom.proofs.base import Arm, Claim, Proof, merge
+from stillroom.proofs.runner import arm_file, options_of, prove, run_arm, table, write_result
+from stillroom.proofs.worlds import get_world, shuffle
+
+LESS = Claim("less", "left is at most half of right", "", "ced", "a", "<=", 0.5, "b")
+
+
+@pytest.mark.parametrize(
+    ("lefts", "rights", "verdict"),
+    [
+        ([1.0, 1.0, 1.0], [2.0, 3.0, 2.5], "holds"),
+        ([1.0, 1.0, 1.0], [2.0, 1.9, 2.5], "unresolved"),
+        ([1.0, 1.0, 1.0], [1.9, 1.9, 1.0], "fails"),
+        ([1.0], [math.inf], "holds"),  # a diverged baseline is beaten
+        ([math.inf], [1.0], "fails"),
+    ],
+)
+def test_a_claim_holds_only_if_every_seed_shows_it(lefts: list[float], rights: list[Any], verdict: str) -> None:
+    assert LESS.verdict(lefts, rights) == verdict
+
+
+def test_a_claim_against_a_bound_needs_no_second_arm() -> None:
+    claim = Claim("accurate", "accuracy is at least 0.9", "", "accuracy", "a", ">=", bound=0.9)
+    assert claim.verdict([0.95, 0.9], [None, None]) == "holds"
+    assert claim.margin == "a >= 0.9"
+
+
+def test_a_claim_about_an_unknown_arm_is_refused() -> None:
+    with pytest.raises(ValueError, match="no arm 'b'"):
+        Proof("x", "mechanism", "ring", (Arm("a"),), (LESS,))
+
+
+def test_variations_merge_and_equal_arms_share_a_key() -> None:
+    base = Arm("a", "sim", options={"c": 0.1, "t_init": 1.0}, engine={"optim": {"critic": {"lr": 1e-3, "eps": 1e-8}}})
+    other = base.with_("b", options={"c": 0.2}, engine={"optim": {"critic": {"lr": 0.0}}})
+    assert other.options == {"c": 0.2, "t_init": 1.0}
+    assert other.engine["optim"]["critic"] == {"lr": 0.0, "eps": 1e-8}
+    assert base.options["c"] == 0.1
+    assert base.with_("another name").key("ring", 0) == base.key("ring", 0)
+    assert len({base.key("ring", 0), base.key("ring", 1), base.key("pair", 0), other.key("ring", 0)}) == 4
+    assert merge({"x": {"y": 1}}, {"x": {"z": 2}}) == {"x": {"y": 1, "z": 2}}
+
+
+@pytest.mark.parametrize("slug", sorted(proofs()))
+def test_shipped_proofs_have_both_levels_controls_and_valid_options(slug: str) -> None:
+    levels = {proof.level: proof for proof in get_proofs(slug)}
+    assert set(levels) == {"mechanism", "image"}
+    for proof in levels.values():
+        names = {arm.name for arm in proof.arms}
+        assert "untouched" in names
+        assert any(arm.teacher == "shuffled" for arm in proof.arms) or proof.level == "image"
+        for arm in proof.arms:
+            if arm.method:
+                options_of(arm)
+        for claim in proof.claims:
+            assert claim.metric in get_world(proof.world).metrics
+
+
+def test_an_unknown_method_has_no_proof() -> None:
+    with pytest.raises(UserError, match="did you mean 'dmd2'"):
+        get_proofs("dmd")
+
+
+def test_a_shuffled_teacher_answers_for_the_next_class_and_leaves_null_alone() -> None:
+    world = get_world("ring")
+    right, wrong = world.teacher(), world.teacher()
+    shuffle(wrong)
+    x, t = torch.randn(4, 2), torch.full((4,), 0.5)
+    asked, meant = torch.tensor([0, 3, 7, 8]), torch.tensor([1, 4, 0, 8])
+    torch.testing.assert_close(wrong(x, t, {"label": asked}).x0, right(x, t, {"label": meant}).x0)
+
+
+@pytest.fixture
+def short() -> Arm:
+    return next(arm for arm in get_proofs("sim")[1].arms if arm.name == "sim").with_("sim", engine={"steps": 6})
+
+
+def test_an_arm_is_reproducible_and_reports_its_cost(short: Arm) -> None:
+    world = get_world("ring")
+    first, second = (run_arm(short, world, seed=3) for _ in range(2))
+    assert first["scores"] == second["scores"]
+    assert first["scores"] != run_arm(short, world, seed=4)["scores"]
+    assert first["cost"]["steps"] == 6
+    assert first["cost"]["nfe"] == 1
+
+
+def test_a_diverged_training_is_a_result(short: Arm) -> None:
+    broken = short.with_("broken", engine={"optim": {"critic": {"lr": 1e12}}})
+    result = run_arm(broken, get_world("ring"), seed=0)
+    assert "diverged" in result
+    assert all(math.isinf(value) for value in result["scores"].values())
+
+
+def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> None:
+    _, proof = get_proofs("sim")
+    for name, value in (("sim", 0.01), ("untouched", 0.1)):
+        arm = next(a for a in proof.arms if a.name == name)
+        for seed in (0, 1):
+            file = arm_file(tmp_path, proof, arm, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scores = dict.fromkeys(get_world("ring").metrics, value)
+            run = {"scores": scores, "cost": {"seconds": 1.0}, "health": {}, "commit": "c", "machine": "m"}
+            file.write_text(json.dumps(run))
+    result = write_result("sim", (0, 1), tmp_path)
+    assert [claim["id"] for claim in result["claims"]] == ["learns"]
+    assert result["claims"][0]["verdict"] == "holds"
+    assert result["claims"][0]["arms"]["sim"]["mean"] == pytest.approx(0.01)
+    assert json.loads((tmp_path / "sim.json").read_text()) == result
+    assert table(result)[0][0] == "learns"
+
+
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown level"):
+        prove(["sim"], level="pictures", results=tmp_path)
+    with pytest.raises(UserError, match="distinct seeds"):
+        prove(["sim"], seeds=(1, 1), results=tmp_path)
+    assert not list(tmp_path.iterdir())
