@@ -13,6 +13,7 @@ import yaml
 import stillroom as sr
 from stillroom import cli
 from stillroom import run as run_module
+from stillroom.recipe import DEFAULT
 from tiny import CLASSES, FAST, SIZE, make_data, make_teacher
 
 
@@ -138,7 +139,7 @@ def test_overrides_may_stand_anywhere(place: Path) -> None:
     ]
     assert cli.main(arguments) == 0
     recipe = yaml.safe_load((place / "runs/x/recipe.yaml").read_text())
-    assert (recipe["method"], recipe["options"]["gan_weight"], recipe["engine"]["steps"]) == ("dmd2", 0, 2)
+    assert (recipe["method"], recipe["options"]["gan_weight"], recipe["engine"]["steps"]) == (DEFAULT, 0, 2)
 
 
 def test_sample_draws_the_labels_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

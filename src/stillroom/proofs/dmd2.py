@@ -10,11 +10,15 @@ POINTS = Arm(
     "dmd2",
     options={"critic_turns": 5, "gan_weight": 0.0, "t_init": 1.0, "fake_loss": "v"},
     engine={
-        "steps": 1500, "batch": 256, "warmup": 50, "log_every": 50,
+        "steps": 1500,
+        "batch": 256,
+        "warmup": 50,
+        "log_every": 50,
         "optim": {"all": {"lr": 5e-4, "weight_decay": 0.0}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+        "export": "ema",
     },
-)  # fmt: skip
+)
 EVERY_STEP = {"critic_turns": 1}
 FOUR = POINTS.with_("simulated-4", options={"student_steps": 4}, engine={"steps": 1500, "optim": {"all": {"lr": 1e-4}}})
 
@@ -38,29 +42,76 @@ MECHANISM = Proof(
         Claim(
             "ttur",
             "Five critic updates per student update beat one at the same number of student updates (300), without pairs",
-            "Table 3, App. C", "ced", "dmd2", "<=", 0.5, "one-critic-update",
+            "Table 3, App. C",
+            "ced",
+            "dmd2",
+            "<=",
+            0.5,
+            "one-critic-update",
         ),
         Claim(
             "ttur-more-updates",
             "They also beat one critic update per student update given five times as many student updates (1,500)",
-            "App. C", "ced", "dmd2", "<=", 0.5, "one-critic-update-5x-student",
+            "App. C",
+            "ced",
+            "dmd2",
+            "<=",
+            0.5,
+            "one-critic-update-5x-student",
         ),
         Claim(
             "matching-beats-gan",
             "Distribution matching beats the same network trained by the GAN alone, without a teacher",
-            "Table 3", "ced", "dmd2", "<=", 0.9, "gan-only",
+            "Table 3",
+            "ced",
+            "dmd2",
+            "<=",
+            0.9,
+            "gan-only",
         ),
         Claim(
             "backward-simulation",
             "A four-step student trained on its own simulated inputs beats one trained on noised real data",
-            "Table 4", "ced", "simulated-4", "<=", 1.0, "noised-data-4",
+            "Table 4",
+            "ced",
+            "simulated-4",
+            "<=",
+            1.0,
+            "noised-data-4",
         ),
-        Claim("learns", "The student beats the untouched copy of the teacher at one step", "", "ced", "dmd2", "<=", 0.5, "untouched"),
-        Claim("control-shuffled", "Control: a teacher that answers for the wrong class ruins the student", "", "ced", "shuffled-teacher", ">=", 5.0, "dmd2"),
-        Claim("control-critic", "Control: without a learning fake score the student is far worse", "", "ced", "frozen-critic", ">=", 2.0, "dmd2"),
+        Claim(
+            "learns",
+            "The student beats the untouched copy of the teacher at one step",
+            "",
+            "ced",
+            "dmd2",
+            "<=",
+            0.5,
+            "untouched",
+        ),
+        Claim(
+            "control-shuffled",
+            "Control: a teacher that answers for the wrong class ruins the student",
+            "",
+            "ced",
+            "shuffled-teacher",
+            ">=",
+            5.0,
+            "dmd2",
+        ),
+        Claim(
+            "control-critic",
+            "Control: without a learning fake score the student is far worse",
+            "",
+            "ced",
+            "frozen-critic",
+            ">=",
+            2.0,
+            "dmd2",
+        ),
     ),
     note="On points the teacher is nearly exact, so the paper's claim that the GAN repairs teacher error cannot show here.",
-)  # fmt: skip
+)
 
 DMD2 = recipe_arm("dmd2")
 IMAGE = Proof(
@@ -76,11 +127,25 @@ IMAGE = Proof(
         Claim(
             "ttur",
             "Five critic updates per student update beat one at the same number of student updates",
-            "Table 3, App. C", "fd", "dmd2", "<=", 0.95, "one-critic-update",
+            "Table 3, App. C",
+            "fd",
+            "dmd2",
+            "<=",
+            0.95,
+            "one-critic-update",
         ),
-        Claim("matching-beats-gan", "Distribution matching with GAN beats the GAN alone, without a teacher", "Table 3", "fd", "dmd2", "<=", 0.9, "gan-only"),
+        Claim(
+            "matching-beats-gan",
+            "Distribution matching with GAN beats the GAN alone, without a teacher",
+            "Table 3",
+            "fd",
+            "dmd2",
+            "<=",
+            0.9,
+            "gan-only",
+        ),
         *image_claims("dmd2"),
     ),
-)  # fmt: skip
+)
 
 PROOFS = (IMAGE, MECHANISM)

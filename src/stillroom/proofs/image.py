@@ -41,7 +41,25 @@ def best_sampler() -> dict[str, Any]:
 def image_claims(name: str) -> tuple[Claim, ...]:
     """Student against the controls, and against the teacher's best many-step sampling."""
     return (
-        Claim("learns", "The one-step student beats the untouched copy of the teacher", "", "fd", name, "<=", 0.5, "untouched"),
+        Claim(
+            "learns",
+            "The one-step student beats the untouched copy of the teacher",
+            "",
+            "fd",
+            name,
+            "<=",
+            0.5,
+            "untouched",
+        ),
         Claim("teacher-1", "The student beats its teacher at one step", "", "fd", name, "<=", 0.5, "teacher-1"),
-        Claim("near-teacher", "The student's distance is at most 1.2 times that of the teacher's best many-step sampling", "", "fd", name, "<=", 1.2, "teacher"),
-    )  # fmt: skip
+        Claim(
+            "near-teacher",
+            "The student's distance is at most 1.2 times that of the teacher's best many-step sampling",
+            "",
+            "fd",
+            name,
+            "<=",
+            1.2,
+            "teacher",
+        ),
+    )

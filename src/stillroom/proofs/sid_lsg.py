@@ -9,16 +9,22 @@ POINTS = Arm(
     "none",
     "sid-lsg",
     options={
-        "t_init": 1.0, "fake_loss": "v", "condition_drop": 0.1,
+        "t_init": 1.0,
+        "fake_loss": "v",
+        "condition_drop": 0.1,
         "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
         "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
     },
     engine={
-        "steps": 1000, "batch": 256, "warmup": 50, "log_every": 50,
+        "steps": 1000,
+        "batch": 256,
+        "warmup": 50,
+        "log_every": 50,
         "optim": {"generator": {"lr": 2e-4}, "critic": {"lr": 1e-3}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+        "export": "ema",
     },
-)  # fmt: skip
+)
 
 MECHANISM = Proof(
     "sid-lsg",
@@ -33,16 +39,75 @@ MECHANISM = Proof(
         POINTS.with_("shuffled-teacher", teacher="shuffled"),
     ),
     claims=(
-        Claim("unguided-accuracy-low", "Without guidance the class accuracy is the data's (0.841) and not more than 0.03 above", "2404.04057", "accuracy", "none", "<=", bound=0.871),
-        Claim("unguided-accuracy-high", "... and not more than 0.03 below", "2404.04057", "accuracy", "none", ">=", bound=0.811),
-        Claim("zero-cfg", "Zero-CFG reaches an accuracy of 0.97 with no guidance on the teacher", "2505.12674", "accuracy", "zero-cfg", ">=", bound=0.97),
+        Claim(
+            "unguided-accuracy-low",
+            "Without guidance the class accuracy is the data's (0.841) and not more than 0.03 above",
+            "2404.04057",
+            "accuracy",
+            "none",
+            "<=",
+            bound=0.871,
+        ),
+        Claim(
+            "unguided-accuracy-high",
+            "... and not more than 0.03 below",
+            "2404.04057",
+            "accuracy",
+            "none",
+            ">=",
+            bound=0.811,
+        ),
+        Claim(
+            "zero-cfg",
+            "Zero-CFG reaches an accuracy of 0.97 with no guidance on the teacher",
+            "2505.12674",
+            "accuracy",
+            "zero-cfg",
+            ">=",
+            bound=0.97,
+        ),
         Claim("anti-cfg", "So does Anti-CFG", "2505.12674", "accuracy", "anti-cfg", ">=", bound=0.97),
-        Claim("order-1", "Zero-CFG shifts the classes further apart than no guidance", "2505.12674", "shift", "zero-cfg", ">=", 1.2, "none"),
-        Claim("order-2", "Anti-CFG shifts them further than Zero-CFG", "2505.12674", "shift", "anti-cfg", ">=", 1.05, "zero-cfg"),
-        Claim("across", "Zero-CFG leaves the other axis alone (standard deviation at least 0.9)", "2505.12674", "std_across", "zero-cfg", ">=", bound=0.9),
-        Claim("control-shuffled", "Control: a teacher that answers for the wrong class gives the wrong class", "", "accuracy", "shuffled-teacher", "<=", 0.5, "none"),
+        Claim(
+            "order-1",
+            "Zero-CFG shifts the classes further apart than no guidance",
+            "2505.12674",
+            "shift",
+            "zero-cfg",
+            ">=",
+            1.2,
+            "none",
+        ),
+        Claim(
+            "order-2",
+            "Anti-CFG shifts them further than Zero-CFG",
+            "2505.12674",
+            "shift",
+            "anti-cfg",
+            ">=",
+            1.05,
+            "zero-cfg",
+        ),
+        Claim(
+            "across",
+            "Zero-CFG leaves the other axis alone (standard deviation at least 0.9)",
+            "2505.12674",
+            "std_across",
+            "zero-cfg",
+            ">=",
+            bound=0.9,
+        ),
+        Claim(
+            "control-shuffled",
+            "Control: a teacher that answers for the wrong class gives the wrong class",
+            "",
+            "accuracy",
+            "shuffled-teacher",
+            "<=",
+            0.5,
+            "none",
+        ),
     ),
-)  # fmt: skip
+)
 
 SID = recipe_arm("sid-lsg")
 FOUR = SID.with_("sid-4-steps", options={"student_steps": 4})
@@ -52,9 +117,18 @@ IMAGE = Proof(
     "fashion",
     arms=(SID, FOUR, *image_arms(SID)),
     claims=(
-        Claim("four-steps", "Four steps beat one at the same number of updates", "2505.12674", "fd", "sid-4-steps", "<=", 0.8, "sid-lsg"),
+        Claim(
+            "four-steps",
+            "Four steps beat one at the same number of updates",
+            "2505.12674",
+            "fd",
+            "sid-4-steps",
+            "<=",
+            0.8,
+            "sid-lsg",
+        ),
         *image_claims("sid-lsg"),
     ),
-)  # fmt: skip
+)
 
 PROOFS = (IMAGE, MECHANISM)

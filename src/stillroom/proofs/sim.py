@@ -11,15 +11,23 @@ def points(name: str, lr: float, **options: object) -> Arm:
         name,
         "sim",
         options={
-            "t_init": 1.0, "c": 0.03, "fake_loss": "v", "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
-            "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0}, **options,
+            "t_init": 1.0,
+            "c": 0.03,
+            "fake_loss": "v",
+            "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
+            "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
+            **options,
         },
         engine={
-            "steps": 1000, "batch": 256, "warmup": 50, "log_every": 50,
+            "steps": 1000,
+            "batch": 256,
+            "warmup": 50,
+            "log_every": 50,
             "optim": {"generator": {"lr": lr, "name": "sgd", "betas": [0.0, 0.0]}, "critic": {"lr": 1e-3}},
-            "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
+            "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+            "export": "ema",
         },
-    )  # fmt: skip
+    )
 
 
 ADAM = {"optim": {"generator": {"lr": 1e-4, "name": "adam", "betas": [0.0, 0.999]}}}
@@ -41,13 +49,58 @@ MECHANISM = Proof(
         MAIN.with_("frozen-critic", engine={"optim": {"critic": {"lr": 0.0}}}),
     ),
     claims=(
-        Claim("robust-0.01", "With plain SGD at learning rate 0.01 Pseudo-Huber beats the raw squared score distance", "section 4", "ced", "huber-sgd-0.01", "<=", 0.8, "raw-l2-sgd-0.01"),
-        Claim("robust-0.1", "The same at learning rate 0.1", "section 4", "ced", "huber-sgd-0.1", "<=", 0.8, "raw-l2-sgd-0.1"),
-        Claim("learns", "The student beats the untouched copy of the teacher at one step", "", "ced", "sim", "<=", 0.5, "untouched"),
-        Claim("control-shuffled", "Control: a teacher that answers for the wrong class ruins the student", "", "ced", "shuffled-teacher", ">=", 5.0, "sim"),
-        Claim("control-critic", "Control: without a learning fake score the student is far worse", "", "ced", "frozen-critic", ">=", 2.0, "sim"),
+        Claim(
+            "robust-0.01",
+            "With plain SGD at learning rate 0.01 Pseudo-Huber beats the raw squared score distance",
+            "section 4",
+            "ced",
+            "huber-sgd-0.01",
+            "<=",
+            0.8,
+            "raw-l2-sgd-0.01",
+        ),
+        Claim(
+            "robust-0.1",
+            "The same at learning rate 0.1",
+            "section 4",
+            "ced",
+            "huber-sgd-0.1",
+            "<=",
+            0.8,
+            "raw-l2-sgd-0.1",
+        ),
+        Claim(
+            "learns",
+            "The student beats the untouched copy of the teacher at one step",
+            "",
+            "ced",
+            "sim",
+            "<=",
+            0.5,
+            "untouched",
+        ),
+        Claim(
+            "control-shuffled",
+            "Control: a teacher that answers for the wrong class ruins the student",
+            "",
+            "ced",
+            "shuffled-teacher",
+            ">=",
+            5.0,
+            "sim",
+        ),
+        Claim(
+            "control-critic",
+            "Control: without a learning fake score the student is far worse",
+            "",
+            "ced",
+            "frozen-critic",
+            ">=",
+            2.0,
+            "sim",
+        ),
     ),
-)  # fmt: skip
+)
 
 SIM = recipe_arm("sim")
 FAST = {"optim": {"generator": {"lr": 5 * SIM.engine["optim"]["generator"]["lr"]}}}
@@ -62,9 +115,18 @@ IMAGE = Proof(
         *image_arms(SIM),
     ),
     claims=(
-        Claim("robust", "At five times the learning rate Pseudo-Huber beats the raw squared score distance", "section 4", "fd", "huber-5x-lr", "<=", 0.8, "raw-l2-5x-lr"),
+        Claim(
+            "robust",
+            "At five times the learning rate Pseudo-Huber beats the raw squared score distance",
+            "section 4",
+            "fd",
+            "huber-5x-lr",
+            "<=",
+            0.8,
+            "raw-l2-5x-lr",
+        ),
         *image_claims("sim"),
     ),
-)  # fmt: skip
+)
 
 PROOFS = (IMAGE, MECHANISM)

@@ -10,11 +10,15 @@ POINTS = Arm(
     "swiftbrush",
     options={"rank": 32, "lora_alpha": 32.0, "guidance": 1.0, "fake_guidance": 1.0, "condition_drop": 0.0},
     engine={
-        "steps": 1000, "batch": 256, "warmup": 50, "log_every": 50,
+        "steps": 1000,
+        "batch": 256,
+        "warmup": 50,
+        "log_every": 50,
         "optim": {"generator": {"lr": 1e-4, "clip_norm": 0.0}, "critic": {"lr": 3e-3, "clip_norm": 0.0}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+        "export": "ema",
     },
-)  # fmt: skip
+)
 
 MECHANISM = Proof(
     "swiftbrush",
@@ -30,15 +34,76 @@ MECHANISM = Proof(
         POINTS.with_("shuffled-teacher", teacher="shuffled"),
     ),
     claims=(
-        Claim("not-collapsed", "The spread within a class stays at least 0.8 of the data's", "section 3.2", "class_std", "swiftbrush", ">=", bound=0.8),
-        Claim("sds-collapses", "Without the learned fake score (SDS) the spread collapses below 0.3", "section 3.2", "class_std", "sds", "<=", bound=0.3),
-        Claim("vsd-beats-sds", "VSD with a LoRA fake score is closer to the data than SDS", "section 3.2", "ced", "swiftbrush", "<=", 0.5, "sds"),
-        Claim("lora-suffices", "A LoRA fake score is at most twice as far from the data as a full copy", "section 3.2", "ced", "swiftbrush", "<=", 2.0, "full-copy"),
-        Claim("reparametrisation", "Reading x0 through the re-parametrisation beats taking the raw output as x0", "section 3.3", "ced", "reparametrised-short", "<=", 0.8, "raw-output"),
-        Claim("learns", "The student beats the untouched copy of the teacher at one step", "", "ced", "swiftbrush", "<=", 0.7, "untouched"),
-        Claim("control-shuffled", "Control: a teacher that answers for the wrong class ruins the student", "", "ced", "shuffled-teacher", ">=", 5.0, "swiftbrush"),
+        Claim(
+            "not-collapsed",
+            "The spread within a class stays at least 0.8 of the data's",
+            "section 3.2",
+            "class_std",
+            "swiftbrush",
+            ">=",
+            bound=0.8,
+        ),
+        Claim(
+            "sds-collapses",
+            "Without the learned fake score (SDS) the spread collapses below 0.3",
+            "section 3.2",
+            "class_std",
+            "sds",
+            "<=",
+            bound=0.3,
+        ),
+        Claim(
+            "vsd-beats-sds",
+            "VSD with a LoRA fake score is closer to the data than SDS",
+            "section 3.2",
+            "ced",
+            "swiftbrush",
+            "<=",
+            0.5,
+            "sds",
+        ),
+        Claim(
+            "lora-suffices",
+            "A LoRA fake score is at most twice as far from the data as a full copy",
+            "section 3.2",
+            "ced",
+            "swiftbrush",
+            "<=",
+            2.0,
+            "full-copy",
+        ),
+        Claim(
+            "reparametrisation",
+            "Reading x0 through the re-parametrisation beats taking the raw output as x0",
+            "section 3.3",
+            "ced",
+            "reparametrised-short",
+            "<=",
+            0.8,
+            "raw-output",
+        ),
+        Claim(
+            "learns",
+            "The student beats the untouched copy of the teacher at one step",
+            "",
+            "ced",
+            "swiftbrush",
+            "<=",
+            0.7,
+            "untouched",
+        ),
+        Claim(
+            "control-shuffled",
+            "Control: a teacher that answers for the wrong class ruins the student",
+            "",
+            "ced",
+            "shuffled-teacher",
+            ">=",
+            5.0,
+            "swiftbrush",
+        ),
     ),
-)  # fmt: skip
+)
 
 SWIFTBRUSH = recipe_arm("swiftbrush")
 IMAGE = Proof(
@@ -47,10 +112,27 @@ IMAGE = Proof(
     "fashion",
     arms=(SWIFTBRUSH, SWIFTBRUSH.with_("sds", options={"score": "sds"}), *image_arms(SWIFTBRUSH)),
     claims=(
-        Claim("vsd-beats-sds", "VSD with a LoRA fake score is at most half as far from real images as SDS", "section 3.2", "fd", "swiftbrush", "<=", 0.5, "sds"),
-        Claim("class", "The student draws the class it is asked for", "Table 1", "class_agreement", "swiftbrush", ">=", bound=0.85),
+        Claim(
+            "vsd-beats-sds",
+            "VSD with a LoRA fake score is at most half as far from real images as SDS",
+            "section 3.2",
+            "fd",
+            "swiftbrush",
+            "<=",
+            0.5,
+            "sds",
+        ),
+        Claim(
+            "class",
+            "The student draws the class it is asked for",
+            "Table 1",
+            "class_agreement",
+            "swiftbrush",
+            ">=",
+            bound=0.85,
+        ),
         *image_claims("swiftbrush"),
     ),
-)  # fmt: skip
+)
 
 PROOFS = (IMAGE, MECHANISM)

@@ -9,16 +9,25 @@ POINTS = Arm(
     "uni-instruct",
     "uni-instruct",
     options={
-        "divergence": "jeffreys", "gan_head": "mlp", "gan_weight": 0.01, "critic_gan_weight": 1.0, "t_init": 1.0,
-        "fake_loss": "v", "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
+        "divergence": "jeffreys",
+        "gan_head": "mlp",
+        "gan_weight": 0.01,
+        "critic_gan_weight": 1.0,
+        "t_init": 1.0,
+        "fake_loss": "v",
+        "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
         "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
     },
     engine={
-        "steps": 1000, "batch": 256, "warmup": 50, "log_every": 50,
+        "steps": 1000,
+        "batch": 256,
+        "warmup": 50,
+        "log_every": 50,
         "optim": {"generator": {"lr": 2e-4}, "critic": {"lr": 1e-3}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}], "export": "ema",
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+        "export": "ema",
     },
-)  # fmt: skip
+)
 PLAIN = {"divergence": "reverse_kl", "gan_weight": 0.0}
 
 MECHANISM = Proof(
@@ -34,13 +43,58 @@ MECHANISM = Proof(
         POINTS.with_("shuffled-teacher", teacher="shuffled"),
     ),
     claims=(
-        Claim("gan", "Jeffreys with GAN beats reverse KL without GAN", "ablation, CIFAR-10", "ced", "uni-instruct", "<=", 0.95, "reverse-kl-no-gan"),
-        Claim("good-family", "Forward KL is as good as Jeffreys within a quarter", "ablation, CIFAR-10", "ced", "forward-kl", "<=", 1.25, "uni-instruct"),
-        Claim("chi2-worse", "The chi-squared divergence is worse than Jeffreys", "ablation, CIFAR-10", "ced", "chi2", ">=", 1.0, "uni-instruct"),
-        Claim("learns", "The student beats the untouched copy of the teacher at one step", "", "ced", "uni-instruct", "<=", 0.5, "untouched"),
-        Claim("control-shuffled", "Control: a teacher that answers for the wrong class ruins the student", "", "ced", "shuffled-teacher", ">=", 5.0, "uni-instruct"),
+        Claim(
+            "gan",
+            "Jeffreys with GAN beats reverse KL without GAN",
+            "ablation, CIFAR-10",
+            "ced",
+            "uni-instruct",
+            "<=",
+            0.95,
+            "reverse-kl-no-gan",
+        ),
+        Claim(
+            "good-family",
+            "Forward KL is as good as Jeffreys within a quarter",
+            "ablation, CIFAR-10",
+            "ced",
+            "forward-kl",
+            "<=",
+            1.25,
+            "uni-instruct",
+        ),
+        Claim(
+            "chi2-worse",
+            "The chi-squared divergence is worse than Jeffreys",
+            "ablation, CIFAR-10",
+            "ced",
+            "chi2",
+            ">=",
+            1.0,
+            "uni-instruct",
+        ),
+        Claim(
+            "learns",
+            "The student beats the untouched copy of the teacher at one step",
+            "",
+            "ced",
+            "uni-instruct",
+            "<=",
+            0.5,
+            "untouched",
+        ),
+        Claim(
+            "control-shuffled",
+            "Control: a teacher that answers for the wrong class ruins the student",
+            "",
+            "ced",
+            "shuffled-teacher",
+            ">=",
+            5.0,
+            "uni-instruct",
+        ),
     ),
-)  # fmt: skip
+)
 
 UNI = recipe_arm("uni-instruct")
 IMAGE = Proof(
@@ -49,9 +103,18 @@ IMAGE = Proof(
     "fashion",
     arms=(UNI, recipe_arm("sid-lsg"), *image_arms(UNI)),
     claims=(
-        Claim("gan", "Jeffreys with GAN beats reverse KL without GAN (which is SiD at alpha = 1)", "ablation, CIFAR-10", "fd", "uni-instruct", "<=", 0.95, "sid-lsg"),
+        Claim(
+            "gan",
+            "Jeffreys with GAN beats reverse KL without GAN (which is SiD at alpha = 1)",
+            "ablation, CIFAR-10",
+            "fd",
+            "uni-instruct",
+            "<=",
+            0.95,
+            "sid-lsg",
+        ),
         *image_claims("uni-instruct"),
     ),
-)  # fmt: skip
+)
 
 PROOFS = (IMAGE, MECHANISM)
