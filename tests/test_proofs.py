@@ -1,4 +1,4 @@
-"""Proofs: verdicts are the stated inequality over all seeds, equal arms share a run, and every shipped proof is sound."""
+"""Proofs: verdicts are the stated inequality over all seeds, equal arms share a run, shipped proofs are sound."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ MECHANISM = Proof(
     claims=(
         Claim(
             "ttur",
-            "Five critic updates per student update beat one at the same number of student updates (300), without pairs",
+            "Five critic updates per student update beat one at equal student updates (300), without pairs",
             "Table 3, App. C",
             "ced",
             "dmd2",
@@ -110,7 +110,7 @@ MECHANISM = Proof(
             "dmd2",
         ),
     ),
-    note="On points the teacher is nearly exact, so the paper's claim that the GAN repairs teacher error cannot show here.",
+    note="On points the teacher is nearly exact, so that the GAN repairs teacher error cannot show here.",
 )
 
 DMD2 = recipe_arm("dmd2")

@@ -1,4 +1,4 @@
-"""What all image-level proofs of score distillation share: the recipe's own arm, the controls, and the claims on them."""
+"""What all image-level proofs of score distillation share: the recipe's own arm, the controls, their claims."""
 
 from __future__ import annotations
 
