@@ -454,7 +454,10 @@ def test_uni_instruct_s_stages_start_with_the_critics_alone() -> None:
 
 
 def test_uni_instruct_warms_up_as_reverse_kl_without_a_gan() -> None:
-    method, plain = build("uni-instruct"), build("uni-instruct", divergence="reverse_kl", gan_weight=0.0)
+    method, plain = (
+        build("uni-instruct", divergence="js"),
+        build("uni-instruct", divergence="reverse_kl", gan_weight=0.0),
+    )
     method.stage = method.stages()[1]
     warm = play(method, "generator", batch())
     assert warm.keys() == {"score"}
