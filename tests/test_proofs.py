@@ -13,7 +13,7 @@ import torch
 from stillroom.errors import UserError
 from stillroom.proofs import get_proofs, proofs
 from stillroom.proofs.base import Arm, Claim, Proof, merge
-from stillroom.proofs.runner import arm_file, options_of, prove, run_arm, table, write_result
+from stillroom.proofs.runner import arm_file, options_of, prove, read_arm, run_arm, table, to_json, write_result
 from stillroom.proofs.worlds import get_world, shuffle
 
 LESS = Claim("less", "left is at most half of right", "", "ced", "a", "<=", 0.5, "b")
@@ -121,6 +121,13 @@ def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> Non
     assert result["claims"][0]["arms"]["sim"]["mean"] == pytest.approx(0.01)
     assert json.loads((tmp_path / "sim.json").read_text()) == result
     assert table(result)[0][0] == "learns"
+
+
+def test_results_are_strict_json_and_a_diverged_arm_reads_back_as_infinite(tmp_path: Path) -> None:
+    file = tmp_path / "arm.json"
+    file.write_text(to_json({"scores": {"ced": math.inf}, "cost": {"steps": 3}}))
+    assert "Infinity" not in file.read_text()
+    assert read_arm(file)["scores"]["ced"] == math.inf
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:

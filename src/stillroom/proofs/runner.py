@@ -107,7 +107,7 @@ def _work(arm: Arm, world: str, seed: int, out: Path) -> tuple[str, int, float]:
     result |= {"arm": arm.name, "world": world, "seed": seed, "commit": commit(), "machine": machine()}
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.write_text(to_json(result))
     aside.replace(out)
     return arm.name, seed, time.perf_counter() - started
 
@@ -164,7 +164,7 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
             files = [arm_file(results, proof, arm, seed) for seed in seeds]
             hashes += [f.stem for f in files]
             if all(f.exists() for f in files):
-                measured[arm.name] = [json.loads(f.read_text()) for f in files]
+                measured[arm.name] = [read_arm(f) for f in files]
         if not measured:
             continue
         floors[proof.level] = {"world": proof.world, **get_world(proof.world).floor()}
@@ -189,8 +189,28 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
         "claims": claims,
     }
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / f"{slug}.json").write_text(to_json(result))
     return result
+
+
+def to_json(tree: Any) -> str:
+    """Strict JSON: the scores of a diverged training, which are infinite, are written as null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(tree), indent=1, allow_nan=False) + "\n"
+
+
+def read_arm(file: Path) -> dict[str, Any]:
+    """A measured arm; null scores are infinite again, so that a diverged arm loses every comparison."""
+    run = json.loads(file.read_text())
+    run["scores"] = {key: math.inf if value is None else value for key, value in run["scores"].items()}
+    return run
 
 
 def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
