@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.points import control_claims, engine, frozen_critic_claim
 
 POINTS = Arm(
     "dmd2",
     "dmd2",
     options={"critic_turns": 5, "gan_weight": 0.0, "t_init": 1.0, "fake_loss": "v"},
-    engine={
-        "steps": 1500,
-        "batch": 256,
-        "warmup": 50,
-        "log_every": 50,
-        "optim": {"all": {"lr": 5e-4, "weight_decay": 0.0}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
-        "export": "ema",
-    },
+    engine=engine(1500, all={"lr": 5e-4, "weight_decay": 0.0}),
 )
 EVERY_STEP = {"critic_turns": 1}
 FOUR = POINTS.with_("simulated-4", options={"student_steps": 4}, engine={"steps": 1500, "optim": {"all": {"lr": 1e-4}}})
@@ -79,36 +72,8 @@ MECHANISM = Proof(
             1.0,
             "noised-data-4",
         ),
-        Claim(
-            "learns",
-            "The student beats the untouched copy of the teacher at one step",
-            "",
-            "ced",
-            "dmd2",
-            "<=",
-            0.5,
-            "untouched",
-        ),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            5.0,
-            "dmd2",
-        ),
-        Claim(
-            "control-critic",
-            "Control: without a learning fake score the student is far worse",
-            "",
-            "ced",
-            "frozen-critic",
-            ">=",
-            2.0,
-            "dmd2",
-        ),
+        *control_claims("dmd2"),
+        frozen_critic_claim("dmd2"),
     ),
     note="On points the teacher is nearly exact, so that the GAN repairs teacher error cannot show here.",
 )

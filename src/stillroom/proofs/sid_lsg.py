@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.points import TIMES, engine
 
 POINTS = Arm(
     "none",
@@ -12,18 +13,9 @@ POINTS = Arm(
         "t_init": 1.0,
         "fake_loss": "v",
         "condition_drop": 0.1,
-        "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
-        "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
+        **TIMES,
     },
-    engine={
-        "steps": 1000,
-        "batch": 256,
-        "warmup": 50,
-        "log_every": 50,
-        "optim": {"generator": {"lr": 2e-4}, "critic": {"lr": 1e-3}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
-        "export": "ema",
-    },
+    engine=engine(1000, generator={"lr": 2e-4}, critic={"lr": 1e-3}),
 )
 
 MECHANISM = Proof(

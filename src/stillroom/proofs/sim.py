@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.points import TIMES, control_claims, engine, frozen_critic_claim
 
 
 def points(name: str, lr: float, **options: object) -> Arm:
@@ -14,19 +15,10 @@ def points(name: str, lr: float, **options: object) -> Arm:
             "t_init": 1.0,
             "c": 0.03,
             "fake_loss": "v",
-            "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
-            "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
+            **TIMES,
             **options,
         },
-        engine={
-            "steps": 1000,
-            "batch": 256,
-            "warmup": 50,
-            "log_every": 50,
-            "optim": {"generator": {"lr": lr, "name": "sgd", "betas": [0.0, 0.0]}, "critic": {"lr": 1e-3}},
-            "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
-            "export": "ema",
-        },
+        engine=engine(1000, generator={"lr": lr, "name": "sgd", "betas": [0.0, 0.0]}, critic={"lr": 1e-3}),
     )
 
 
@@ -69,36 +61,8 @@ MECHANISM = Proof(
             0.8,
             "raw-l2-sgd-0.1",
         ),
-        Claim(
-            "learns",
-            "The student beats the untouched copy of the teacher at one step",
-            "",
-            "ced",
-            "sim",
-            "<=",
-            0.5,
-            "untouched",
-        ),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            5.0,
-            "sim",
-        ),
-        Claim(
-            "control-critic",
-            "Control: without a learning fake score the student is far worse",
-            "",
-            "ced",
-            "frozen-critic",
-            ">=",
-            2.0,
-            "sim",
-        ),
+        *control_claims("sim"),
+        frozen_critic_claim("sim"),
     ),
 )
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.points import control_claims, engine
 
 POINTS = Arm(
     "swiftbrush",
     "swiftbrush",
     options={"rank": 32, "lora_alpha": 32.0, "guidance": 1.0, "fake_guidance": 1.0, "condition_drop": 0.0},
-    engine={
-        "steps": 1000,
-        "batch": 256,
-        "warmup": 50,
-        "log_every": 50,
-        "optim": {"generator": {"lr": 1e-4, "clip_norm": 0.0}, "critic": {"lr": 3e-3, "clip_norm": 0.0}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
-        "export": "ema",
-    },
+    engine=engine(1000, generator={"lr": 1e-4, "clip_norm": 0.0}, critic={"lr": 3e-3, "clip_norm": 0.0}),
 )
 
 MECHANISM = Proof(
@@ -82,26 +75,7 @@ MECHANISM = Proof(
             0.8,
             "raw-output",
         ),
-        Claim(
-            "learns",
-            "The student beats the untouched copy of the teacher at one step",
-            "",
-            "ced",
-            "swiftbrush",
-            "<=",
-            0.7,
-            "untouched",
-        ),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            5.0,
-            "swiftbrush",
-        ),
+        *control_claims("swiftbrush", learns=0.7),
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.points import TIMES, control_claims, engine
 
 POINTS = Arm(
     "uni-instruct",
@@ -15,18 +16,9 @@ POINTS = Arm(
         "critic_gan_weight": 1.0,
         "t_init": 1.0,
         "fake_loss": "v",
-        "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
-        "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
+        **TIMES,
     },
-    engine={
-        "steps": 1000,
-        "batch": 256,
-        "warmup": 50,
-        "log_every": 50,
-        "optim": {"generator": {"lr": 2e-4}, "critic": {"lr": 1e-3}},
-        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
-        "export": "ema",
-    },
+    engine=engine(1000, generator={"lr": 2e-4}, critic={"lr": 1e-3}),
 )
 PLAIN = {"divergence": "reverse_kl", "gan_weight": 0.0}
 
@@ -73,26 +65,7 @@ MECHANISM = Proof(
             1.0,
             "uni-instruct",
         ),
-        Claim(
-            "learns",
-            "The student beats the untouched copy of the teacher at one step",
-            "",
-            "ced",
-            "uni-instruct",
-            "<=",
-            0.5,
-            "untouched",
-        ),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            5.0,
-            "uni-instruct",
-        ),
+        *control_claims("uni-instruct"),
     ),
 )
 

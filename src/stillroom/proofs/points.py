@@ -1,0 +1,50 @@
+"""What the mechanism-level proofs on points share: engine settings, time laws, and the claims on the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stillroom.proofs.base import Claim
+
+TIMES = {
+    "generator_times": {"law": "uniform", "low": 0.02, "high": 0.98},
+    "critic_times": {"law": "uniform", "low": 0.0, "high": 1.0},
+}
+
+
+def engine(steps: int, **optim: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch 256, a short warm-up and a fast average; ``optim`` by turn."""
+    return {
+        "steps": steps,
+        "batch": 256,
+        "warmup": 50,
+        "log_every": 50,
+        "optim": optim,
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+        "export": "ema",
+    }
+
+
+def control_claims(name: str, learns: float = 0.5) -> tuple[Claim, ...]:
+    """The student against the untouched copy, and the shuffled teacher that must ruin it."""
+    shuffled = "Control: a teacher that answers for the wrong class ruins the student"
+    return (
+        Claim(
+            "learns",
+            "The student beats the untouched copy of the teacher at one step",
+            "",
+            "ced",
+            name,
+            "<=",
+            learns,
+            "untouched",
+        ),
+        Claim("control-shuffled", shuffled, "", "ced", "shuffled-teacher", ">=", 5.0, name),
+    )
+
+
+def frozen_critic_claim(name: str) -> Claim:
+    """The second control of methods that run it: a fake score that does not learn."""
+    statement = "Control: without a learning fake score the student is far worse"
+    return Claim("control-critic", statement, "", "ced", "frozen-critic", ">=", 2.0, name)
