@@ -38,8 +38,8 @@ class UniInstruct(Method):
 
     Departures: the ratio is exp(logit), not the scaled adversarial loss of the released code (which is about +-1), and
     its gradient is kept by default, since detaching it makes all but reverse_kl wrong. The GAN's weight of 0.01 stands
-    against a score loss of weight 1 (in the released code against 100), and gradients are not clipped by value unless the
-    recipe says so (``clip_value: 1`` there).
+    against a score loss of weight 1 (in the released code against 100), and gradients are not clipped by value unless
+    the recipe says so (``clip_value: 1`` there).
     """
 
     @dataclass
