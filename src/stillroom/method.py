@@ -89,11 +89,19 @@ class Turn:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps, normalised)."""
+    """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps, normalised).
+
+    data: the part of the data that the stage reads (``data.parts[name]``); empty: the data itself.
+    lr: factor on the learning rate of every turn. own_schedule: warm-up and schedule run over this stage alone, not over
+    the whole run.
+    """
 
     name: str
     turns: tuple[str, ...] | None = None  # None: every turn of the method
     share: float = 1.0
+    data: str = ""
+    lr: float = 1.0
+    own_schedule: bool = False
 
 
 def turn(trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Optim()) -> Callable[[Callable], Callable]:
@@ -178,6 +186,10 @@ class Method(nn.Module):
 
     def stages(self) -> tuple[Stage, ...]:
         return (Stage("train"),)
+
+    def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
+        """Called when a stage begins, and with ``resumed`` when a run goes on inside it, its weights restored: to take a
+        reference copy, to draw samples of the student as it stands. Must give the same either way. Default: nothing."""
 
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""

@@ -30,7 +30,8 @@ from stillroom.method import Batch, Draws, Method, Stage, nearest
 
 
 class Data(Protocol):
-    """Where batches come from: a pure function of (seed, step), of which a process asks for its own ``rows``."""
+    """Where batches come from: a pure function of (seed, step), of which a process asks for its own ``rows``. Data with
+    ``parts`` (name -> data of the same kind) serves stages that read one of them."""
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> Batch: ...
 
@@ -86,6 +87,7 @@ class Trainer:
         self._saved: int | None = None
         self._stop = StopRequest()
         self._focused: Player | None = None
+        self._entered: int | None = None  # the stage that the method has been told of
         self._split_batch()
         self._check_names()
         self._prepare_method()
@@ -152,6 +154,7 @@ class Trainer:
                 )
         self.stages = m.stages()
         self._bounds = stage_bounds(self.stages, c.steps)
+        self._sources = [self._source(stage) for stage in self.stages]
         names = {id(p): name for name, p in m.named_parameters()}
         self.players = {
             turn.name: Player(m, turn, index, resolve_optim(turn, c.optim), names)
@@ -169,6 +172,19 @@ class Trainer:
                 player.runner = Sharded(m, player.turn)
             elif self.world.size > 1:
                 player.runner = DataParallel(m, player.turn, player.trained)
+
+    def _source(self, stage: Stage) -> Data:
+        """What the stage reads: the data, or the part of it that the stage names."""
+        if not stage.data:
+            return self.data
+        parts: Mapping[str, Data] = getattr(self.data, "parts", {})
+        if stage.data not in parts:
+            raise UserError(
+                f"stage {stage.name!r} of {self.method.slug!r} reads the data's part {stage.data!r}"
+                f"{nearest(stage.data, parts)}, which is not there",
+                cure=f"its parts: {', '.join(parts)}" if parts else "give data with that part",
+            )
+        return parts[stage.data]
 
     def _modes_of(self, player: Player) -> dict[nn.Module, bool]:
         """The modes that the modules themselves choose when the turn's roles are told to train."""
@@ -204,10 +220,12 @@ class Trainer:
 
     def _one_step(self) -> None:
         c, m, step = self.config, self.method, self.step
-        index = next(i for i, (_, end) in enumerate(self._bounds) if step < end)
-        stage, start = self.stages[index], self._bounds[index][0]
+        index = self._stage_at(step)
+        stage, start, data = self.stages[index], self._bounds[index][0], self._sources[index]
         m.step, m.progress, m.stage = step, step / c.steps, stage
-        batches = [self._to_device(self.data.batch(c.seed, step, c.batch, rows)) for rows in self._rows]
+        if index != self._entered:
+            self._enter(index, resumed=step > start)
+        batches = [self._to_device(data.batch(c.seed, step, c.batch, rows)) for rows in self._rows]
         shared: list[dict[str, Any]] = [{} for _ in batches]
         losses: dict[str, Tensor] = {}
         for player in self.players.values():
@@ -229,6 +247,18 @@ class Trainer:
             raise Interrupted(
                 f"stopped after step {self.step}" + (", which is saved" if self.run_dir is not None else "")
             )
+
+    def _stage_at(self, step: int) -> int:
+        return next(i for i, (_, end) in enumerate(self._bounds) if step < end)
+
+    def _enter(self, index: int, resumed: bool) -> None:
+        """Let the method prepare a stage. Its draws follow from the stage alone, so a resumed run makes the same."""
+        self._entered = index
+        self._focused = None  # the method may put its networks into other modes
+        self._seed(self.method, -1, -2 - index, 0)
+        self.method.eval()
+        self.method.requires_grad_(False)
+        self.method.enter(self.stages[index], self._sources[index], resumed)
 
     def _take_turn(self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]) -> dict[str, Tensor]:
         c, m, step = self.config, self.method, self.step
@@ -262,7 +292,10 @@ class Trainer:
         return losses
 
     def _learning_rate_factor(self, step: int) -> float:
-        return learning_rate_factor(step, self.config.steps, self.config.warmup, self.config.schedule)
+        c, index = self.config, self._stage_at(step)
+        stage = self.stages[index]
+        start, end = self._bounds[index] if stage.own_schedule else (0, c.steps)
+        return stage.lr * learning_rate_factor(step - start, end - start, c.warmup, c.schedule)
 
     def _next_row(self, step: int) -> int:
         """Steps done when the next row of metrics is written, seen from inside ``step``."""
