@@ -136,3 +136,23 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="distinct seeds"):
         prove(["sim"], seeds=(1, 1), results=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_arm_starts_from_what_another_ended_with(
+    short: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
+    world = get_world("ring")
+    still = short.with_("still", engine={"steps": 0}, after=short)
+    assert run_arm(still, world, seed=1)["scores"] == run_arm(short, world, seed=1)["scores"]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    longer = short.with_("longer", after=short)
+    assert run_arm(longer, world, seed=1)["scores"] != run_arm(still, world, seed=1)["scores"]
+    assert longer.key("ring", 1) != short.key("ring", 1)
+    renamed = short.with_("longer", after=short.with_("another name"))
+    assert renamed.key("ring", 1) == longer.key("ring", 1)
+
+
+def test_a_world_with_one_set_of_data_refuses_others(short: Arm) -> None:
+    with pytest.raises(UserError, match="not images"):
+        run_arm(short.with_("other", data={"images": 5}), get_world("ring"), seed=0)

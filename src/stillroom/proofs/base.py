@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Level = Literal["mechanism", "image"]
@@ -20,7 +20,8 @@ class Arm:
     options, engine: of the method's ``Options`` and of ``EngineConfig``.
     lora: roles that become adapters.
     teacher: ``shuffled`` answers for the wrong class, the control that must fail.
-    start: parts of the world that the arm's networks start without (``missing classes`` worlds), see worlds.
+    data: what the arm learns from, in the words of its world; empty: the world's own data.
+    after: the arm whose finished student this one starts from, trained first at the same seed.
     """
 
     name: str
@@ -30,19 +31,31 @@ class Arm:
     lora: Mapping[str, Any] = field(default_factory=dict)
     teacher: TeacherKind = "bench"
     sampler: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    after: Arm | None = None
 
     def with_(self, name: str, **changes: Any) -> Arm:
-        """A variation: ``options``, ``engine`` and ``lora`` are merged key by key, other fields replaced."""
-        values = {f: getattr(self, f) for f in ("method", "options", "engine", "lora", "teacher", "sampler")}
+        """A variation: mappings (``options``, ``engine``, ...) are merged key by key, other fields replaced."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         for key, value in changes.items():
             values[key] = merge(values[key], value) if isinstance(value, Mapping) else value
         return Arm(name, **values)
 
     def key(self, world: str, seed: int) -> str:
         """Content hash of everything that determines the result; equal arms of two proofs share one run."""
-        tree = {**asdict(self), "world": world, "seed": seed}
-        del tree["name"]
+        tree = {**self.content(), "world": world, "seed": seed}
         return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def content(self) -> dict[str, Any]:
+        """All that determines the result, of the arm it starts from too; the name does not."""
+        tree = asdict(self)
+        del tree["name"]
+        for optional in ("data", "after"):  # left out where unused, so that older results keep their keys
+            if not tree[optional]:
+                del tree[optional]
+        if self.after is not None:
+            tree["after"] = self.after.content()
+        return tree
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

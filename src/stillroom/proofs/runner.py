@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -17,15 +18,15 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import sampler_from_dict
+from stillroom.bench.fashion import cache_folder
+from stillroom.diffusion.sampling import Sampler, sampler_from_dict
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.evaluation.cost import latency, parameters
 from stillroom.method import get_method
-from stillroom.models.lora import LoraDenoiser
 from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.worlds import World, get_world, shuffle
@@ -39,47 +40,71 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
 
     A training that diverges is a result too: its scores are infinite and ``diverged`` says where.
     """
+    try:
+        network, sampler, facts = train_arm(arm, world, seed)
+    except TrainingDiverged as error:
+        steps = int(arm.engine.get("steps", 0))
+        nothing = dict.fromkeys(world.metrics, math.inf)
+        return {"scores": nothing, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
+    generator = world.generator(network.eval(), sampler)
+    scores = world.score(generator, seed)
+    speed = latency(lambda _: world.draw(generator, 1), batches=(1,))[0]
+    cost = {
+        "seconds": facts["seconds"],
+        "steps": facts["steps"],
+        "nfe": sampler.nfe,
+        "params": parameters(getattr(network, "network", network)),
+        "latency_ms": round(speed.median_ms, 3),
+    }
+    return {"scores": scores, "cost": cost, "health": facts["health"]}
+
+
+def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, dict[str, Any]]:
+    """The arm's finished network, how it is sampled, and ``seconds``, ``steps``, ``health`` of its training.
+
+    Raises TrainingDiverged.
+    """
     started = time.perf_counter()
+    facts: dict[str, Any] = {"steps": 0, "health": {}}
     teacher = world.teacher()
-    curves: dict[str, list[float]] = {}
     if not arm.method:
-        denoiser, sampler, steps = teacher, sampler_from_dict(dict(arm.sampler)), 0
+        network, sampler = teacher, sampler_from_dict(dict(arm.sampler))
     else:
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
         method.build(teacher)
         if arm.teacher == "shuffled":
             shuffle(method.teacher)  # type: ignore[arg-type]
+        network = method.role("student")
+        if arm.after is not None:
+            network.load_state_dict(finished_weights(arm.after, world, seed))
+            started = time.perf_counter()  # what it starts from is another arm's cost
         sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
-        steps = int(arm.engine.get("steps", 0))
-        denoiser = method.student
-        if steps:
+        if steps := int(arm.engine.get("steps", 0)):
             settings: dict[str, Any] = {**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1}
-            config = EngineConfig(**settings)
             with tempfile.TemporaryDirectory() as folder:
-                trainer = Trainer(method, world.data(), config, Path(folder))
-                try:
-                    trainer.fit()
-                except TrainingDiverged as error:
-                    nothing = dict.fromkeys(world.metrics, math.inf)
-                    return {"scores": nothing, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
-                denoiser = trainer.export_role()
-                curves = health_curves(Path(folder) / "metrics.jsonl")
-    trained = time.perf_counter() - started
-    assert isinstance(denoiser, Denoiser)
-    denoiser = denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser.eval()
-    scores = world.score(denoiser, sampler, seed)
-    label = {"label": torch.zeros(1, dtype=torch.long)}
-    noise = torch.randn(1, *denoiser.shape)
-    speed = latency(lambda _: sampler.sample(denoiser, noise, label), batches=(1,))[0]
-    cost = {
-        "seconds": round(trained, 1),
-        "steps": steps,
-        "nfe": sampler.nfe,
-        "params": parameters(denoiser.network),
-        "latency_ms": round(speed.median_ms, 3),
-    }
-    return {"scores": scores, "cost": cost, "health": curves}
+                trainer = Trainer(method, world.data(**arm.data), EngineConfig(**settings), Path(folder))
+                trainer.fit()
+                network = trainer.export_role()
+                facts = {"steps": steps, "health": health_curves(Path(folder) / "metrics.jsonl")}
+    return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def finished_weights(arm: Arm, world: World, seed: int) -> dict[str, Tensor]:
+    """The weights that ``arm`` ends with: trained once, kept in the cache for the arms that start from them."""
+    from safetensors.torch import load_file, save_file
+
+    file = cache_folder() / "proofs" / world.name / f"{arm.key(world.name, seed)}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
+        if file.exists():
+            return load_file(file)
+        network = train_arm(arm, world, seed)[0]
+        aside = file.with_suffix(f".{os.getpid()}")
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, aside)
+        aside.replace(file)
+    return load_file(file)
 
 
 def options_of(arm: Arm) -> Any:

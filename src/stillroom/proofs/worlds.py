@@ -15,6 +15,7 @@ from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
+from stillroom.models.lora import LoraDenoiser
 
 Scores = dict[str, Any]
 
@@ -25,13 +26,47 @@ class World(Protocol):
     name: str
     metrics: tuple[str, ...]
 
-    def teacher(self) -> Denoiser: ...
-    def data(self) -> ArrayData: ...
-    def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores: ...
+    def teacher(self) -> Any:
+        """What a method's ``build`` is given."""
+
+    def data(self, **wanted: Any) -> Any:
+        """What an arm learns from; ``wanted`` is the arm's own ``data``."""
+
+    def generator(self, network: Any, sampler: Sampler) -> Any:
+        """A trained network, or a teacher, with its sampler."""
+
+    def draw(self, generator: Any, n: int) -> Tensor:
+        """``n`` samples, to be timed."""
+
+    def score(self, generator: Any, seed: int) -> Scores: ...
     def floor(self) -> Scores: ...
 
 
-class PointWorld:
+class LabelWorld:
+    """A shipped denoiser that draws classes, and data in those classes."""
+
+    bench: RingBench | PairBench | FashionBench
+
+    def teacher(self) -> Denoiser:
+        return load_denoiser(self.bench.teacher_dir)
+
+    def data(self, **wanted: Any) -> ArrayData:
+        if wanted:
+            raise UserError(
+                f"this world has one set of data, not {', '.join(wanted)}", cure="leave the arm's data away"
+            )
+        return self.bench.train
+
+    def generator(self, network: Denoiser, sampler: Sampler) -> ImageGenerator:
+        return ImageGenerator(network.merged() if isinstance(network, LoraDenoiser) else network, sampler)
+
+    def draw(self, generator: ImageGenerator, n: int) -> Tensor:
+        denoiser = generator.denoiser
+        noise, label = torch.randn(n, *denoiser.shape), {"label": torch.zeros(n, dtype=torch.long)}
+        return generator.sampler.sample(denoiser, noise, label)
+
+
+class PointWorld(LabelWorld):
     """Points in the plane; the teacher is a small trained network (shipped), so students can start from its weights."""
 
     n = 4000
@@ -39,15 +74,9 @@ class PointWorld:
     metrics: tuple[str, ...]
     bench: RingBench | PairBench
 
-    def teacher(self) -> Denoiser:
-        return load_denoiser(self.bench.teacher_dir)
-
-    def data(self) -> ArrayData:
-        return self.bench.train
-
-    def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores:
+    def score(self, generator: ImageGenerator, seed: int) -> Scores:
         labels = self.bench.labels(self.n)
-        points = ImageGenerator(denoiser, sampler).sample(labels, seed=10_000 + seed, batch=self.n)
+        points = generator.sample(labels, seed=10_000 + seed, batch=self.n)
         return self.bench.score(points, labels)
 
     def floor(self) -> Scores:
@@ -74,7 +103,7 @@ class PairWorld(PointWorld):
         self.bench = PairBench()
 
 
-class FashionWorld:
+class FashionWorld(LabelWorld):
     """Class-conditional Fashion-MNIST; all image scores at N = 5,000 against the 10,000 test images."""
 
     name = "fashion"
@@ -87,15 +116,9 @@ class FashionWorld:
     def n(self) -> int:
         return min(PROOF_N, self.bench.train.n)
 
-    def teacher(self) -> Denoiser:
-        return load_denoiser(self.bench.teacher_dir)
-
-    def data(self) -> ArrayData:
-        return self.bench.train
-
-    def score(self, denoiser: Denoiser, sampler: Sampler, seed: int) -> Scores:
+    def score(self, generator: ImageGenerator, seed: int) -> Scores:
         labels = self.bench.labels(self.n)
-        images = ImageGenerator(denoiser, sampler).sample(labels, seed=10_000 + seed)
+        images = generator.sample(labels, seed=10_000 + seed)
         scores = self.bench.score(images, labels, self.n)
         return {k: v for k, v in scores.items() if isinstance(v, (int, float))}
 
