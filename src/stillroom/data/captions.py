@@ -17,7 +17,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -167,13 +167,13 @@ def _worded(meaning: Caption, phrasing: str) -> Caption:
     return dataclasses.replace(meaning, text=re.sub(r"\ba eight\b", "an eight", text))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _language(category: str) -> tuple[Caption, ...]:
     """Every caption of a category, whatever its split."""
     return tuple(_worded(meaning, p) for meaning in _meanings(category) for p in _PHRASINGS[category])
 
 
-@lru_cache(maxsize=None)
+@cache
 def all_captions(category: str, split: str = "train") -> tuple[Caption, ...]:
     """Every caption of a ``category`` in ``train`` or ``heldout``, in a fixed order. No single digit is held out."""
     _known(category, CATEGORIES, "category")
@@ -186,13 +186,13 @@ def categories(split: str = "train") -> tuple[str, ...]:
     return tuple(category for category in CATEGORIES if all_captions(category, split))
 
 
-@lru_cache(maxsize=None)
+@cache
 def vocabulary() -> tuple[str, ...]:
     """Every word of the grammar, sorted."""
     return tuple(sorted({word for text in _by_text() for word in text.split()}))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _by_text() -> dict[str, Caption]:
     return {caption.text: caption for category in CATEGORIES for caption in _language(category)}
 
@@ -274,7 +274,7 @@ def _drawn(caption: Caption, ground: float, place: float, *shades: float) -> Sce
 _FREE_COLOURS = [[c for c in range(len(COLOURS)) if (digit, c) not in HELD_COLOURS] for digit in range(10)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _places(count: int, relation: str) -> tuple[tuple[int, ...], ...]:
     """Every way to put ``count`` things into cells that has the relation."""
     return tuple(

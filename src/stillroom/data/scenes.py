@@ -1,8 +1,8 @@
 """Pictures of the scenes world: 32x32 RGB, up to four handwritten digits in six colours on quiet grounds.
 
-The digits are those of MNIST (:func:`~stillroom.data.source.load_data` ``"mnist"``), shrunk to 11..14 pixels; pictures of
-the ``test`` split are drawn with digits that no ``train`` picture holds. What is in a picture and what captions ask for
-is in :mod:`stillroom.data.captions`.
+The digits are those of MNIST (:func:`~stillroom.data.source.load_data` ``"mnist"``), shrunk to 11..14 pixels; pictures
+of the ``test`` split are drawn with digits that no ``train`` picture holds. What is in a picture and what captions ask
+for is in :mod:`stillroom.data.captions`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _rendered(scenes: Sequence[Scene], split: str, generator: torch.Generator) -
 
 @lru_cache(maxsize=2)
 def _sprites(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ink, uint8 ``[sizes, N, 16, 16]`` with each digit at the top left; the first row of each class; rows per class."""
+    """Ink, uint8 ``[sizes, N, 16, 16]``, each digit at the top left; the first row of each class; rows per class."""
     digits = load_data("mnist", split)
     order = digits.labels.argsort(stable=True)
     counts = torch.bincount(digits.labels, minlength=10)
@@ -130,7 +130,7 @@ def _sprites(split: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _boxed(image: Tensor) -> Tensor:
-    """The 20x20 pixels around the digit. MNIST's digits fill such a box, but lie in the 28x28 by their centre of mass."""
+    """The 20x20 pixels around the digit. MNIST's digits fill such a box, placed in the 28x28 by centre of mass."""
     inked = image > 0
     corner = []
     for axis in (1, 0):
