@@ -39,6 +39,19 @@ def test_a_claim_against_a_bound_needs_no_second_arm() -> None:
     assert claim.margin == "a >= 0.9"
 
 
+def test_a_claim_may_ask_for_a_difference() -> None:
+    more = Claim("more", "left is above right by 0.3", "", "all", "a", ">=", right="b", offset=0.3)
+    assert more.verdict([0.8, 0.5], [0.4, 0.2]) == "holds"
+    assert more.verdict([0.8, 0.45], [0.4, 0.2]) == "unresolved"
+    assert more.margin == "a >= b + 0.3"
+    both = Claim("both", "twice, less a bit", "", "all", "a", "<=", 2.0, "b", offset=-0.1)
+    assert both.holds(0.7, 0.4)
+    assert not both.holds(0.71, 0.4)
+    assert both.margin == "a <= 2 x b - 0.1"
+    assert LESS.margin == "a <= 0.5 x b"
+    assert Claim("same", "", "", "all", "a", "<=", right="b").margin == "a <= 1 x b"
+
+
 def test_a_claim_about_an_unknown_arm_is_refused() -> None:
     with pytest.raises(ValueError, match="no arm 'b'"):
         Proof("x", "mechanism", "ring", (Arm("a"),), (LESS,))

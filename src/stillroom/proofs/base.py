@@ -69,9 +69,10 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """``metric(left) op factor * metric(right)``, or ``metric(left) op bound`` where ``right`` is empty.
+    """``metric(left) op factor * metric(right) + offset``, or ``metric(left) op bound`` where ``right`` is empty.
 
-    paper: the place in the paper that claims it. The factor is the margin, fixed before the runs.
+    paper: the place in the paper that claims it. Factor and offset are the margin, fixed before the runs; shares are
+    compared by an offset, distances by a factor.
     """
 
     id: str
@@ -83,9 +84,10 @@ class Claim:
     factor: float = 1.0
     right: str = ""
     bound: float | None = None
+    offset: float = 0.0
 
     def holds(self, left: float, right: float | None) -> bool:
-        limit = self.bound if right is None else self.factor * right
+        limit = self.bound if right is None else self.factor * right + self.offset
         assert limit is not None
         return left <= limit if self.op == "<=" else left >= limit
 
@@ -97,7 +99,9 @@ class Claim:
     @property
     def margin(self) -> str:
         if self.right:
-            return f"{self.left} {self.op} {self.factor:g} x {self.right}"
+            times = f"{self.factor:g} x " if self.factor != 1 or not self.offset else ""
+            plus = f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
+            return f"{self.left} {self.op} {times}{self.right}{plus}"
         return f"{self.left} {self.op} {self.bound:g}"
 
 
