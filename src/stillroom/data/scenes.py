@@ -43,6 +43,8 @@ PAINT = torch.tensor(
 """Grey levels of :data:`COLOURS`, in that order."""
 
 _BOX = 20
+_GAIN = 1.35
+"""Shrinking thins the strokes; without a gain a seven's bar would all but vanish."""
 _RAYS = 5
 """Plane waves in a ground of smooth noise."""
 
@@ -73,38 +75,38 @@ def mirrored(scene: Scene) -> Scene:
 
 
 # --- rendering ----------------------------------------------------------------------------------------------------
-def render(scenes: Sequence[Scene], split: str, generator: torch.Generator, batch: int = 1000) -> Tensor:
+def render(
+    scenes: Sequence[Scene], split: str, generator: torch.Generator, warp: float = 0.0, batch: int = 1000
+) -> Tensor:
     """Pictures of ``scenes``: uint8 ``[N, 3, 32, 32]``.
 
     Scenes say what stands in which cell and on what ground. Handwriting, size, place inside the cell and shade are
-    drawn from ``generator``, picture by picture: the first k of N are those of the first k scenes.
+    drawn from ``generator``, picture by picture: the first k of N are those of the first k scenes. ``warp`` above 0
+    bends each digit (turn, slant, stretch, waves, stroke width), for training that would else see each of a few
+    thousand digits too often; 1 is strong, with digits still readable.
     """
     if split not in DIGIT_SPLITS:
         raise UserError(f"unknown split {split!r}{nearest(split, DIGIT_SPLITS)}", cure="use train or test")
-    parts = [_rendered(scenes[i : i + batch], split, generator) for i in range(0, len(scenes), batch)]
+    parts = [_rendered(scenes[i : i + batch], split, generator, warp) for i in range(0, len(scenes), batch)]
     return torch.cat(parts) if parts else torch.zeros(0, *SHAPE, dtype=torch.uint8)
 
 
-def _rendered(scenes: Sequence[Scene], split: str, generator: torch.Generator) -> Tensor:
+def _rendered(scenes: Sequence[Scene], split: str, generator: torch.Generator, warp: float) -> Tensor:
     n = len(scenes)
     content = np.full((n, CELLS, 2), -1)
     for row, scene in enumerate(scenes):
         for thing in scene.things:
             content[row, thing.cell] = thing.digit, thing.colour
     digit, colour = torch.from_numpy(content).unbind(2)
-    draws = torch.rand(n, CELLS, 5, generator=generator)
-    hand, size, down, right, shade = draws.unbind(2)
+    hand, size, down, right, shade = torch.rand(n, CELLS, 5, generator=generator).unbind(2)
 
-    sprites, first, count = _sprites(split)
+    _, first, count = _boxes(split)
     which = first[digit] + (hand * count[digit]).long()
-    size_index = (size * len(SIZES)).long()
-    room = (CELL - torch.tensor(SIZES))[size_index] + 1
-    rows = torch.arange(CELL) - (down * room).long()[..., None]
-    columns = torch.arange(CELL) - (right * room).long()[..., None]
-    # A sprite's last row and column are empty, so whatever lies outside it reads from there.
-    rows, columns = (torch.where(place < 0, CELL - 1, place) for place in (rows, columns))
-    ink = sprites[size_index[..., None, None], which[..., None, None], rows[..., :, None], columns[..., None, :]]
-    ink = ink.float() / 255 * (digit >= 0)[..., None, None]
+    if warp:
+        ink = _warped(split, which, size, down, right, warp, generator)
+    else:
+        ink = _placed(split, which, size, down, right)
+    ink = ink * (digit >= 0)[..., None, None]
 
     paint = PAINT[colour] * (0.88 + 0.12 * shade)[..., None]
     ground = _grounds(np.array([scene.ground for scene in scenes], np.int64))
@@ -114,19 +116,62 @@ def _rendered(scenes: Sequence[Scene], split: str, generator: torch.Generator) -
     return whole.round().clamp(0, 255).to(torch.uint8)
 
 
+def _placed(split: str, which: Tensor, size: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Ink ``[N, 4, 16, 16]`` in [0, 1] of the digits ``which [N, 4]``; ``size``, ``down``, ``right`` in [0, 1)."""
+    sizes = (size * len(SIZES)).long()
+    room = (CELL - torch.tensor(SIZES))[sizes] + 1
+    rows = torch.arange(CELL) - (down * room).long()[..., None]
+    columns = torch.arange(CELL) - (right * room).long()[..., None]
+    # A sprite's last row and column are empty, so whatever lies outside it reads from there.
+    rows, columns = (torch.where(place < 0, CELL - 1, place) for place in (rows, columns))
+    at = sizes[..., None, None], which[..., None, None], rows[..., :, None], columns[..., None, :]
+    return _sprites(split)[at].float() / 255
+
+
+def _warped(
+    split: str, which: Tensor, size: Tensor, down: Tensor, right: Tensor, warp: float, generator: torch.Generator
+) -> Tensor:
+    """:func:`_placed` with each digit bent in its own way, sampled at twice the resolution and averaged."""
+    many, fine = which.numel(), 2 * CELL
+    u = 2 * torch.rand(many, 8, generator=generator) - 1
+    turn, slant, tall, wide, stroke = (warp * u[:, :5] * torch.tensor([0.3, 0.35, 0.16, 0.16, 0.3])).unbind(1)
+    side = 10.5 + 3.7 * size.flatten()
+    corner = torch.stack([right.flatten(), down.flatten()], 1) * (CELL - side)[:, None]
+    pixel = (torch.arange(fine) + 0.5) / 2
+    y, x = torch.meshgrid(pixel, pixel, indexing="ij")
+    # From a pixel of the cell to the box of the digit, whose sides are -1 and 1.
+    place = 2 * (torch.stack([x, y], -1) - corner[:, None, None]) / side[:, None, None, None] - 1
+    cos, sin = turn.cos(), turn.sin()
+    linear = torch.stack(
+        [(1 + wide) * (cos + slant * sin), (1 + wide) * (slant * cos - sin), (1 + tall) * sin, (1 + tall) * cos], 1
+    )
+    place = place @ linear.view(many, 1, 2, 2).mT
+    knots = 2 * torch.rand(many, 2, 4, 4, generator=generator) - 1
+    waves = F.interpolate(knots, size=(fine, fine), mode="bicubic", align_corners=True)
+    place = place + 0.14 * warp * waves.permute(0, 2, 3, 1)
+    boxes = _boxes(split)[0][which.flatten()].float()
+    ink = F.avg_pool2d(F.grid_sample(boxes, place, align_corners=False), 2) / 255
+    return (ink * _GAIN * (1 + stroke)[:, None, None, None]).clamp_(0, 1).view(*which.shape, CELL, CELL)
+
+
 @lru_cache(maxsize=2)
-def _sprites(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ink, uint8 ``[sizes, N, 16, 16]``, each digit at the top left; the first row of each class; rows per class."""
+def _boxes(split: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits, uint8 ``[N, 1, 20, 20]``, sorted by class; the first row of each class; rows per class."""
     digits = load_data("mnist", split)
-    order = digits.labels.argsort(stable=True)
     counts = torch.bincount(digits.labels, minlength=10)
-    boxes = torch.stack([_boxed(image) for image in digits.array[order, 0]]).float()[:, None]
-    table = torch.zeros(len(SIZES), digits.n, CELL, CELL, dtype=torch.uint8)
+    sorted_digits = digits.array[digits.labels.argsort(stable=True), 0]
+    return torch.stack([_boxed(image) for image in sorted_digits])[:, None], counts.cumsum(0) - counts, counts
+
+
+@lru_cache(maxsize=2)
+def _sprites(split: str) -> Tensor:
+    """Ink of the same digits at each of the sizes, uint8 ``[sizes, N, 16, 16]``, at the top left."""
+    boxes = _boxes(split)[0].float()
+    table = torch.zeros(len(SIZES), len(boxes), CELL, CELL, dtype=torch.uint8)
     for i, side in enumerate(SIZES):
         small = F.interpolate(boxes, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        # Shrinking thins the strokes; without the gain a seven's bar would all but vanish.
-        table[i, :, :side, :side] = (small[:, 0] * 1.35).round().clamp(0, 255).to(torch.uint8)
-    return table, counts.cumsum(0) - counts, counts
+        table[i, :, :side, :side] = (small[:, 0] * _GAIN).round().clamp(0, 255).to(torch.uint8)
+    return table
 
 
 def _boxed(image: Tensor) -> Tensor:

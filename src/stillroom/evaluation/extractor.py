@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,7 @@ def _train(
         seed=seed,
         seconds=round(time.perf_counter() - began, 1),
         origin=train.origin,
-        sha256=hashlib.sha256(_weights(net)).hexdigest(),
+        sha256=weights_hash(net),
     )
     report(f"extractor {card.data}@{card.sha256[:8]}: {card.accuracy:.1%} of {test.n:,} test images right")
     return Extractor(net, card)
@@ -187,36 +187,65 @@ def _shifted(images: Tensor, reach: int = 2) -> Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
-def _weights(net: _Net) -> bytes:
+def save_extractor(extractor: Extractor, folder: Path) -> None:
+    """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
+    save_judge(extractor.net, extractor.card, folder)
+
+
+def load_extractor(folder: Path) -> Extractor:
+    """The frozen extractor of :func:`save_extractor`, after its SHA-256 was checked against the card."""
+    card, weights = load_judge(folder, ExtractorCard, "extractor")
+    net = _Net(card.shape, len(card.classes))
+    net.load_state_dict(weights)
+    return Extractor(net, card)
+
+
+# --- networks that judge, with their cards ----------------------------------------------------------------------------
+class JudgeCard(Protocol):
+    """What :func:`save_judge` needs of a card: a dataclass with the SHA-256 of :func:`weights_hash`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def sha256(self) -> str: ...
+
+
+_Card = TypeVar("_Card", bound=JudgeCard)
+
+
+def _weights(net: nn.Module) -> bytes:
     from safetensors.torch import save
 
     return save({key: value.contiguous() for key, value in net.state_dict().items()})
 
 
-def save_extractor(extractor: Extractor, folder: Path) -> None:
+def weights_hash(net: nn.Module) -> str:
+    """SHA-256 of the file that :func:`save_judge` writes."""
+    return hashlib.sha256(_weights(net)).hexdigest()
+
+
+def save_judge(net: nn.Module, card: JudgeCard, folder: Path) -> None:
     """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").write_bytes(_weights(extractor.net))
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(extractor.card), indent=2) + "\n")
+    (folder / "model.safetensors").write_bytes(_weights(net))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n")
 
 
-def load_extractor(folder: Path) -> Extractor:
-    """The frozen extractor of :func:`save_extractor`, after its SHA-256 was checked against the card."""
+def load_judge(folder: Path, kind: type[_Card], what: str) -> tuple[_Card, dict[str, Tensor]]:
+    """Card and weights of :func:`save_judge`. Raises :class:`~stillroom.errors.UserError` if ``folder`` holds no
+    ``what`` (the word for it in the message), or if the weights are not those that the card describes."""
     from safetensors.torch import load
 
     try:
         stored: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        stored |= {"shape": tuple(stored["shape"]), "classes": tuple(stored["classes"])}
-        card = ExtractorCard(**stored)
+        card = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
         raw = (folder / "model.safetensors").read_bytes()
     except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise UserError(f"no extractor in {folder}: {problem}", cure="train one again or reinstall stillroom") from None
+        raise UserError(f"no {what} in {folder}: {problem}", cure="train one again or reinstall stillroom") from None
     found = hashlib.sha256(raw).hexdigest()
     if found != card.sha256:
         raise UserError(
             f"{folder}/model.safetensors is not the file its config.json describes (SHA-256 {found[:8]})",
             cure="delete the folder if it lies in the cache (it is made again), else reinstall stillroom",
         )
-    net = _Net(card.shape, len(card.classes))
-    net.load_state_dict(load(raw))
-    return Extractor(net, card)
+    return card, load(raw)
