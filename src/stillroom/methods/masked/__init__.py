@@ -1,0 +1,1 @@
+"""Masked and autoregressive token models."""

@@ -1,0 +1,230 @@
+"""LightGen: a small masked-autoregressive generator learns from big teachers' images, then from preferences (arXiv
+2503.08619)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders
+from stillroom.errors import UserError
+from stillroom.losses.preference import dpo_loss
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
+from stillroom.models.mar import TEXT, MARSettings
+
+if TYPE_CHECKING:
+    from stillroom.models.text_image import TextImageSpace
+
+OPTIM = {"betas": (0.9, 0.99), "weight_decay": 0.02, "clip_norm": 3.0}
+SMALL, PAIRS = "small", "pairs"
+"""Parts of the data: the images at a lower resolution, and the real pictures with captions."""
+DRAWN_AT_ONCE = 64
+
+
+@register(
+    "lightgen",
+    Paper(
+        title="LightGen: Efficient Image Generation through Knowledge Distillation and Direct Preference Optimization",
+        arxiv="2503.08619",
+        year=2025,
+        code="XianfengWu01/LightGen",
+    ),
+)
+class LightGen(Method):
+    """Text-to-image teachers are known by their images alone (data distillation, ``stillroom synthesize``: items 1 to 4).
+    A masked-autoregressive network learns these at a low resolution, adapts to the full one, and is mended by direct
+    preference optimisation, real pictures against its own samples for the same captions.
+
+    Departures from the paper: the text stack runs for the masked tokens only (they do not see each other there, so no
+    number changes); the preference loss may be anchored to the winners, since the literal one, at a learning rate that
+    moves anything, raises the winners' error together with the losers'; images are not mirrored unless asked for, since
+    that makes "left" and "right" mean nothing.
+    """
+
+    task = "text-image"
+
+    @dataclass
+    class Options:
+        network: MARSettings = MARSettings()
+        # Shares of the steps; 0 leaves a stage out. pretrain reads the data's part "small" where there is one.
+        pretrain_share: float = field(default=0.8, metadata={"min": 0})
+        adapt_share: float = field(default=0.1, metadata={"min": 0})
+        dpo_share: float = field(default=0.1, metadata={"min": 0})  # reads the data's part "pairs"
+        adapt_lr: float = field(default=0.1, metadata={"min": 0})  # factor on the learning rate of pretrain
+        mask_ratio: MaskRatio = MaskRatio()
+        repeats: int = field(default=4, metadata={"min": 1})  # draws of (t, eps) per token
+        text_drop: float = field(default=0.1, metadata={"min": 0, "max": 1})
+        mirror: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability; the paper's is 0.5
+        preference: Literal["dpo", "sft"] = "dpo"  # "sft" trains on the winners alone: the control that the paper lacks
+        losers: Literal["own", "mirrored"] = "own"  # the student's own samples, or the winners' mirror images
+        loser_round_trip: bool = True  # own samples become pictures and are encoded again, as the winners were
+        swap_labels: float = field(default=0.0, metadata={"min": 0, "max": 1})  # share of pairs: the negative control
+        beta: float = field(default=5000.0, metadata={"min": 0})
+        anchor: float = field(default=0.0, metadata={"min": 0})  # gamma; 0 is the paper's loss
+        # How the student is run, for its own samples of the last stage too.
+        steps: int = field(default=64, metadata={"min": 1})
+        guidance: float = 4.0
+        guidance_schedule: Literal["constant", "linear"] = "constant"
+        temperature: float = field(default=1.0, metadata={"min": 0})
+        head_steps: int = field(default=100, metadata={"min": 1, "max": 1000})
+        clip: float = field(default=0.0, metadata={"min": 0})  # bound of the head's x0; 0: none
+
+    options: Options
+
+    def build(self, space: TextImageSpace) -> None:
+        o, codec = self.options, space.codec
+        if o.pretrain_share + o.adapt_share + o.dpo_share == 0:
+            raise UserError("every stage of lightgen has share 0", cure="set options.pretrain_share to 1, for example")
+        height, width = codec.grid(space.size)
+        patch = o.network.patch or 2
+        if height % patch or width % patch:
+            raise UserError(
+                f"options.network.patch={patch} does not divide the latents of {height}x{width}",
+                cure="choose a patch that divides both sides",
+            )
+        self.space, self.parts = space, ()
+        self.student = o.network.make(
+            channels=codec.channels, text_width=space.text.width, grid=(height // patch, width // patch)
+        )
+        if self.by_preference:
+            # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
+            self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
+
+    @property
+    def by_preference(self) -> bool:
+        return self.options.dpo_share > 0 and self.options.preference == "dpo"
+
+    def prepare(self, data: Any) -> None:
+        self.parts = tuple(getattr(data, "parts", ()))
+        if data.shape[0] != self.student.channels:
+            raise UserError(
+                f"the data's latents have {data.shape[0]} channels, the student's {self.student.channels}",
+                cure="encode the images with the codec that the student is built for",
+            )
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Item C: low resolution, full resolution, preferences; what a share of 0 leaves of them."""
+        o, small = self.options, SMALL if SMALL in self.parts else ""
+        last = "prefer" if o.preference == "dpo" else "finetune"
+        every = (
+            Stage("pretrain", ("masked",), o.pretrain_share, small, own_schedule=True),
+            Stage("adapt", ("masked",), o.adapt_share, lr=o.adapt_lr, own_schedule=True),
+            Stage(o.preference, (last,), o.dpo_share, PAIRS, own_schedule=True),
+        )
+        return tuple(stage for stage in every if stage.share > 0)
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Item 9: no weight decay for biases, norms and the whole diffusion head."""
+        return parameter.ndim > 1 and not name.startswith("student.head.")
+
+    # --- B. masked training ---------------------------------------------------------------------------------------
+    def latents(self, batch: Batch, mirror: float = 0.0) -> Tensor:
+        """Item 4: mirrored or not, the posterior sampled afresh, ``[B, C, H, W]``."""
+        mean, std = batch["image"], batch.get("std")
+        if mirror:
+            if "mirrored" not in batch:
+                raise UserError("options.mirror needs mirrored images in the data", cure="set synthesis.mirror to true")
+            flip = (self.draw.uniform(len(mean)) < mirror)[:, None, None, None]
+            mean = torch.where(flip, batch["mirrored"], mean)
+            std = None if std is None else torch.where(flip, batch["mirrored_std"], std)
+        return mean if std is None else mean + std * self.draw.normal_like(mean)
+
+    def randomness(self, x: Tensor) -> dict[str, Any]:
+        """Items 5 and 8: orders, ONE mask ratio for the batch, and times and noise for every masked token."""
+        rows, columns = self.student.grid_of(x)
+        masked = self.options.mask_ratio.sample(self.draw, rows * columns)
+        shape = (len(x), self.options.repeats, masked)
+        steps = self.student.head.process.steps
+        return {
+            "order": random_orders(self.draw, rows * columns),
+            "masked": masked,
+            "t": (self.draw.uniform(*shape) * steps).long().clamp_max(steps - 1),
+            "eps": self.draw.normal(*shape, self.student.token_dim),
+        }
+
+    def masked_terms(self, batch: Batch, mirror: float) -> Terms:
+        """Items 5 to 8: ``sum over masked tokens and draws of (l_mse + l_vb) / their number``."""
+        x = self.latents(batch, mirror)
+        drop = self.draw.uniform(len(x)) < self.options.text_drop
+        loss = self.student(x, batch["cond"][TEXT], **self.randomness(x), drop=drop)
+        self.note("masked_loss", loss.mse.mean())
+        self.note("z_rms", loss.z.float().square().mean().sqrt())
+        terms = {"mse": loss.mse.mean()}  # one number of masked tokens for all samples: a mean of means is the mean
+        if loss.vb is not None:
+            terms["vb"] = loss.vb.mean()
+        return terms
+
+    @turn(trains="student", optim=Optim(lr=1e-4, **OPTIM))
+    def masked(self, batch: Batch) -> Terms:
+        return self.masked_terms(batch, self.options.mirror)
+
+    # --- D. preferences -------------------------------------------------------------------------------------------
+    @turn(trains="student", optim=Optim(lr=1e-8, **OPTIM))
+    def prefer(self, batch: Batch) -> Terms:
+        """Items 11 and 12: winner and loser, student and reference, under the same mask, order, times and noise."""
+        self.student.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
+        index = batch["index"]
+        win, lose = batch["image"], self.losers[index].to(batch["image"])
+        if "std" in batch:
+            noise = self.draw.normal_like(win)
+            win, lose = win + batch["std"] * noise, lose + self.loser_stds[index].to(noise) * noise
+        swap = self.swapped[index][:, None, None, None]
+        win, lose = torch.where(swap, lose, win), torch.where(swap, win, lose)
+        shared = {
+            name: value if name == "masked" else value.repeat(2, *[1] * (value.ndim - 1))
+            for name, value in self.randomness(win).items()
+        }
+        both, text = torch.cat([win, lose]), batch["cond"][TEXT]
+        with torch.no_grad():
+            ref_win, ref_lose = self.reference(both, text, **shared).mse.chunk(2)
+        policy_win, policy_lose = self.student(both, text, **shared).mse.chunk(2)
+        terms, health = dpo_loss(policy_win, policy_lose, ref_win, ref_lose, self.options.beta, self.options.anchor)
+        for name, value in health.items():
+            self.note(name, value)
+        self.note("masked_loss", policy_win.mean())
+        return terms
+
+    @turn(trains="student", optim=Optim(lr=1e-5, **OPTIM))
+    def finetune(self, batch: Batch) -> Terms:
+        """The control: masked training goes on, on the winners, which are not mirrored."""
+        return self.masked_terms(batch, mirror=0.0)
+
+    @torch.no_grad()
+    def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
+        """Item 10: the student as it stands becomes the reference, which draws the losers, once."""
+        if stage.name != "dpo":
+            return
+        if not resumed:
+            for mine, theirs in zip(self.reference.parameters(), self.student.parameters(), strict=True):
+                mine.copy_(theirs)
+        generator, device = self.draw.generator, self.draw.generator.device
+        self.swapped = torch.rand(data.n, generator=generator, device=device) < self.options.swap_labels
+        means, stds = [], []
+        for rows in torch.arange(data.n).split(DRAWN_AT_ONCE):
+            mean, std = self.draw_losers(data, rows, device)
+            means.append(mean.half())  # as the winners are kept: precision must not tell them apart
+            stds.append(std.half())
+        self.losers, self.loser_stds = torch.cat(means), torch.cat(stds)
+
+    def draw_losers(self, data: Any, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Moments of the losers of these pairs, ``[B, C, H, W]``."""
+        o, codec = self.options, self.space.codec.to(device)
+        if o.losers == "mirrored":
+            images = codec.decode(data.mean[rows].float()).flip(-1)
+        else:
+            generator = self.draw.generator
+            noise = torch.randn(len(rows), *data.shape, generator=generator, device=device)
+            cond = {TEXT: data.text[TEXT][data.which[rows]].float().to(device)}
+            latents = self.sampler().sample(self.reference, noise, cond, generator)
+            if not o.loser_round_trip:
+                return latents, torch.zeros_like(latents)
+            images = codec.decode(latents)
+        return codec.moments(((images + 1) * 127.5).round() / 127.5 - 1)  # 8 bits, as the winners had
+
+    def sampler(self) -> MaskedSampler:
+        o = self.options
+        return MaskedSampler(o.steps, o.guidance, o.guidance_schedule, o.temperature, o.head_steps, o.clip)
