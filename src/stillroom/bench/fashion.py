@@ -194,24 +194,7 @@ class FashionBench:
         return torch.randperm(self.test.n, generator=torch.Generator().manual_seed(2))[:n]
 
     def _cached(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load, save
-
-        name = hashlib.sha256(f"{key} {self.extractor.card.sha256}".encode()).hexdigest()[:24]
-        file = cache_folder() / "statistics" / f"{name}.safetensors"
-        try:
-            return load(file.read_bytes())
-        except (OSError, SafetensorError):
-            made = make()
-
-        def keep() -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f"{file.name}.{os.getpid()}")
-            aside.write_bytes(save(made))
-            aside.replace(file)
-
-        _writable(keep)
-        return made
+        return cached_tensors(f"{key} {self.extractor.card.sha256}", make)
 
     # --- in words -------------------------------------------------------------------------------------------------
     def bench_card(self, scores: Mapping[str, Mapping[str, Any]] | None = None, n: int = STANDARD_N) -> str:
@@ -247,6 +230,27 @@ class FashionBench:
         for name, row in rows.items():
             lines.append(f"| {name} | {row['n']:,} | {' | '.join(f'{row[key]:.4g}' for key in columns)} |")
         return "\n".join(lines) + "\n"
+
+
+def cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` gives, kept in the cache under ``key``, which must name all that it depends on."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    file = cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    try:
+        return load(file.read_bytes())
+    except (OSError, SafetensorError):
+        made = make()
+
+    def keep() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.{os.getpid()}")
+        aside.write_bytes(save(made))
+        aside.replace(file)
+
+    _writable(keep)
+    return made
 
 
 def _writable(action: Callable[[], None]) -> bool:

@@ -1,0 +1,285 @@
+"""The judge of the scenes world: what stands in each cell of a picture, and features for distances.
+
+One small network, trained once on endless scenes of ``train`` digits, then frozen; scores name it by the hash of its
+weights. Half of what it learns from is blurred, noisy, faded or coarsened, because a generator's pictures are; and its
+features must rebuild the picture as it is, blur and all, so that distances notice what the reading is meant to forgive.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillroom.data.captions import CELLS, COLOURS, Scene, Thing, draw_scenes, sample_captions, seeded
+from stillroom.data.scenes import SHAPE, render
+from stillroom.data.source import load_data
+from stillroom.errors import UserError
+from stillroom.evaluation.extractor import FEATURES, load_judge, save_judge, weights_hash
+from stillroom.models.freezing import frozen
+
+NOTHING = 10
+"""The class of a cell without a digit."""
+TEST_SCENES = 5_000
+
+
+@dataclass(frozen=True)
+class ParserCard:
+    """What is known of a trained parser; saved beside its weights. The accuracies are on ``test_scenes`` pictures of
+    ``train`` captions in held-out handwriting: ``digit_accuracy`` over the digits that are there (a digit overlooked
+    or misread is wrong), ``empty_accuracy`` over the empty cells, ``colour_accuracy`` over the digits found,
+    ``scene_accuracy`` over pictures read without any mistake. ``reconstruction``: mean squared error in [-1, 1]."""
+
+    data: str
+    data_hash: str
+    digit_accuracy: float
+    empty_accuracy: float
+    colour_accuracy: float
+    scene_accuracy: float
+    reconstruction: float
+    test_scenes: int
+    steps: int
+    batch: int
+    seed: int
+    seconds: float
+    features: int = FEATURES
+    origin: str = ""
+    sha256: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return SHAPE
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, side, stride in ((3, 32, 5, 2), (32, 64, 3, 1), (64, 96, 3, 2), (96, 96, 3, 1)):
+            convolution = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.cell = nn.Sequential(nn.Linear(96 * 4 * 4, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
+        self.digit = nn.Sequential(nn.Dropout(0.3), nn.Linear(128, NOTHING + 1))
+        self.colour = nn.Linear(128, len(COLOURS))
+        self.pool = nn.Sequential(nn.Linear(CELLS * 128, FEATURES, bias=False), nn.BatchNorm1d(FEATURES))
+        self.guess = nn.Linear(FEATURES, CELLS * (NOTHING + 1))
+        self.rebuild = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 3 * 32 * 32))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Digit logits ``[B, 4, 11]``, colour logits ``[B, 4, 6]`` and features ``[B, 64]`` of images in [-1, 1]."""
+        maps = self.body(images).unflatten(3, (2, 4)).unflatten(2, (2, 4))
+        cells = self.cell(maps.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1))
+        features = self.pool(cells.view(len(images), -1))
+        shape = (len(images), CELLS, -1)
+        return self.digit(cells).view(shape), self.colour(cells).view(shape), features
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the parser makes of N pictures: ``digits [N, 4]`` (10 for nothing) and ``colours [N, 4]`` by cell, int64;
+    ``features [N, 64]`` float64."""
+
+    digits: Tensor
+    colours: Tensor
+    features: Tensor
+
+    def scenes(self) -> list[Scene]:
+        """The same as scenes (their grounds are not read)."""
+        rows = zip(self.digits.tolist(), self.colours.tolist())
+        return [Scene(tuple(Thing(c, d, k) for c, (d, k) in enumerate(zip(*row)) if d != NOTHING)) for row in rows]
+
+
+class SceneParser(nn.Module):
+    """Frozen reader of uint8 pictures ``[N, 3, 32, 32]``: :meth:`read` says what is in them, a call gives the features
+    ``[N, 64]`` float64 alone. ``name`` (``scenes@1a2b3c4d``) holds the first eight hex digits of the weights' SHA-256.
+    """
+
+    def __init__(self, net: _Net, card: ParserCard) -> None:
+        super().__init__()
+        self.net, self.card = frozen(net), card
+
+    @property
+    def name(self) -> str:
+        return f"{self.card.data}@{self.card.sha256[:8]}"
+
+    @torch.no_grad()
+    def read(self, images: Tensor, batch: int = 250) -> Reading:
+        parts = [self.net(_scaled(part)) for part in images.split(batch)]
+        digits, colours, features = (torch.cat(column) for column in zip(*parts))
+        return Reading(digits.argmax(2), colours.argmax(2), features.double())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.read(images).features
+
+
+def _scaled(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != SHAPE:
+        raise UserError(
+            f"the scenes parser reads uint8 images [N, {', '.join(map(str, SHAPE))}], "
+            f"not {images.dtype} {list(images.shape)}",
+            cure="use a bench made for images of this size",
+        )
+    return images.float().div_(127.5).sub_(1.0)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def train_scene_parser(
+    seed: int = 0,
+    steps: int = 3000,
+    batch: int = 64,
+    lr: float = 3e-3,
+    reconstruction_weight: float = 1.0,
+    report: Callable[[str], None] = lambda line: None,
+) -> SceneParser:
+    """Train on endless scenes of ``train`` digits, state the accuracy on held-out digits, freeze.
+
+    Scenes are drawn without captions: each cell holds a digit with probability 3/4, any digit in any colour, held-out
+    combinations too, for a judge must know them. Digits are bent, half of the pictures worsened. AdamW, one-cycle
+    learning rate; the last step is kept, not the best. The loss is the cross-entropy of each cell's digit (label
+    smoothing 0.05), that of the colour of each digit, 0.3 times that of the digits as guessed from the 64 features
+    alone, and ``reconstruction_weight`` times the mean squared error of the picture rebuilt from the features.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        net = _trained(seed, steps, batch, lr, reconstruction_weight, report)
+        return _with_card(net.eval(), steps, batch, seed, time.perf_counter() - began, report)
+
+
+def _trained(
+    seed: int, steps: int, batch: int, lr: float, reconstruction_weight: float, report: Callable[[str], None]
+) -> _Net:
+    net = _Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.2)
+    draws = seeded(f"scene parser {seed}")
+    for step in range(steps):
+        scenes = _any_scenes(batch, draws)
+        images = worsened(_scaled(render(scenes, "train", draws, warp=0.7)), draws)
+        images = images.contiguous(memory_format=torch.channels_last)
+        digits, colours = _content(scenes)
+        digit_logits, colour_logits, features = net(images)
+        there = digits != NOTHING
+        digit = F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten(), label_smoothing=0.05)
+        colour = F.cross_entropy(colour_logits[there], colours[there])
+        guess = F.cross_entropy(net.guess(features).view_as(digit_logits).flatten(0, 1), digits.flatten())
+        rebuilt = F.mse_loss(net.rebuild(features), images.flatten(1))
+        optimizer.zero_grad(set_to_none=True)
+        (digit + colour + 0.3 * guess + reconstruction_weight * rebuilt).backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            report(
+                f"scenes parser step {step + 1}/{steps}: digit {digit:.3f}, colour {colour:.3f}, "
+                f"guess {guess:.3f}, reconstruction {rebuilt:.4f}"
+            )
+    return net
+
+
+def _with_card(
+    net: _Net, steps: int, batch: int, seed: int, seconds: float, report: Callable[[str], None]
+) -> SceneParser:
+    train, test = load_data("mnist", "train"), load_data("mnist", "test")
+    asked = sample_captions(TEST_SCENES, seeded("scene parser test captions"))
+    scenes = draw_scenes(asked, seeded("scene parser test scenes"))
+    images = render(scenes, "test", seeded("scene parser test pictures"))
+    digits, colours = _content(scenes)
+    parser = SceneParser(
+        net, ParserCard("scenes", train.fingerprint, 0, 0, 0, 0, 0, len(scenes), steps, batch, seed, 0)
+    )
+    reading = parser.read(images)
+    with torch.no_grad():
+        rebuilt = net.rebuild(reading.features.float())
+    there, right = digits != NOTHING, reading.digits == digits
+    same_colour = reading.colours == colours
+    card = ParserCard(
+        data="scenes",
+        data_hash=train.fingerprint,
+        digit_accuracy=round(float(right[there].double().mean()), 4),
+        empty_accuracy=round(float(right[~there].double().mean()), 4),
+        colour_accuracy=round(float(same_colour[there & (reading.digits != NOTHING)].double().mean()), 4),
+        scene_accuracy=round(float((right & (same_colour | ~there)).all(1).double().mean()), 4),
+        reconstruction=round(float(F.mse_loss(rebuilt, _scaled(images).flatten(1))), 4),
+        test_scenes=len(scenes),
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        seconds=round(seconds, 1),
+        origin=f"scenes of {train.origin}; accuracy on scenes of {test.origin}",
+        sha256=weights_hash(net),
+    )
+    report(
+        f"scenes parser {card.data}@{card.sha256[:8]}: on {len(scenes):,} held-out scenes {card.digit_accuracy:.2%} of "
+        f"digits, {card.colour_accuracy:.2%} of colours, {card.scene_accuracy:.2%} of whole scenes right"
+    )
+    return SceneParser(net, card)
+
+
+def _any_scenes(n: int, generator: torch.Generator) -> list[Scene]:
+    filled = (torch.rand(n, CELLS, generator=generator) < 0.75).tolist()
+    digits = torch.randint(10, (n, CELLS), generator=generator).tolist()
+    colours = torch.randint(len(COLOURS), (n, CELLS), generator=generator).tolist()
+    grounds = torch.randint(2**48, (n,), generator=generator).tolist()
+    cells = range(CELLS)
+    return [
+        Scene(tuple(Thing(c, digits[i][c], colours[i][c]) for c in cells if filled[i][c]), grounds[i]) for i in range(n)
+    ]
+
+
+def _content(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """Digits (10 for nothing) and colours (0 where there is nothing), int64 ``[N, 4]`` each."""
+    content = torch.tensor([NOTHING, 0]).repeat(len(scenes), CELLS, 1)
+    for row, scene in enumerate(scenes):
+        for thing in scene.things:
+            content[row, thing.cell, 0], content[row, thing.cell, 1] = thing.digit, thing.colour
+    return content[..., 0], content[..., 1]
+
+
+def worsened(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images in [-1, 1], half of them as they were, the others with one to four of the faults of generated pictures:
+    blur, coarse detail, noise, pale or shifted tones."""
+
+    def some(share: float) -> Tensor:
+        return (torch.rand(n, 1, 1, 1, generator=generator) < share) & faulty
+
+    def between(low: float, high: float, channels: int = 1) -> Tensor:
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
+
+    n = len(images)
+    faulty = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+    blurred = torch.lerp(images, _blurred(images), between(0.2, 1.0))
+    images = torch.where(some(0.5), blurred, images)
+    coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    images = torch.where(some(0.3), torch.lerp(images, coarse, between(0.3, 0.9)), images)
+    images = torch.where(some(0.4), between(0.75, 1.1) * images + between(-0.12, 0.12, 3), images)
+    noise = torch.randn(images.shape, generator=generator)
+    patches = F.interpolate(noise[:, :, ::4, ::4], scale_factor=4, mode="bilinear", align_corners=False)
+    noise = torch.where(some(0.5), patches, noise)
+    return torch.where(some(0.5), images + between(0.02, 0.15) * noise, images).clamp(-1, 1)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """Each 3x3 neighbourhood averaged with weights 1 2 1 both ways, the border repeated."""
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    rows = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+def save_parser(parser: SceneParser, folder: Path) -> None:
+    """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
+    save_judge(parser.net, parser.card, folder)
+
+
+def load_parser(folder: Path) -> SceneParser:
+    """The frozen parser of :func:`save_parser`, after its SHA-256 was checked against the card."""
+    card, weights = load_judge(folder, ParserCard, "scenes parser")
+    net = _Net()
+    net.load_state_dict(weights)
+    return SceneParser(net, card)
