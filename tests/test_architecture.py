@@ -35,9 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": BELOW_BENCH,
     "report": BELOW_BENCH | {"bench"},
     "proofs": BELOW_BENCH | {"bench"},
-    "run": BELOW_BENCH | {"bench", "report", "proofs", "__init__"},
-    "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "__init__"},
-    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run"},
+    "synthesis": BELOW_BENCH | {"bench"},
+    "tasks": BELOW_BENCH | {"bench", "synthesis"},
+    "demo": BELOW_BENCH | {"bench", "tasks", "run"},
+    "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
+    "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "__init__"},
+    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks"},
     "__main__": {"cli"},
 }
 # Anybody may name these in an annotation (under TYPE_CHECKING): they are the contract, not an implementation.

@@ -120,7 +120,7 @@ def run_arguments(*more: str, teacher: str = "teacher", data: str = "data", meth
         (["sample", "teacher", "--seed", "-1"], "--seed"),
         (["sample", "teacher", "--out", "x.jpeg"], ".png"),
         (["sample", "teacher", "--out", "no/where.png"], "folder no does not exist"),
-        (["sample", "nothing"], "does not exist"),
+        (["sample", "nothing"], "no model 'nothing'"),
         (["sample", "data"], "no model"),
     ],
 )
@@ -183,7 +183,7 @@ def test_data_that_cannot_be_used_are_refused(
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        ("nowhere", "no teacher 'nowhere'"),
+        ("nowhere", "no model 'nowhere'"),
         ("fashon", "did you mean 'fashion'"),
         ("./nowhere", "nowhere does not exist"),
         ("empty", "no model"),

@@ -14,6 +14,7 @@ import stillroom as sr
 from stillroom import cli
 from stillroom import run as run_module
 from stillroom.recipe import DEFAULT
+from stillroom.tasks import sample_rows
 from tiny import CLASSES, FAST, SIZE, make_data, make_teacher
 
 
@@ -149,7 +150,7 @@ def test_sample_draws_the_labels_asked_for(place: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "five.png\n"
     width, height = Image.open("five.png").size
     assert width / height == pytest.approx(5 / 2, rel=0.05)
-    names, images = run_module.class_rows(sr.load("teacher"), ("dot", "0"), 5, seed=0)
+    names, images = sample_rows(sr.load("teacher"), ("dot", "0"), (), 5, seed=0)
     assert (names, tuple(images.shape)) == (["dot", "bar"], (2, 5, 1, SIZE, SIZE))
 
 

@@ -95,6 +95,7 @@ def test_a_healthy_run_is_called_well(tmp_path: Path) -> None:
         ({"loss/generator/dm": lambda p: math.nan if p > 0.9 else 0.1}, "wrong", "not a number at step 1820"),
         ({"health/grad_ratio": lambda p: 1000.0}, "doubtful", "drowns"),
         ({"health/real_logit": lambda p: 10.0}, "doubtful", "discriminator always wins"),
+        ({"health/winner_drift": lambda p: 0.1 * p}, "wrong", "preference learning damages"),
     ],
 )
 def test_a_sick_curve_is_found(tmp_path: Path, curves: dict[str, Curve], level: str, words: str) -> None:
@@ -176,6 +177,30 @@ def test_the_page_shows_scores_beside_the_floor_and_all_curves(tmp_path: Path) -
     for words in ("x@12345678, N=5000", "50×", "fake error", "critic · denoise", "test split", "bar"):
         assert words in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == len(HEALTHY)
+
+
+TWO_TEACHERS = RESULT | {
+    "teachers": ["one", "two"], "rows": ["a red three", "a two"],
+    "one": {"nfe": 19, "latency_ms": {"1": 90.0}}, "two": {"nfe": 40, "latency_ms": {"1": 150.0}},
+    "scores": {
+        "student": {"sceneeval": 0.8, "fd": 2.0}, "one": {"sceneeval": 0.91, "fd": 1.5},
+        "two": {"sceneeval": 0.87, "fd": 1.8}, "floor": {"sceneeval": 0.99, "fd": 0.1},
+    },
+}  # fmt: skip
+
+
+def test_several_teachers_stand_side_by_side(tmp_path: Path) -> None:
+    page = page_of(with_samples(make_run(tmp_path / "a", TWO_TEACHERS)))
+    heads = [words for words in ("one", "two", "floor") if words in page.text]
+    assert heads == ["one", "two", "floor"]
+    for words in ("SceneEval", "0.91", "0.87", "30×", "faster than one", "a red three"):
+        assert words in page.text, words
+
+
+def test_a_student_that_misses_its_captions_is_found(tmp_path: Path) -> None:
+    scores = TWO_TEACHERS["scores"] | {"student": {"sceneeval": 0.3, "fd": 2.0}}
+    said = " ".join(f.what for f in examine(make_run(tmp_path / "a", TWO_TEACHERS | {"scores": scores})))
+    assert "SceneEval 0.30, its teacher 0.91" in said
 
 
 def test_a_name_cannot_inject_markup(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from stillroom.errors import TrainingDiverged, UserError
 if TYPE_CHECKING:
     from stillroom.method import Method
     from stillroom.models.folder import ImageGenerator
+    from stillroom.models.text_image import TextImageGenerator
 
 try:
     __version__ = version("stillroom")
@@ -34,7 +35,7 @@ def distill(
     run_dir: str | Path | None = None,
     resume: bool = False,
     **options: Any,
-) -> ImageGenerator:
+) -> ImageGenerator | TextImageGenerator:
     """Distil a teacher and return the finished student.
 
     method: slug of a method or shipped recipe, or a recipe file.
@@ -46,7 +47,8 @@ def distill(
     Raises :class:`UserError` if these do not fit together and :class:`TrainingDiverged` if training does not hold.
     """
     from stillroom.recipe import Recipe
-    from stillroom.run import IN_MEMORY, run
+    from stillroom.run import run
+    from stillroom.tasks import IN_MEMORY
 
     given: dict[str, Any] = {"engine.steps": steps, "engine.seed": seed, "name": name}
     objects: dict[str, Any] = {}
@@ -61,8 +63,9 @@ def distill(
     return run(recipe, folder, resume, **objects).student
 
 
-def load(folder: str | Path) -> ImageGenerator:
-    """A finished student (or a teacher) from its folder; ``.sample(labels)`` gives images in [-1, 1]."""
+def load(folder: str | Path) -> ImageGenerator | TextImageGenerator:
+    """A finished student or a teacher, from its folder or a shipped one by name; ``.sample(labels)``, or
+    ``.sample(captions)`` where it understands words, gives images in [-1, 1]."""
     from stillroom.run import load_generator
 
     return load_generator(folder)

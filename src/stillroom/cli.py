@@ -168,11 +168,13 @@ class Sample:
     """Draw images from a student or a teacher into one PNG."""
 
     model: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A student or teacher folder, or a run."""
+    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-pixart, lightgen."""
     labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...")] = ()
     """Classes by number or name; by default every class."""
+    captions: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()
+    """What to draw, for a model that understands words; by default one caption of each kind."""
     n: Annotated[int, arg(metavar="N")] = 8
-    """Images per class."""
+    """Images per class or caption."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the noise."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("samples.png")
@@ -190,11 +192,13 @@ class Sample:
                 f"--out: folder {self.out.parent} does not exist", cure="create it, or choose another place"
             )
         from stillroom.report.images import save_grid
-        from stillroom.run import class_rows, load_generator
+        from stillroom.run import load_generator
+        from stillroom.tasks import sample_rows
 
-        folder = self.model if self.model.is_dir() else _run_folder(self.model)
-        save_grid(class_rows(load_generator(folder), self.labels, self.n, self.seed)[1], self.out)
-        print(self.out)
+        folder = RUNS / self.model if (RUNS / self.model / "recipe.yaml").is_file() else self.model
+        names, images = sample_rows(load_generator(folder), self.labels, self.captions, self.n, self.seed)
+        save_grid(images, self.out)
+        print(self.out, *(f"  {name}" for name in names if self.captions or " " in name), sep="\n")
         return 0
 
 
@@ -231,10 +235,10 @@ class Bench:
     """Print the card of a bench: data, teacher, metrics, floor."""
 
     name: Annotated[Positional[str], arg(metavar="NAME")] = "fashion"
-    """fashion, mnist, or a folder of 28x28 grey images in classes."""
+    """fashion, mnist, scenes, or a folder of 28x28 grey images in classes."""
 
     def __call__(self) -> int:
-        from stillroom.run import bench_card
+        from stillroom.tasks import bench_card
 
         print(bench_card(self.name))
         return 0
@@ -242,10 +246,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Teach:
-    """Train a bench's teacher from its data."""
+    """Train a bench's teacher from its data, or a network that the bench itself needs."""
 
     name: Annotated[Positional[str], arg(metavar="NAME")] = "fashion"
-    """A bench by name."""
+    """fashion, ring, pair, scenes-sd3, scenes-pixart; scenes-space (codec and text encoder), scenes-parser."""
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
     """Recipe keys to change, e.g. engine.steps=1000."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -255,10 +259,12 @@ class Teach:
 
     def __call__(self) -> int:
         from stillroom.bench.teach import teach
+        from stillroom.bench.teach_scenes import SCENES, teach_scenes
 
         folder = RUNS / f"teach-{self.name}"
         out = self.out or folder / "teacher"
-        teach(self.name, out, list(self.overrides), run_dir=folder, resume=self.resume)
+        train = teach_scenes if self.name in SCENES else teach
+        train(self.name, out, list(self.overrides), run_dir=folder, resume=self.resume)
         print(out)
         return 0
 

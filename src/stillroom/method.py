@@ -156,6 +156,7 @@ class Method(nn.Module):
     slug: ClassVar[str]
     paper: ClassVar[Paper]
     wing: ClassVar[str]
+    task: ClassVar[str] = "class-image"  # or "text-image": what a run reads, gives to build() and scores (tasks/)
 
     @dataclass
     class Options:
@@ -190,6 +191,10 @@ class Method(nn.Module):
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
         """Called when a stage begins, and with ``resumed`` when a run goes on inside it, its weights restored: to take a
         reference copy, to draw samples of the student as it stands. Must give the same either way. Default: nothing."""
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether an optimizer's weight decay acts on this parameter. Default: on all."""
+        return True
 
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""

@@ -34,6 +34,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "engine.seed": (0, 2**63 - 1),
     "evaluate.n": (0, math.inf),
     "evaluate.seed": (0, 2**63 - 1),
+    "synthesis.images": (0, math.inf),
+    "synthesis.small": (0, math.inf),
+    "synthesis.pairs": (0, math.inf),
+    "synthesis.seed": (0, 2**31 - 1),
 }
 """What the dataclasses do not check themselves."""
 
@@ -49,6 +53,26 @@ class Evaluate:
 
 
 @dataclass
+class Synthesis:
+    """Data distillation: the images that a student of captions learns from. Other methods have no use for it."""
+
+    images: int = 0
+    """Images that the teachers draw before the training; 0: those stored in ``data`` are used as they are."""
+    route: Literal["one", "all", "round-robin"] = "round-robin"
+    """Which teacher draws a caption: one chosen at random, all of them, or each in its turn."""
+    filters: list[str] = field(default_factory=list)
+    """Names of the filters that an image must pass."""
+    small: int = 0
+    """Side in pixels of the images of the first stage, which learns at a lower resolution; 0: no such images."""
+    mirror: bool = False
+    """Whether mirrored images are encoded as well (options.mirror picks them)."""
+    pairs: int = 1024
+    """Real pictures with captions for the preference stage, where the data set can draw them."""
+    seed: int = 0
+    """Seed of captions, images and pairs."""
+
+
+@dataclass
 class Recipe:
     """Everything that determines a run."""
 
@@ -57,13 +81,15 @@ class Recipe:
     name: str = ""
     """Name of the run's folder; empty: the method's slug."""
     teacher: str = "fashion"
-    """A bench's shipped teacher by name, or a folder that diffusers loads."""
+    """A shipped teacher by name, or a folder that diffusers loads; several, where the method takes them, by commas."""
     data: str = "fashion"
     """A shipped data set by name, or a folder."""
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own options."""
     lora: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Role name -> LoRA settings: that network becomes an adapter on the teacher's weights."""
+    synthesis: Synthesis = field(default_factory=Synthesis)
+    """What a student of captions learns from."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Steps, batch, optimizers, precision, averages, checkpoints."""
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -255,7 +281,12 @@ def known_keys(slug: str) -> list[str]:
     """All dotted keys of a recipe for this method."""
     keys = []
     for item in dataclasses.fields(Recipe):
-        inner = {"engine": EngineConfig, "evaluate": Evaluate, "options": _options_of(slug)}.get(item.name)
+        inner = {
+            "engine": EngineConfig,
+            "evaluate": Evaluate,
+            "synthesis": Synthesis,
+            "options": _options_of(slug),
+        }.get(item.name)
         keys += [f"{item.name}.{f.name}" for f in dataclasses.fields(inner)] if inner else [item.name]
     return keys
 

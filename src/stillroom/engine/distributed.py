@@ -199,8 +199,10 @@ def shard(method: Method, world: World) -> None:
     for unit in [*units, method]:
         if not isinstance(unit, FSDPModule):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    for turn in method.turns():
-        register_fsdp_forward_method(method, turn.name)
+            for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
+                register_fsdp_forward_method(unit, entry)
+    for name in ("enter", *(turn.name for turn in method.turns())):
+        register_fsdp_forward_method(method, name)
 
 
 def statistics(role: nn.Module) -> list[Tensor]:

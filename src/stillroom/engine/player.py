@@ -51,7 +51,7 @@ class Player:
             raise UserError(f"turn {turn.name!r} has no parameters to train", cure=f"check {', '.join(turn.trains)}")
         self.parameters: dict[str, nn.Parameter] = {names[key]: p for key, p in unique.items()}
         self.trained = list(self.parameters.values())
-        self.optimizer = self._make_optimizer()
+        self.optimizer = self._make_optimizer(method)
         self.runner: Plain | DataParallel | Sharded = Plain(method, turn)
         self.modes: dict[nn.Module, bool] = {}  # which modules are in training mode during the turn
         self.statistics: list[Tensor] = []
@@ -59,13 +59,19 @@ class Player:
         self.norm: Tensor | None = None
         self.notes: dict[str, Tensor] = {}
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _make_optimizer(self, method: Method) -> torch.optim.Optimizer:
         o = self.optim
         shared: dict[str, Any] = {"lr": o.lr, "weight_decay": o.weight_decay, "fused": True}
+        groups: list[Any] = self.trained
+        spared = [p for name, p in self.parameters.items() if o.weight_decay and not method.decays(name, p)]
+        if spared:
+            ids = {id(p) for p in spared}
+            decayed = [p for p in self.trained if id(p) not in ids]
+            groups = [{"params": spared, "weight_decay": 0.0}, *([{"params": decayed}] if decayed else [])]
         if o.name == "sgd":
-            return torch.optim.SGD(self.trained, momentum=o.betas[0], **shared)
+            return torch.optim.SGD(groups, momentum=o.betas[0], **shared)
         kind = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
-        return kind(self.trained, betas=o.betas, eps=o.eps, **shared)
+        return kind(groups, betas=o.betas, eps=o.eps, **shared)
 
     @torch.no_grad()
     def update(self, factor: float, want_norm: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -23,8 +22,9 @@ from stillroom.engine.distributed import DataParallel, Sharded, World, local, sh
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.export import Outline
 from stillroom.engine.interrupt import Interrupted, StopRequest
-from stillroom.engine.player import Player, learning_rate_factor, resolve_optim
+from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.progress import Progress
+from stillroom.engine.stages import Span, lay_out
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.method import Batch, Draws, Method, Stage, nearest
 
@@ -40,15 +40,6 @@ def mix(*numbers: int | str) -> int:
     """A 63-bit seed from numbers, far from those of neighbouring numbers."""
     text = "/".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def stage_bounds(stages: Sequence[Stage], steps: int) -> list[tuple[int, int]]:
-    """First and past-the-last step of each stage, by their shares."""
-    total, done, edges = sum(stage.share for stage in stages), 0.0, [0]
-    for stage in stages:
-        done += stage.share
-        edges.append(round(steps * done / total))
-    return list(itertools.pairwise(edges))
 
 
 class Trainer:
@@ -87,7 +78,7 @@ class Trainer:
         self._saved: int | None = None
         self._stop = StopRequest()
         self._focused: Player | None = None
-        self._entered: int | None = None  # the stage that the method has been told of
+        self._entered: Span | None = None  # the stage that the method has been told of
         self._split_batch()
         self._check_names()
         self._prepare_method()
@@ -152,9 +143,7 @@ class Trainer:
                     f"engine.optim names the turn {key!r}{nearest(key, turns)}, which {m.slug!r} does not have",
                     cure="its turns: " + ", ".join(turns),
                 )
-        self.stages = m.stages()
-        self._bounds = stage_bounds(self.stages, c.steps)
-        self._sources = [self._source(stage) for stage in self.stages]
+        self.spans = lay_out(m.stages(), c.steps, self.data, m.slug)
         names = {id(p): name for name, p in m.named_parameters()}
         self.players = {
             turn.name: Player(m, turn, index, resolve_optim(turn, c.optim), names)
@@ -172,19 +161,6 @@ class Trainer:
                 player.runner = Sharded(m, player.turn)
             elif self.world.size > 1:
                 player.runner = DataParallel(m, player.turn, player.trained)
-
-    def _source(self, stage: Stage) -> Data:
-        """What the stage reads: the data, or the part of it that the stage names."""
-        if not stage.data:
-            return self.data
-        parts: Mapping[str, Data] = getattr(self.data, "parts", {})
-        if stage.data not in parts:
-            raise UserError(
-                f"stage {stage.name!r} of {self.method.slug!r} reads the data's part {stage.data!r}"
-                f"{nearest(stage.data, parts)}, which is not there",
-                cure=f"its parts: {', '.join(parts)}" if parts else "give data with that part",
-            )
-        return parts[stage.data]
 
     def _modes_of(self, player: Player) -> dict[nn.Module, bool]:
         """The modes that the modules themselves choose when the turn's roles are told to train."""
@@ -220,11 +196,11 @@ class Trainer:
 
     def _one_step(self) -> None:
         c, m, step = self.config, self.method, self.step
-        index = self._stage_at(step)
-        stage, start, data = self.stages[index], self._bounds[index][0], self._sources[index]
+        span = self._span_at(step)
+        stage, start, _, data = span
         m.step, m.progress, m.stage = step, step / c.steps, stage
-        if index != self._entered:
-            self._enter(index, resumed=step > start)
+        if span is not self._entered:
+            self._enter(span, resumed=step > start)
         batches = [self._to_device(data.batch(c.seed, step, c.batch, rows)) for rows in self._rows]
         shared: list[dict[str, Any]] = [{} for _ in batches]
         losses: dict[str, Tensor] = {}
@@ -248,17 +224,17 @@ class Trainer:
                 f"stopped after step {self.step}" + (", which is saved" if self.run_dir is not None else "")
             )
 
-    def _stage_at(self, step: int) -> int:
-        return next(i for i, (_, end) in enumerate(self._bounds) if step < end)
+    def _span_at(self, step: int) -> Span:
+        return next(span for span in self.spans if step < span.end)
 
-    def _enter(self, index: int, resumed: bool) -> None:
+    def _enter(self, span: Span, resumed: bool) -> None:
         """Let the method prepare a stage. Its draws follow from the stage alone, so a resumed run makes the same."""
-        self._entered = index
+        self._entered = span
         self._focused = None  # the method may put its networks into other modes
-        self._seed(self.method, -1, -2 - index, 0)
+        self._seed(self.method, -1, -2 - self.spans.index(span), 0)
         self.method.eval()
         self.method.requires_grad_(False)
-        self.method.enter(self.stages[index], self._sources[index], resumed)
+        self.method.enter(span.stage, span.data, resumed)
 
     def _take_turn(self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]) -> dict[str, Tensor]:
         c, m, step = self.config, self.method, self.step
@@ -292,10 +268,7 @@ class Trainer:
         return losses
 
     def _learning_rate_factor(self, step: int) -> float:
-        c, index = self.config, self._stage_at(step)
-        stage = self.stages[index]
-        start, end = self._bounds[index] if stage.own_schedule else (0, c.steps)
-        return stage.lr * learning_rate_factor(step - start, end - start, c.warmup, c.schedule)
+        return self._span_at(step).learning_rate_factor(step, self.config)
 
     def _next_row(self, step: int) -> int:
         """Steps done when the next row of metrics is written, seen from inside ``step``."""

@@ -9,6 +9,8 @@ from typing import Any
 from stillroom.report.log import read_metrics, read_recipe, read_result
 
 ARROWS = {
+    "sceneeval": "↑", "sceneeval_single": "↑", "sceneeval_two": "↑", "sceneeval_counting": "↑",
+    "sceneeval_colours": "↑", "sceneeval_position": "↑", "sceneeval_attribution": "↑",
     "fd": "↓", "kid": "↓", "precision": "↑", "recall": "↑", "density": "↑", "coverage": "↑", "class_agreement": "↑",
     "class_histogram_tv": "↓",
 }  # fmt: skip
@@ -50,8 +52,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def teachers(result: dict[str, Any]) -> list[str]:
+    """What the run's teachers are called in its result."""
+    return list(result.get("teachers", ["teacher"]))
+
+
 def score_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The score table: ``name`` (with extractor and N), ``better``, ``student``, ``teacher``, ``floor``."""
+    """The score table: ``name`` (with extractor and N), ``better``, ``student``, each teacher, ``floor``."""
     scores, names = result.get("scores", {}), result.get("score_names", {})
     student = scores.get("student", {})
     return [
@@ -59,7 +66,7 @@ def score_rows(result: dict[str, Any]) -> list[dict[str, str]]:
             "key": key,
             "name": names.get(key) or PLAIN_NAMES.get(key, key),
             "better": arrow,
-            **{who: number(scores.get(who, {}).get(key)) for who in ("student", "teacher", "floor")},
+            **{who: number(scores.get(who, {}).get(key)) for who in ("student", *teachers(result), "floor")},
         }
         for key, arrow in ARROWS.items()
         if key in student
@@ -67,19 +74,19 @@ def score_rows(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def speed_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """What a sample costs: ``name``, ``student``, ``teacher``."""
-    parts = {who: result.get(who, {}) for who in ("student", "teacher")}
+    """What a sample costs: ``name``, ``student``, each teacher."""
+    parts = {who: result.get(who, {}) for who in ("student", *teachers(result))}
     rows: list[dict[str, str]] = []
 
     def add(name: str, form: Any, *path: str) -> None:
-        values = []
-        for part in parts.values():
+        values: dict[str, Any] = {}
+        for who, part in parts.items():
             value: Any = part
             for key in path:
                 value = value.get(key) if isinstance(value, dict) else None
-            values.append(value)
-        if any(value is not None for value in values):
-            rows.append({"name": name, "student": form(values[0]), "teacher": form(values[1])})
+            values[who] = value
+        if any(value is not None for value in values.values()):
+            rows.append({"name": name, **{who: form(value) for who, value in values.items()}})
 
     add("Network evaluations per sample", number, "nfe")
     add("Latency, batch 1 (median)", milliseconds, "latency_ms", "1")
@@ -108,11 +115,13 @@ def facts(folder: Path) -> dict[str, Any]:
         raise UserError(f"run {folder} is not finished", cure=f"stillroom run --resume {folder}")
     rows = {("what", "method"): str(recipe.get("method")), ("what", "teacher"): str(recipe.get("teacher"))}
     rows["what", "data"] = str(recipe.get("data"))
+    names = teachers(result)
     for row in score_rows(result):
-        beside = ", ".join(f"{who} {row[who]}" for who in ("teacher", "floor") if row[who] != "–")
+        beside = ", ".join(f"{who} {row[who]}" for who in (*names, "floor") if row[who] != "–")
         rows["quality", f"{row['name']} {row['better']}"] = row["student"] + (f"  ({beside})" if beside else "")
     for row in speed_rows(result):
-        rows["speed", row["name"]] = row["student"] + (f"  (teacher {row['teacher']})" if row["teacher"] != "–" else "")
+        beside = ", ".join(f"{who} {row[who]}" for who in names if row[who] != "–")
+        rows["speed", row["name"]] = row["student"] + (f"  ({beside})" if beside else "")
     rows |= {("training", name): value for name, value in training_rows(result)}
     return {"name": result.get("name", folder.name), "rows": rows}
 
@@ -120,12 +129,13 @@ def facts(folder: Path) -> dict[str, Any]:
 def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     """The four numbers at the top: ``value``, ``label``, ``note``."""
     tiles = []
-    scores, student, teacher = result.get("scores", {}), result.get("student", {}), result.get("teacher", {})
-    if "fd" in scores.get("student", {}):
-        beside = [f"{who} {number(scores[who]['fd'])}" for who in ("teacher", "floor") if "fd" in scores.get(who, {})]
-        tiles.append({"value": number(scores["student"]["fd"]), "label": "Fréchet distance", "note": ", ".join(beside)})
+    scores, student, names = result.get("scores", {}), result.get("student", {}), teachers(result)
+    for key, label in (("sceneeval", "SceneEval"), ("fd", "Fréchet distance")):
+        if key in scores.get("student", {}):
+            beside = [f"{who} {number(scores[who][key])}" for who in (*names, "floor") if key in scores.get(who, {})]
+            tiles.append({"value": number(scores["student"][key]), "label": label, "note": ", ".join(beside)})
     if student.get("nfe"):
-        note = f"teacher {teacher['nfe']}" if teacher.get("nfe") else ""
+        note = ", ".join(f"{who} {result[who]['nfe']}" for who in names if result.get(who, {}).get("nfe"))
         tiles.append(
             {
                 "value": str(student["nfe"]),
@@ -133,13 +143,15 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
                 "note": note,
             }
         )
-    mine, theirs = (who.get("latency_ms", {}).get("1") for who in (student, teacher))
+    mine = student.get("latency_ms", {}).get("1")
+    theirs = {who: found for who in names if (found := result.get(who, {}).get("latency_ms", {}).get("1"))}
     if mine and theirs:
+        who, fastest = min(theirs.items(), key=lambda item: item[1])
         tiles.append(
             {
-                "value": f"{theirs / mine:.3g}×",
-                "label": "faster than the teacher",
-                "note": f"{milliseconds(mine)} against {milliseconds(theirs)}",
+                "value": f"{fastest / mine:.3g}×",
+                "label": "faster than the teacher" if len(names) == 1 else f"faster than {who}",
+                "note": f"{milliseconds(mine)} against {milliseconds(fastest)}",
             }
         )
     cost = result.get("cost", {})
@@ -176,6 +188,7 @@ def write_report(run_dir: Path) -> Path:
         paper=_paper(str(recipe.get("method"))),
         tiles=headline(result),
         samples=_samples(run_dir, result),
+        teachers=teachers(result),
         scores=score_rows(result),
         speeds=speed_rows(result),
         training=training_rows(result),
@@ -199,7 +212,7 @@ def _paper(method: str) -> dict[str, Any] | None:
 
 def _samples(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
-    for who in ("teacher", "student"):
+    for who in (*teachers(result), "student"):
         path = run_dir / "samples" / f"{who}.png"
         if path.is_file():
             nfe = result.get(who, {}).get("nfe")

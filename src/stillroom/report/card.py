@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stillroom.report import score_rows, speed_rows, training_rows
+from stillroom.report import score_rows, speed_rows, teachers, training_rows
 
 if TYPE_CHECKING:
     from stillroom.method import Paper
@@ -20,9 +20,12 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", ""]
     calls = result["student"]["nfe"]
     steps = f"{calls} network evaluation{'s' if calls > 1 else ''}"
+    names = teachers(result)
+    taught = " and ".join(f"`{name}`" for name in recipe.teacher.split(","))
+    theirs = ", ".join(f"{who} takes {result[who]['nfe']}" for who in names)
     lines += [
-        f"A student of `{recipe.teacher}` that makes an image in {steps} "
-        f"(the teacher takes {result['teacher']['nfe']}), distilled by [stillroom](https://pypi.org/project/stillroom/).",
+        f"A student of {taught} that makes an image in {steps} "
+        f"({'the ' * (len(names) == 1)}{theirs}), distilled by [stillroom](https://pypi.org/project/stillroom/).",
         "",
         f"- Method: `{recipe.method}`, [{paper.title}]({paper.url}) ({paper.venue or paper.year})",
         f"- Data: {result['data']}",
@@ -36,7 +39,7 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         "import stillroom as sr",
         "",
         f'student = sr.load("{Path(result["name"])}/student")',
-        f"images = student.sample({[0, 1, 2] if any(result['rows']) else 8}, seed=0)  # [N, C, H, W] in [-1, 1]",
+        f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]",
         "```",
         "",
     ]
@@ -44,11 +47,26 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         lines += [
             "## Scores",
             "",
-            "| score | student | teacher | floor (real images) |",
-            "| --- | ---: | ---: | ---: |",
+            f"| score | student | {' | '.join(names)} | floor (real images) |",
+            f"| --- | ---: |{' ---: |' * len(names)} ---: |",
         ]
-        lines += [f"| {r['name']} {r['better']} | {r['student']} | {r['teacher']} | {r['floor']} |" for r in scores]
+        lines += [
+            f"| {r['name']} {r['better']} | {' | '.join(r[who] for who in ('student', *names, 'floor'))} |"
+            for r in scores
+        ]
         lines += ["", f"Reference: {result['bench']['reference']}.", ""]
-    lines += ["## Cost of a sample", "", "| | student | teacher |", "| --- | ---: | ---: |"]
-    lines += [f"| {r['name']} | {r['student']} | {r['teacher']} |" for r in speed_rows(result)]
+    lines += [
+        "## Cost of a sample",
+        "",
+        f"| | student | {' | '.join(names)} |",
+        f"| --- | ---: |{' ---: |' * len(names)}",
+    ]
+    lines += [f"| {r['name']} | {' | '.join(r[who] for who in ('student', *names))} |" for r in speed_rows(result)]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
+
+
+def example(result: dict[str, Any]) -> str:
+    """What to ask the student for: captions where its rows are captions, else classes, else a number."""
+    if any(" " in row for row in result["rows"]):
+        return repr(result["rows"][:2])
+    return "[0, 1, 2]" if any(result["rows"]) else "8"

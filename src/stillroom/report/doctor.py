@@ -205,6 +205,16 @@ def _discriminator(patient: Patient) -> Iterator[Finding]:
         )
 
 
+def _winner_drift(patient: Patient) -> Iterator[Finding]:
+    for _, (_, values) in patient.curves("health/", "^winner_drift$").items():
+        if (late := fmean(_quarter(values, 4))) > 0:
+            yield Finding(
+                "wrong" if late > 0.05 else "doubtful",
+                f"preference learning damages what it should keep: the loss on the winners rose by {late:.3g}",
+                "a lower learning rate or beta for that stage, or a higher anchor (options.anchor)",
+            )
+
+
 def _bands(patient: Patient) -> Iterator[Finding]:
     for name, (low, high) in patient.bands.items():
         curve = patient.curves("health/").get(name)
@@ -217,8 +227,19 @@ def _bands(patient: Patient) -> Iterator[Finding]:
 
 
 def _scores(patient: Patient) -> Iterator[Finding]:
+    from stillroom.report import teachers
+
     scores = patient.result.get("scores", {})
-    student, teacher = scores.get("student", {}), scores.get("teacher", {})
+    student = scores.get("student", {})
+    taught = [found for who in teachers(patient.result) if (found := scores.get(who))]
+    teacher = min(taught, key=lambda found: found.get("fd", math.inf), default={})  # the best, where there are several
+    if "sceneeval" in student and "sceneeval" in teacher and student["sceneeval"] < 0.6 * teacher["sceneeval"]:
+        yield Finding(
+            "doubtful",
+            f"the student often misses the caption: SceneEval {student['sceneeval']:.2f}, "
+            f"its teacher {teacher['sceneeval']:.2f}",
+            "more steps or more distinct captions first; then a higher guidance scale",
+        )
     if "fd" in student and "fd" in teacher and student["fd"] > 3 * teacher["fd"]:
         yield Finding(
             "doubtful",
@@ -235,5 +256,6 @@ def _scores(patient: Patient) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
-    _progress, _not_finite, _fake_score, _spikes, _gradient_ratio, _spread, _average, _discriminator, _bands, _scores
+    _progress, _not_finite, _fake_score, _spikes, _gradient_ratio, _spread, _average, _discriminator, _winner_drift, _bands,
+    _scores,
 )  # fmt: skip

@@ -1,0 +1,59 @@
+"""What a run is about: how teachers and data are read, what the student becomes, how it is shown and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stillroom.errors import UserError
+from stillroom.tasks.base import IN_MEMORY, Generator, Task, model_folder
+
+__all__ = ["IN_MEMORY", "Generator", "Task", "bench_card", "load_model", "make_task", "model_folder", "sample_rows"]
+
+
+def make_task(name: str) -> Task:
+    """The task of a method, by the name that its class declares (``Method.task``)."""
+    if name == "text-image":
+        from stillroom.tasks.text_images import TextImages
+
+        return TextImages()
+    from stillroom.tasks.class_images import ClassImages
+
+    return ClassImages()
+
+
+def load_model(folder: Path) -> Generator:
+    """The generator in a model folder: with a text encoder it is asked in words, else by class."""
+    from stillroom.models.folder import ImageGenerator
+    from stillroom.models.text_image import TextImageGenerator, is_text_model
+
+    return TextImageGenerator.load(folder) if is_text_model(folder) else ImageGenerator.load(folder)
+
+
+def sample_rows(
+    generator: Any, labels: Sequence[str], captions: Sequence[str], n: int, seed: int
+) -> tuple[list[str], Tensor]:
+    """``n`` samples for each label or caption, by default for one of each kind: ``(names, [rows, n, C, H, W])``."""
+    from stillroom.models.folder import ImageGenerator
+
+    if isinstance(generator, ImageGenerator):
+        from stillroom.tasks.class_images import class_rows
+
+        if captions:
+            raise UserError("this model draws classes, not captions", cure="give --labels")
+        return class_rows(generator, labels, n, seed)
+    from stillroom.tasks.text_images import caption_rows
+
+    if labels:
+        raise UserError("this model draws captions, not classes", cure='give --captions "a red three"')
+    return caption_rows(generator, captions, n, seed)
+
+
+def bench_card(name: str) -> str:
+    """Markdown: what a bench is made of, its floor, and the scores of its shipped teachers."""
+    from stillroom.tasks import class_images, text_images
+
+    return text_images.bench_card() if name == "scenes" else class_images.bench_card(name)

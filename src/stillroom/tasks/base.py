@@ -1,0 +1,100 @@
+"""The contract between a run and its task."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from stillroom.data.source import ASSETS
+from stillroom.diffusion.sampling import Sampler
+from stillroom.errors import UserError, nearest
+from stillroom.recipe import Recipe
+
+IN_MEMORY = "(in memory)"
+"""Stands in a recipe for a teacher or data that were given as objects."""
+
+SHIPPED = {
+    "fashion": "fashion-teacher",
+    "scenes-sd3": "scenes-sd3",
+    "scenes-pixart": "scenes-pixart",
+    "lightgen": "scenes-lightgen",
+}
+"""Models that come with the package: name -> folder under assets/."""
+
+COLUMNS = 8
+"""Samples in a row of a sample grid."""
+
+
+class Generator(Protocol):
+    """A finished model: something that draws images, can be timed and written to a folder."""
+
+    sampler: Sampler
+
+    def save(self, folder: str | Path, **extra: Any) -> None: ...
+
+
+class Task:
+    """Base of all tasks. One object serves one run; :meth:`load` comes first.
+
+    ``data``: what the trainer reads. ``origin``: where it came from, in words.
+    """
+
+    data: Any
+    origin: str
+
+    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
+        """Read teachers and data and check that they fit together. Writes nothing into the run's folder.
+
+        teacher, data: objects to use instead of those that the recipe names. Raises UserError.
+        """
+        raise NotImplementedError
+
+    def networks(self) -> tuple[Any, ...]:
+        """What the method's ``build`` is given."""
+        raise NotImplementedError
+
+    def teachers(self) -> Mapping[str, Any]:
+        """The teachers by the name that tables and files call them."""
+        raise NotImplementedError
+
+    def student(self, network: nn.Module, sampler: Sampler) -> Any:
+        """The trained network as a :class:`Generator`."""
+        raise NotImplementedError
+
+    def rows(self, generator: Any, seed: int) -> tuple[list[str], Tensor]:
+        """Samples to look at: ``(names of the rows, [rows, COLUMNS, C, H, W])``."""
+        raise NotImplementedError
+
+    def measure(self, recipe: Recipe, student: Any) -> dict[str, Any]:
+        """Costs and, where there is a bench for the data, scores of student, teachers and real images.
+
+        ``{who: {"nfe", "params", "latency_ms", "macs"}, "scores": {who: ...}, "bench": ..., "score_names": ...}``.
+        """
+        raise NotImplementedError
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a shipped one by name, or the path itself. Raises UserError for a name that is neither."""
+    if name in SHIPPED and not Path(name).is_dir():
+        return ASSETS / SHIPPED[name]
+    if "/" not in name and not Path(name).exists():
+        raise UserError(
+            f"no model {name!r}{nearest(name, SHIPPED)}", cure=f"give a model's folder, or one of: {', '.join(SHIPPED)}"
+        )
+    return Path(name).expanduser()
+
+
+def sampling_cost(generator: Any, draw: Callable[[int], Any]) -> dict[str, Any]:
+    """``latency_ms`` (median of 30 calls, by batch size) and ``macs`` per sample of ``draw(batch)``."""
+    from stillroom.evaluation import cost
+
+    timings = cost.latency(draw, batches=(1, 32))
+    return {"latency_ms": {str(t.batch): round(t.median_ms, 3) for t in timings}, "macs": cost.macs(lambda: draw(1))}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

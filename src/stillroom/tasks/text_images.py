@@ -1,0 +1,197 @@
+"""Images from captions: one or several teachers known by their samples, a student that learns from stored ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillroom.bench.scenes import ScenesBench
+from stillroom.data.captioned import CaptionedData, encode_images
+from stillroom.data.captions import parse_caption
+from stillroom.data.scenes import scene_set
+from stillroom.data.source import ASSETS
+from stillroom.data.store import is_store, store_data
+from stillroom.diffusion.sampling import Sampler
+from stillroom.errors import UserError
+from stillroom.models.families import parameter_count
+from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.recipe import Recipe
+from stillroom.tasks.base import COLUMNS, Task, model_folder, sampling_cost, say
+
+EXAMPLES = {
+    "single": "a photo of a seven",
+    "two": "a two and a five",
+    "counting": "three fours",
+    "colours": "a red eight",
+    "position": "a three to the left of a nine",
+    "attribution": "a green one and a purple six",
+}
+"""One caption of each kind, for sample grids."""
+
+SYNTHETIC = ASSETS / "scenes-synthetic"
+"""The shipped images of the two shipped teachers."""
+
+
+class TextImages(Task):
+    """Teachers draw captions; the student learns from what they drew, and at the end from real pictures."""
+
+    data: CaptionedData
+    space: TextImageSpace
+
+    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
+        self.sources = self._teachers(recipe.teacher, teacher)
+        self.space = next(iter(self.sources.values())).space
+        for name, source in self.sources.items():
+            if source.space.name != self.space.name:
+                raise UserError(
+                    f"teacher {name!r} has another text encoder or codec ({source.space.name}) than "
+                    f"{next(iter(self.sources))!r} ({self.space.name})",
+                    cure="store its images with `stillroom synthesize` and give that folder as data",
+                )
+        self.data = data if data is not None else self._data(recipe)
+        self.origin = self.data.origin
+
+    def _teachers(self, named: str, given: Any) -> dict[str, TextImageGenerator]:
+        if given is not None:
+            return {"teacher": given}
+        names = [name.strip() for name in named.split(",")]
+        if len(set(names)) != len(names):
+            raise UserError(f"teacher {named!r} names one twice", cure="give each teacher once, separated by commas")
+        return {Path(name).name: TextImageGenerator.load(model_folder(name)) for name in names}
+
+    def _data(self, recipe: Recipe) -> CaptionedData:
+        wanted = recipe.synthesis
+        shipped = recipe.data == "scenes"
+        folder = SYNTHETIC if shipped else Path(recipe.data).expanduser()
+        if wanted.images:
+            folder = self._synthesised(recipe)
+        elif not shipped and not is_store(folder):
+            raise UserError(
+                f"data {recipe.data!r} are no stored images of a teacher",
+                cure="make them with `stillroom synthesize`, or let the run make them: synthesis.images=10000",
+            )
+        data = store_data(
+            folder, self.space, sizes={"small": wanted.small} if wanted.small else {}, mirror=wanted.mirror
+        )
+        if (folder / "pairs").is_dir():
+            data.parts["pairs"] = store_data(folder / "pairs", self.space)
+        elif shipped and wanted.pairs:
+            images, captions = scene_set(wanted.pairs, wanted.seed, "train")
+            data.parts["pairs"] = encode_images(images, [caption.text for caption in captions], self.space)
+        return data
+
+    def _synthesised(self, recipe: Recipe) -> Path:
+        """Data distillation: what the teachers draw for the captions, made once and kept in the cache."""
+        from stillroom.bench.fashion import cache_folder
+        from stillroom.synthesis import plan_hash, read_captions, synthesize
+
+        wanted = recipe.synthesis
+        captions = read_captions(
+            f"scenes:{wanted.images}" if recipe.data == "scenes" else recipe.data, seed=wanted.seed
+        )
+        plan: dict[str, Any] = {"seeds": (wanted.seed,), "route": wanted.route, "filters": wanted.filters}
+        folder = cache_folder() / "synthetic" / plan_hash(self.sources, captions, **plan)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_store(folder):
+            raise UserError(
+                "several processes cannot share the making of images inside a run",
+                cure="make them first: torchrun -m stillroom synthesize, then give that folder as data",
+            )
+        say(f"images of the teachers: {folder}")
+        synthesize(self.sources, captions, folder, resume=True, report=say, **plan)
+        return folder
+
+    def networks(self) -> tuple[TextImageSpace]:
+        return (self.space,)
+
+    def teachers(self) -> Mapping[str, TextImageGenerator]:
+        return self.sources
+
+    def student(self, network: nn.Module, sampler: Sampler) -> TextImageGenerator:
+        return TextImageGenerator(network, sampler, self.space)
+
+    def rows(self, generator: TextImageGenerator, seed: int) -> tuple[list[str], Tensor]:
+        return caption_rows(generator, () if self.of_scenes else self.data.captions[: len(EXAMPLES)], COLUMNS, seed)
+
+    @property
+    def of_scenes(self) -> bool:
+        """Whether the data speak the scenes' grammar, so that the bench can judge the pictures."""
+        try:
+            return all(parse_caption(text) for text in self.data.captions[:50]) and self.space.size == (32, 32)
+        except UserError:
+            return False
+
+    def measure(self, recipe: Recipe, student: TextImageGenerator) -> dict[str, Any]:
+        generators = {"student": student, **self.sources}
+        measured: dict[str, Any] = {
+            who: {"nfe": generator.sampler.nfe, "params": parameter_count(generator.network)}
+            for who, generator in generators.items()
+        }
+        if recipe.evaluate.n == 0:
+            return measured
+        say("timing student and teachers")
+        caption = self.data.captions[0]
+        for who, generator in generators.items():
+            measured[who] |= sampling_cost(generator, lambda batch, g=generator: g.sample([caption] * batch))
+        if not self.of_scenes:
+            return measured
+        bench, n, seed = ScenesBench(report=say), recipe.evaluate.n, recipe.evaluate.seed
+        captions = bench.captions(n)
+        texts = [caption.text for caption in captions]
+        say(f"scoring {n:,} samples of the student")
+        scores = {"student": bench.score(student.sample(texts, seed=seed), captions)}
+        for name, source in self.sources.items():
+            scores[name] = card_scores(name, source.sampler, bench, n)
+            if not scores[name]:
+                say(f"scoring {n:,} samples of {name}")
+                scores[name] = bench.score(source.sample(texts, seed=seed), captions)
+        scores["floor"] = bench.floor(n)
+        told = ("n", "extractor", "reference", "names")
+        return measured | {
+            "bench": {key: scores["student"][key] for key in ("n", "extractor", "reference")},
+            "score_names": scores["student"]["names"],
+            "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
+        }
+
+
+def card_scores(name: str, sampler: Sampler, bench: ScenesBench, n: int) -> dict[str, Any]:
+    """A shipped teacher's scores from its card, where they are those of this sampler, parser and N; else nothing."""
+    try:
+        card = json.loads((model_folder(name) / "card.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, UserError):
+        return {}
+    for row in card.get("samplers", ()):
+        known = row["scores"]
+        if row["sampler"] == sampler.to_dict() and known["n"] == n and known["extractor"] == bench.parser.name:
+            return dict(known)
+    return {}
+
+
+def caption_rows(generator: TextImageGenerator, captions: Sequence[str], n: int, seed: int) -> tuple[list[str], Tensor]:
+    """``n`` samples for each caption (default: one of each kind), as ``(captions, [rows, n, C, H, W])``."""
+    chosen = list(captions) or list(EXAMPLES.values())
+    images = generator.sample([caption for caption in chosen for _ in range(n)], seed=seed)
+    return chosen, images.unflatten(0, (len(chosen), n))
+
+
+def bench_card() -> str:
+    """Markdown: what the scenes bench is made of, its floor, and the scores of the shipped models by sampler."""
+    bench, rows = ScenesBench(report=say), {}
+    for name in ("scenes-sd3", "scenes-pixart", "lightgen"):
+        try:
+            card = json.loads((model_folder(name) / "card.json").read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        for row in card["samplers"]:
+            sampler = row["sampler"]
+            words = [
+                str(sampler.get("solver", sampler["name"])),
+                f"guidance {sampler['guidance']:g}",
+                f"{row['nfe']} NFE",
+            ]
+            rows[f"{name}, {', '.join(words)}"] = row["scores"]
+    return bench.bench_card(rows)
