@@ -29,7 +29,7 @@ from stillroom.evaluation.cost import latency, parameters
 from stillroom.method import get_method
 from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.worlds import World, get_world, shuffle
+from stillroom.proofs.worlds import World, get_world
 from stillroom.recipe import Recipe
 
 RESULTS = Path("results")
@@ -38,14 +38,14 @@ RESULTS = Path("results")
 def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
     """Train (if there is anything to train) and score one arm at one seed.
 
-    A training that diverges is a result too: its scores are infinite and ``diverged`` says where.
+    A training that diverges is a result too: its scores are the world's worst and ``diverged`` says where.
     """
     try:
         network, sampler, facts = train_arm(arm, world, seed)
     except TrainingDiverged as error:
         steps = int(arm.engine.get("steps", 0))
-        nothing = dict.fromkeys(world.metrics, math.inf)
-        return {"scores": nothing, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
+        worst = {metric: world.worst(metric) for metric in world.metrics}
+        return {"scores": worst, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
     generator = world.generator(network.eval(), sampler)
     scores = world.score(generator, seed)
     speed = latency(lambda _: world.draw(generator, 1), batches=(1,))[0]
@@ -73,8 +73,6 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
         method.build(teacher)
-        if arm.teacher == "shuffled":
-            shuffle(method.teacher)  # type: ignore[arg-type]
         network = method.role("student")
         if arm.after is not None:
             network.load_state_dict(finished_weights(arm.after, world, seed))
@@ -82,8 +80,11 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
         sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
         if steps := int(arm.engine.get("steps", 0)):
             settings: dict[str, Any] = {**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1}
+            data = world.data(**arm.data)
+            if arm.teacher == "shuffled":
+                data = world.mislead(method, data)
             with tempfile.TemporaryDirectory() as folder:
-                trainer = Trainer(method, world.data(**arm.data), EngineConfig(**settings), Path(folder))
+                trainer = Trainer(method, data, EngineConfig(**settings), Path(folder))
                 trainer.fit()
                 network = trainer.export_role()
                 facts = {"steps": steps, "health": health_curves(Path(folder) / "metrics.jsonl")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from stillroom.bench.fashion import PROOF_N, FashionBench
 from stillroom.bench.mixture2d import PairBench, RingBench
+from stillroom.bench.tiles import TilesBench
+from stillroom.data.captioned import CaptionedData
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
 from stillroom.models.lora import LoraDenoiser
+from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 
 Scores = dict[str, Any]
 
@@ -31,6 +35,12 @@ class World(Protocol):
 
     def data(self, **wanted: Any) -> Any:
         """What an arm learns from; ``wanted`` is the arm's own ``data``."""
+
+    def mislead(self, method: Any, data: Any) -> Any:
+        """The data of an arm whose teacher is ``shuffled``; a teacher that the method holds is spoilt in place."""
+
+    def worst(self, metric: str) -> float:
+        """What an arm whose training diverged is given, so that it loses every comparison."""
 
     def generator(self, network: Any, sampler: Sampler) -> Any:
         """A trained network, or a teacher, with its sampler."""
@@ -56,6 +66,13 @@ class LabelWorld:
                 f"this world has one set of data, not {', '.join(wanted)}", cure="leave the arm's data away"
             )
         return self.bench.train
+
+    def mislead(self, method: Any, data: ArrayData) -> ArrayData:
+        shuffle(method.teacher)
+        return data
+
+    def worst(self, metric: str) -> float:
+        return math.inf
 
     def generator(self, network: Denoiser, sampler: Sampler) -> ImageGenerator:
         return ImageGenerator(network.merged() if isinstance(network, LoraDenoiser) else network, sampler)
@@ -131,7 +148,45 @@ class FashionWorld(LabelWorld):
         return self.bench.train.origin
 
 
-WORLDS: dict[str, type] = {"ring": RingWorld, "pair": PairWorld, "fashion": FashionWorld}
+class TilesWorld:
+    """One thing in one of four cells, said in four words, a fifth of whose combinations training never shows. The
+    teacher is the renderer, known by its pictures alone."""
+
+    name = "tiles"
+    metrics = ("all", "one", "obj", "lr", "ud")
+    n = 480
+
+    def __init__(self) -> None:
+        self.bench = TilesBench()
+
+    def teacher(self) -> TextImageSpace:
+        return self.bench.space
+
+    def data(self, **wanted: Any) -> CaptionedData:
+        return self.bench.data(**wanted)
+
+    def mislead(self, method: Any, data: CaptionedData) -> CaptionedData:
+        return mismatched(data)
+
+    def worst(self, metric: str) -> float:
+        return 0.0
+
+    def generator(self, network: nn.Module, sampler: Sampler) -> TextImageGenerator:
+        return TextImageGenerator(network, sampler, self.bench.space)
+
+    def draw(self, generator: TextImageGenerator, n: int) -> Tensor:
+        return generator.sample(self.bench.say(self.bench.asked(n)))
+
+    def score(self, generator: TextImageGenerator, seed: int) -> Scores:
+        captions = self.bench.asked(self.n)
+        images = generator.sample(self.bench.say(captions), seed=10_000 + seed, batch=self.n)
+        return dict(self.bench.score(images, captions))
+
+    def floor(self) -> Scores:
+        return dict(self.bench.floor(self.n))
+
+
+WORLDS: dict[str, type] = {"ring": RingWorld, "pair": PairWorld, "fashion": FashionWorld, "tiles": TilesWorld}
 
 
 def get_world(name: str) -> World:
@@ -150,3 +205,12 @@ def shuffle(teacher: Denoiser) -> None:
         return ask(network, x, time, {**cond, "label": torch.where(label < classes, (label + 1) % classes, label)})
 
     teacher.call = call
+
+
+def mismatched(data: CaptionedData) -> CaptionedData:
+    """Every image of ``data`` and of its parts under the caption of an image picked at random."""
+    order = torch.randperm(data.n, generator=torch.Generator().manual_seed(0))
+    return CaptionedData(
+        data.mean, data.captions, data.which[order], data.text, data.std, data.mirrored, data.mirrored_std,
+        {name: mismatched(part) for name, part in data.parts.items()}, data.name, f"{data.origin}, captions shuffled",
+    )  # fmt: skip

@@ -1,0 +1,196 @@
+"""The mechanism bench of captions: one coloured pattern in one of four cells of an 8x8 picture, said in four words.
+
+A picture is four tokens, a caption four words, and what a caption leaves open is pixel noise alone, so that a proof
+about a masked-autoregressive student of captions takes minutes. 24 of the 120 captions are never shown in training,
+though each of their words is: what is scored is whether the words are understood, not whether pictures are remembered.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.data.captioned import CaptionedData
+from stillroom.errors import UserError, nearest
+from stillroom.models.text_image import TextImageSpace
+
+COLOURS = {
+    "red": (1, -1, -1),
+    "green": (-1, 1, -1),
+    "blue": (-1, -1, 1),
+    "yellow": (1, 1, -1),
+    "purple": (1, -1, 1),
+    "cyan": (-1, 1, 1),
+}
+PATTERNS = {
+    "block": ("####", "####", "####", "####"),
+    "ring": ("####", "#..#", "#..#", "####"),
+    "pillar": (".##.", ".##.", ".##.", ".##."),
+    "tee": ("####", "####", ".##.", ".##."),
+    "cup": ("#..#", "#..#", "####", "####"),
+}
+"""Each its own mirror image: a mirrored picture shows the same thing on the other side, and nothing else changes."""
+SIDES, HEIGHTS = ("left", "right"), ("top", "bottom")
+KINDS: tuple[Sequence[str], ...] = (tuple(COLOURS), tuple(PATTERNS), SIDES, HEIGHTS)
+WORDS = tuple(itertools.chain(*KINDS))
+CELL, SIZE = 4, 8
+NOISE = 0.05
+HELD_OUT = 24
+
+
+class TileText(nn.Module):
+    """Captions to features: one unit vector per word. Stands in for a text encoder."""
+
+    width, length, name = 16, len(KINDS), "tile-words"
+
+    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """``{"encoder_hidden_states": [B, 4, 16]}``; a missing word (the empty caption) is zero."""
+        states = torch.zeros(len(captions), self.length, self.width)
+        for row, caption in enumerate(captions):
+            for place, word in enumerate(caption.split()):
+                states[row, place, WORDS.index(word)] = 1.0
+        return {"encoder_hidden_states": states}
+
+    def check(self, caption: str) -> None:
+        """Raises UserError unless the caption is a colour, a pattern, a side and a height."""
+        words = caption.split()
+        for word in words:
+            if word not in WORDS:
+                raise UserError(f"unknown word {word!r}{nearest(word, WORDS)}", cure=f"known: {', '.join(WORDS)}")
+        if len(words) != len(KINDS) or any(word not in kind for word, kind in zip(words, KINDS, strict=True)):
+            raise UserError(f"caption {caption!r} is not complete", cure="say it like: red ring left top")
+
+
+class TileCodec(nn.Module):
+    """Pixels are the latents, also beyond [-1, 1], where noise takes them. Stands in for an autoencoder."""
+
+    channels, factor, name = 3, 1, "tile-pixels"
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, torch.zeros_like(images)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class TilesBench:
+    """The renderer (which is the teacher), data drawn by it, and a judge that finds the nearest template in each cell.
+
+    Captions are rows of word numbers ``[N, 4]``: colour, pattern, side, height.
+    """
+
+    def __init__(self) -> None:
+        self.space = TextImageSpace(TileText(), TileCodec(), (SIZE, SIZE))  # type: ignore[arg-type]
+        colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+        patterns = torch.tensor([[[c == "#" for c in line] for line in p] for p in PATTERNS.values()]).float()
+        things = colours[:, None, :, None, None] * patterns[None, :, None]  # [6, 5, 3, 4, 4]
+        self.things = things
+        self.templates = torch.cat([torch.zeros(1, 3 * CELL * CELL), things.flatten(0, 1).flatten(1)])
+
+    # --- captions -------------------------------------------------------------------------------------------------
+    @cached_property
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Training captions ``[96, 4]`` and held-out captions ``[24, 4]``. The first training captions, taken greedily,
+        know every word: a student of few captions lacks combinations, not vocabulary."""
+        every = torch.cartesian_prod(*(torch.arange(len(kind)) for kind in KINDS))
+        every = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
+        held_out, pool = every[:HELD_OUT], every[HELD_OUT:].tolist()
+        chosen: list[list[int]] = []
+        known: set[tuple[int, int]] = set()
+        while len(known) < len(WORDS):
+            new = [len(set(enumerate(row)) - known) for row in pool]
+            chosen.append(pool.pop(new.index(max(new))))
+            known |= set(enumerate(chosen[-1]))
+        return torch.tensor(chosen + pool), held_out
+
+    @property
+    def train(self) -> Tensor:
+        """``[96, 4]``, in the order in which data take them."""
+        return self._split[0]
+
+    @property
+    def held_out(self) -> Tensor:
+        """``[24, 4]``, never in training data; every word of them is."""
+        return self._split[1]
+
+    @staticmethod
+    def say(captions: Tensor) -> list[str]:
+        """``red ring left top`` and so on."""
+        return [" ".join(kind[i] for kind, i in zip(KINDS, row, strict=True)) for row in captions.tolist()]
+
+    # --- pictures -------------------------------------------------------------------------------------------------
+    def render(self, captions: Tensor, generator: torch.Generator) -> Tensor:
+        """The teacher: pictures ``[N, 3, 8, 8]`` float32 of captions ``[N, 4]``. Ground 0, colours -1 and 1, normal
+        noise of standard deviation 0.05 on every pixel."""
+        images = NOISE * torch.randn(len(captions), 3, SIZE, SIZE, generator=generator)
+        colour, pattern, side, height = captions.T
+        cells = images.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # [N, 3, row, 4, column, 4], a view
+        cells[torch.arange(len(captions)), :, height, :, side] += self.things[colour, pattern]
+        return images
+
+    def data(
+        self, captions: int = 96, images: int = 3000, mirror: bool = False, pairs: int = 0, seed: int = 0
+    ) -> CaptionedData:
+        """``images`` pictures of the first ``captions`` training captions, equally many of each.
+
+        mirror: their mirror images too, under the same captions. pairs: so many pictures of all training captions, not
+        mirrored, in the part ``pairs``. Raises UserError for a number of captions that there are not.
+        """
+        if not 1 <= captions <= len(self.train):
+            raise UserError(f"there are {len(self.train)} training captions, not {captions}", cure="ask for 1 to 96")
+        generator = torch.Generator().manual_seed(seed)
+        data = self._drawn(self.train[:captions], images, mirror, generator)
+        if pairs:
+            data.parts["pairs"] = self._drawn(self.train, pairs, False, generator)
+        return data
+
+    def _drawn(self, captions: Tensor, images: int, mirror: bool, generator: torch.Generator) -> CaptionedData:
+        which = torch.arange(images) % len(captions)
+        pictures, texts = self.render(captions[which], generator), self.say(captions)
+        mirrored = pictures.flip(-1) if mirror else None
+        origin = f"tiles: {images:,} pictures of {len(captions)} captions"
+        text = self.space.text.encode(texts)
+        return CaptionedData(pictures, texts, which, text, mirrored=mirrored, name="tiles", origin=origin)
+
+    # --- the judge ------------------------------------------------------------------------------------------------
+    def score(self, images: Tensor, captions: Tensor) -> dict[str, float]:
+        """Shares of ``images [N, 3, 8, 8]`` asked for as ``captions [N, 4]``.
+
+        Each cell shows what its nearest template is, or nothing. ``one``: exactly one cell shows something. Of the
+        thing that stands out most, ``obj``: its colour and pattern, ``lr``: its side, ``ud``: its height are those
+        asked for (an empty picture has none of them right). ``all``: all four at once.
+        """
+        cells = images.detach().float().cpu().unflatten(3, (2, CELL)).unflatten(2, (2, CELL))
+        cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)  # [N, 4, 48], cell = 2 row + column
+        distance = torch.cdist(cells, self.templates.expand(len(cells), -1, -1)).square()
+        nearest_distance, shown = distance.min(2)
+        at = (distance[:, :, 0] - nearest_distance).argmax(1)
+        thing = shown.gather(1, at[:, None]).squeeze(1)
+        colour, pattern, side, height = captions.T
+        right = {
+            "one": (shown > 0).sum(1) == 1,
+            "obj": thing == 1 + len(PATTERNS) * colour + pattern,
+            "lr": (thing > 0) & (at % 2 == side),
+            "ud": (thing > 0) & (at // 2 == height),
+        }
+        right["all"] = torch.stack(list(right.values())).all(0)
+        return {name: float(hits.double().mean()) for name, hits in right.items()}
+
+    def asked(self, n: int) -> Tensor:
+        """``n`` held-out captions ``[n, 4]``, equally many of each."""
+        return self.held_out[torch.arange(n) % len(self.held_out)]
+
+    def floor(self, n: int = 480, seed: int = 1) -> dict[str, float]:
+        """:meth:`score` of ``n`` fresh pictures of the renderer."""
+        captions = self.asked(n)
+        return self.score(self.render(captions, torch.Generator().manual_seed(seed)), captions)
