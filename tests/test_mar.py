@@ -69,7 +69,7 @@ def test_respaced_times_are_those_of_improved_ddpm() -> None:
 
 @pytest.mark.parametrize("steps", [2, 25, 100])
 def test_a_respaced_step_takes_the_marginals_from_one_time_to_the_next(steps: int) -> None:
-    """With the true x0, ``x0_weight x0 + xt_weight x_t`` plus the posterior's noise has the marginal of the next time."""
+    """With the true x0, ``x0_weight x0 + xt_weight x_t`` and the posterior's noise have the next time's marginal."""
     table = respaced(COSINE, steps)
     for i in range(1, steps):
         signal = table.x0_weight[i] + table.xt_weight[i] * table.signal[i]

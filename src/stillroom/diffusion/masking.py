@@ -1,5 +1,5 @@
-"""The engine of masked-token generators (MaskGIT, MAR, LightGen): which tokens are masked in training, in which order and
-how many at a time they are predicted in sampling. Once predicted, a token stays."""
+"""The engine of masked-token generators (MaskGIT, MAR, LightGen): which tokens are masked in training, in which order
+and how many at a time they are predicted in sampling. Once predicted, a token stays."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class MaskRatio:
         """The ratio at ``u`` in [0, 1): the law's quantile function (the cosine law's decreases)."""
         if self.law == "cosine":
             return min(max(math.cos(math.pi * u / 2), self.low), self.high)
-        low, high = (0.5 * (1 + math.erf((edge - self.mean) / (self.std * math.sqrt(2)))) for edge in (self.low, self.high))
+        low, high = (
+            0.5 * (1 + math.erf((edge - self.mean) / (self.std * math.sqrt(2)))) for edge in (self.low, self.high)
+        )
         normal = torch.special.ndtri(torch.tensor(low + u * (high - low), dtype=torch.float64))
         return min(max(self.mean + self.std * float(normal), self.low), self.high)
 

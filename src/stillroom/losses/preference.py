@@ -1,9 +1,9 @@
-"""Direct preference optimisation on a loss instead of a likelihood (Diffusion-DPO, arXiv 2311.12908, eq. 14; LightGen, arXiv
-2503.08619, eq. 7).
+"""Direct preference optimisation on a loss instead of a likelihood (Diffusion-DPO, arXiv 2311.12908, eq. 14; LightGen,
+arXiv 2503.08619, eq. 7).
 
-For any student whose loss on one sample is minus a log-likelihood up to a constant factor: a denoiser's squared error, a
-flow-matching loss, the masked tokens' denoising error. The four losses of a pair must share all that is random (times,
-noise, masks; no dropout), or their differences are noise: at beta 5000 a jitter of 1e-3 moves the logit by 2.5.
+For any student whose loss on one sample is minus a log-likelihood up to a constant factor: a denoiser's squared error,
+a flow-matching loss, the masked tokens' denoising error. The four losses of a pair must share all that is random
+(times, noise, masks; no dropout), or their differences are noise: at beta 5000 a jitter of 1e-3 moves the logit by 2.5.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch.nn.functional import logsigmoid
 
 
 class Preference(NamedTuple):
-    """terms: what to minimise, ``dpo`` and (with an anchor) ``anchor``, scalars. health: what tells how it goes, scalars:
-    ``preference_accuracy``, the share of pairs whose winner has gained more on the reference than the loser (ties count
-    half); ``winner_drift`` and ``loser_drift``, mean L_theta - L_ref (a winner_drift above 0 means that the student gets
-    worse at winners too: stop, or lower the learning rate); ``margin``, the mean logit (1 to 3 is a fitting beta)."""
+    """What to minimise and what tells how it goes, all scalars.
+
+    terms: ``dpo`` and, with an anchor, ``anchor``. health: ``preference_accuracy``, the share of pairs whose winner has
+    gained more on the reference than the loser (ties count half); ``winner_drift`` and ``loser_drift``, the means of
+    L_theta - L_ref (a winner_drift above 0: the student gets worse at winners too; stop, or lower the learning rate);
+    ``margin``, the mean logit (1 to 3 after some hundred steps is a fitting beta)."""
 
     terms: dict[str, Tensor]
     health: dict[str, Tensor]

@@ -54,7 +54,8 @@ class MARSettings:
     def make(self, **fixed: Any) -> MAR:
         """The network; ``fixed`` are settings that the data decide. Raises UserError for sizes that do not fit."""
         changed = {key: value for key, value in vars(self).items() if value is not None and key != "preset"}
-        return MAR(**{**PRESETS[self.preset], **fixed, **changed})
+        settings: dict[str, Any] = {**PRESETS[self.preset], **fixed, **changed}
+        return MAR(**settings)
 
 
 Memory = list[tuple[Tensor, Tensor]]
@@ -172,7 +173,7 @@ class MAR(nn.Module):
     """
 
     forward_methods: ClassVar[tuple[str, ...]] = ("remember", "plan", "fill")
-    """Entries besides ``forward`` that run whole modules of the network (a sharded network gathers its weights there)."""
+    """What a sampler asks besides ``forward``: a sharded network gathers its weights there too."""
 
     def __init__(
         self,
@@ -199,9 +200,13 @@ class MAR(nn.Module):
             key: value for key, value in locals().items() if key not in ("self", "__class__")
         } | {"grid": list(grid)}
         if width % heads:
-            raise UserError(f"MAR's width {width} does not split into {heads} heads", cure="choose heads that divide it")
+            raise UserError(
+                f"MAR's width {width} does not split into {heads} heads", cure="choose heads that divide it"
+            )
         if cross_blocks < 1:
-            raise UserError("a MAR without cross-attention blocks cannot read text", cure="set cross_blocks to 1 or more")
+            raise UserError(
+                "a MAR without cross-attention blocks cannot read text", cure="set cross_blocks to 1 or more"
+            )
         if len(grid) != 2 or min(grid) < 1:
             raise UserError(f"MAR's grid must be rows and columns of tokens, got {grid}", cure="for example [16, 16]")
         self.channels, self.patch, self.grid = channels, patch, (int(grid[0]), int(grid[1]))
@@ -286,7 +291,7 @@ class MAR(nn.Module):
         return self.align_norm(c)
 
     def _remember(self, aligned: Tensor) -> Memory:
-        return [block.remember(aligned) for block in self.cross_blocks]
+        return [block.remember(aligned) for block in self.cross_blocks]  # type: ignore[operator]
 
     def _decode(self, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the visible tokens ``visible [B, V]`` (indices; V may be 0) of ``tokens [B, N, d]`` say about every

@@ -92,7 +92,7 @@ class HeadBlock(nn.Module):
 
 
 class TokenDiffusionHead(nn.Module):
-    """Noise prediction for tokens ``[..., dim]`` under vectors ``z [..., z_width]``: VP with cosine schedule, 1000 steps.
+    """Noise prediction for tokens ``[..., dim]`` under vectors ``z [..., z_width]``: VP, cosine schedule, 1000 steps.
 
     learned_variance: the network also says where between ``beta~`` and ``beta`` the variance of the reverse step lies
     (arXiv 2102.09672, eq. 15); without it that variance is ``beta~``.
@@ -109,7 +109,7 @@ class TokenDiffusionHead(nn.Module):
         self.embed_z = nn.Linear(z_width, width)
         self.embed_x = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(blocks))
-        # All blocks are modulated by the same vector: one product gives (shift, scale, gate) of each, and the last pair.
+        # All blocks are modulated by one vector: one product gives (shift, scale, gate) of each, and the last pair.
         self.modulation = nn.Linear(width, (3 * blocks + 2) * width)
         self.out = nn.Linear(width, 2 * dim if learned_variance else dim)
         self.reset()
@@ -133,8 +133,8 @@ class TokenDiffusionHead(nn.Module):
         return F.embedding(t, every)
 
     def forward(self, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(eps [..., dim], v)`` at ``x_t`` under ``y [..., width]``, the sum of the embeddings of time and ``z``; v is
-        the variance's place (None where it is fixed). ``x_t`` may lack leading dimensions of ``y``."""
+        """``(eps [..., dim], v)`` at ``x_t`` under ``y [..., width]``, the sum of the embeddings of time and ``z``; v
+        is the variance's place (None where it is fixed). ``x_t`` may lack leading dimensions of ``y``."""
         parts = self.modulation(F.silu(y)).chunk(3 * len(self.blocks) + 2, -1)
         h = self.embed_x(x_t)
         for i, block in enumerate(self.blocks):
@@ -205,7 +205,9 @@ class TokenDiffusionHead(nn.Module):
                 mean = table.scale[i] * x - table.eps_weight[i] * said
             if i == 0:
                 return mean
-            log_variance = table.log_posterior[i] if v is None else _between(v[0], table.log_beta[i], table.log_posterior[i])
+            log_variance = (
+                table.log_posterior[i] if v is None else _between(v[0], table.log_beta[i], table.log_posterior[i])
+            )
             device = generator.device if generator is not None else x.device
             fresh = torch.randn(x.shape, generator=generator, device=device).to(x)
             x = mean + temperature * torch.exp(0.5 * log_variance) * fresh

@@ -35,9 +35,9 @@ DRAWN_AT_ONCE = 64
     ),
 )
 class LightGen(Method):
-    """Text-to-image teachers are known by their images alone (data distillation, ``stillroom synthesize``: items 1 to 4).
-    A masked-autoregressive network learns these at a low resolution, adapts to the full one, and is mended by direct
-    preference optimisation, real pictures against its own samples for the same captions.
+    """Text-to-image teachers are known by their images alone (items 1 to 4: data distillation, ``stillroom
+    synthesize``). A masked-autoregressive network learns these at a low resolution, adapts to the full one, and is
+    mended by direct preference optimisation, real pictures against its own samples for the same captions.
 
     Departures from the paper: the text stack runs for the masked tokens only (they do not see each other there, so no
     number changes); the preference loss may be anchored to the winners, since the literal one, at a learning rate that
@@ -166,7 +166,8 @@ class LightGen(Method):
     @turn(trains="student", optim=Optim(lr=1e-8, **OPTIM))
     def prefer(self, batch: Batch) -> Terms:
         """Items 11 and 12: winner and loser, student and reference, under the same mask, order, times and noise."""
-        self.student.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
+        for network in (self.student, self.reference):
+            network.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
         index = batch["index"]
         win, lose = batch["image"], self.losers[index].to(batch["image"])
         if "std" in batch:

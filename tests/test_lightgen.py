@@ -1,0 +1,385 @@
+"""LightGen, turn by turn and stage by stage: what is minimised, who moves, what the pairs are, that a run resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaussians import draws, moved, play
+from stillroom.diffusion.masking import MaskedSampler, MaskRatio
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.errors import UserError
+from stillroom.method import get_method
+from stillroom.methods.masked.lightgen import LightGen
+from stillroom.models.mar import TEXT, MARSettings
+from tiny_mar import SIZES, Captioned, make_mar, space
+
+NETWORK: dict[str, Any] = {**SIZES, "dropout": 0.2, "attention_dropout": 0.2}
+B = 6
+
+
+def build(network: dict[str, Any] | None = None, **options: Any) -> LightGen:
+    """A method some way into its training; samples cost little."""
+    sizes = MARSettings(**{**NETWORK, **(network or {})})
+    fast = {"steps": 3, "head_steps": 2, "guidance": 2.0, "clip": 1.5}
+    method = LightGen(LightGen.Options(**{"network": sizes, **fast, **options}))
+    torch.manual_seed(0)
+    method.build(space())
+    method.student.load_state_dict(make_mar(**(network or {})).state_dict())
+    return method
+
+
+def entered(data: Captioned | None = None, seed: int = 0, **options: Any) -> tuple[LightGen, Captioned]:
+    """A method that has just begun its last stage, with the data of that stage."""
+    method, data = build(**options), data or Captioned()
+    method.draw = draws(B, seed)
+    method.enter(method.stages()[-1], data, resumed=False)
+    return method, data
+
+
+def batch(data: Captioned, n: int = B) -> dict[str, Any]:
+    return data.rows(torch.arange(n))
+
+
+def nudge(method: LightGen, seed: int = 9) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+def staged(parts: Any = (), **options: Any) -> list[tuple[str, tuple[str, ...] | None, str, float]]:
+    method = build(**options)
+    method.prepare(Captioned(parts=dict.fromkeys(parts)))
+    assert all(stage.own_schedule for stage in method.stages())
+    return [(stage.name, stage.turns, stage.data, stage.lr) for stage in method.stages()]
+
+
+def test_stages_follow_the_paper() -> None:
+    assert staged(parts=("small", "pairs")) == [
+        ("pretrain", ("masked",), "small", 1.0),
+        ("adapt", ("masked",), "", 0.1),
+        ("dpo", ("prefer",), "pairs", 1.0),
+    ]
+
+
+def test_without_small_images_the_full_ones_are_used() -> None:
+    assert staged(parts=("pairs",))[0] == ("pretrain", ("masked",), "", 1.0)
+
+
+def test_a_share_of_zero_leaves_a_stage_out() -> None:
+    assert [name for name, *_ in staged(adapt_share=0.0, dpo_share=0.0)] == ["pretrain"]
+    assert not hasattr(build(dpo_share=0.0), "reference")
+    with pytest.raises(UserError, match="share 0"):
+        build(pretrain_share=0.0, adapt_share=0.0, dpo_share=0.0)
+
+
+def test_the_control_trains_on_winners_in_the_last_stage() -> None:
+    assert staged(parts=("pairs",), preference="sft")[-1] == ("sft", ("finetune",), "pairs", 1.0)
+
+
+def test_pairs_that_are_missing_are_asked_for() -> None:
+    with pytest.raises(UserError, match="part 'pairs'"):
+        Trainer(build(), Captioned(), EngineConfig(steps=10, batch=2), show=False)
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+def test_the_student_fits_the_space() -> None:
+    student = build().student
+    assert (student.channels, student.grid, student.config["text_width"]) == (2, (4, 4), 5)
+
+
+def test_latents_that_patches_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="patch=3 does not divide"):
+        build(network={"patch": 3})
+
+
+def test_data_of_another_codec_are_refused() -> None:
+    data = Captioned()
+    data.shape = (4, 8, 8)
+    with pytest.raises(UserError, match="4 channels"):
+        build().prepare(data)
+
+
+def test_the_sampler_carries_the_options() -> None:
+    options = {
+        "steps": 7,
+        "guidance": 2.5,
+        "guidance_schedule": "linear",
+        "temperature": 0.9,
+        "head_steps": 11,
+        "clip": 2.0,
+    }
+    assert build(**options).sampler() == MaskedSampler(**options)  # type: ignore[arg-type]
+
+
+def test_the_papers_values_are_the_defaults() -> None:
+    o = LightGen.Options()
+    assert (o.network.preset, o.mask_ratio, o.repeats, o.text_drop) == ("large", MaskRatio(), 4, 0.1)
+    assert (o.beta, o.anchor, o.steps, o.guidance, o.guidance_schedule, o.head_steps) == (
+        5000,
+        0,
+        64,
+        4,
+        "constant",
+        100,
+    )
+    turns = {turn.name: turn.optim for turn in LightGen().turns()}
+    assert (turns["masked"].lr, turns["prefer"].lr) == (1e-4, 1e-8)
+    assert {(t.betas, t.weight_decay, t.clip_norm) for t in turns.values()} == {((0.9, 0.99), 0.02, 3.0)}
+    assert get_method("lightgen") is LightGen
+    assert LightGen.wing == "masked"
+
+
+def test_weight_decay_spares_vectors_and_the_head() -> None:
+    trainer = Trainer(build(dpo_share=0.0), Captioned(), EngineConfig(steps=1, batch=2), show=False)
+    player = trainer.players["masked"]
+    spared, decayed = player.optimizer.param_groups
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
+    ids = {id(p): name for name, p in player.parameters.items()}
+    assert len(spared["params"]) + len(decayed["params"]) == len(player.trained)
+    for p in spared["params"]:
+        assert p.ndim == 1 or ids[id(p)].startswith("student.head.")
+    for p in decayed["params"]:
+        assert p.ndim > 1
+        assert not ids[id(p)].startswith("student.head.")
+
+
+# --- masked training --------------------------------------------------------------------------------------------------
+def test_the_masked_loss_is_the_mean_over_all_masked_tokens_and_draws() -> None:
+    method, data = build(text_drop=0.0), Captioned()
+    terms = play(method, "masked", batch(data), seed=5)
+    method.draw = draws(B, 5)
+    x = method.latents(batch(data))
+    method.draw.uniform(B)
+    parts = method.randomness(x)
+    assert parts["t"].shape == (B, 4, parts["masked"])
+    loss = method.student(x, batch(data)["cond"][TEXT], **parts)
+    assert float(terms["mse"]) == pytest.approx(float(loss.mse.mean()))
+    assert float(terms["vb"]) == pytest.approx(float(loss.vb.mean()))
+    assert moved(method) == {"student"}
+
+
+def test_fixed_variance_leaves_the_bound_out() -> None:
+    method = build(network={"learned_variance": False}, dpo_share=0.0)
+    assert set(play(method, "masked", batch(Captioned()))) == {"mse"}
+
+
+def test_the_posterior_is_sampled_afresh() -> None:
+    method, given = build(), batch(Captioned())
+    method.draw = draws(B, 1)
+    away = (method.latents(given) - given["image"]) / given["std"]
+    assert torch.allclose(away, torch.randn(away.shape, generator=torch.Generator().manual_seed(1)), atol=1e-4)
+    del given["std"]
+    assert torch.equal(method.latents(given), given["image"])
+
+
+@pytest.mark.parametrize("mirror", [0.0, 0.5, 1.0])
+def test_mirrored_images_are_picked_with_their_probability(mirror: float) -> None:
+    method, data = build(), Captioned(n=200, mirror=True)
+    given = {**batch(data, 200), "std": torch.zeros(200, 2, 8, 8), "mirrored_std": torch.zeros(200, 2, 8, 8)}
+    method.draw = draws(200)
+    x = method.latents(given, mirror)
+    flipped = (x == given["mirrored"]).flatten(1).all(1)
+    assert bool((flipped | (x == given["image"]).flatten(1).all(1)).all())
+    assert float(flipped.float().mean()) == pytest.approx(mirror, abs=0.08)
+
+
+def test_mirroring_without_mirrored_images_is_refused() -> None:
+    with pytest.raises(UserError, match="mirrored images"):
+        play(build(mirror=0.5), "masked", batch(Captioned()))
+
+
+def test_the_text_is_dropped_with_its_probability() -> None:
+    """With every text dropped, the text does not matter; with none, the null text gets no gradient."""
+    given = batch(Captioned())
+    other = {**given, "cond": {TEXT: given["cond"][TEXT] + 1}}
+    always = build(text_drop=1.0)
+    assert float(play(always, "masked", given)["mse"]) == float(play(always, "masked", other)["mse"])
+    never = build(text_drop=0.0)
+    play(never, "masked", given)
+    assert float(never.student.null_text.grad.abs().max()) == 0.0  # type: ignore[union-attr]
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+def test_at_the_start_nothing_is_preferred() -> None:
+    """Student and reference are one network and share mask, order, times and noise: the logit is exactly 0."""
+    method, data = entered()
+    terms = play(method, "prefer", batch(data))
+    assert float(terms["dpo"]) == pytest.approx(math.log(2), abs=1e-7)
+    assert set(terms) == {"dpo"}
+    for name, value in {"winner_drift": 0.0, "loser_drift": 0.0, "preference_accuracy": 0.5}.items():
+        assert float(method.notes[name]) == value
+
+
+def test_dropout_is_off_even_in_training_mode() -> None:
+    method, data = entered()
+    method.train()
+    method.draw = draws(B)
+    assert float(method.prefer(batch(data))["dpo"]) == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_only_the_student_moves() -> None:
+    method, data = entered()
+    nudge(method)
+    play(method, "prefer", batch(data), train_all=True)
+    assert moved(method) == {"student"}
+
+
+def test_the_preference_loss_by_four_separate_passes() -> None:
+    method, data = entered(beta=50.0, anchor=2.0)
+    nudge(method)
+    terms = play(method, "prefer", batch(data), seed=3)
+    method.draw = draws(B, 3)
+    given = batch(data)
+    noise = method.draw.normal_like(given["image"])
+    win = given["image"] + given["std"] * noise
+    lose = method.losers[:B].float() + method.loser_stds[:B].float() * noise
+    parts, text = method.randomness(win), given["cond"][TEXT]
+    policy = [method.student(x, text, **parts).mse for x in (win, lose)]
+    ref = [method.reference(x, text, **parts).mse for x in (win, lose)]
+    delta = (policy[0] - ref[0]) - (policy[1] - ref[1])
+    assert float(terms["dpo"]) == pytest.approx(float(-torch.log(torch.sigmoid(-25 * delta)).mean()), rel=1e-4)
+    assert float(terms["anchor"]) == pytest.approx(2.0 * float(policy[0].mean()), rel=1e-4)
+    assert float(method.notes["winner_drift"]) == pytest.approx(float((policy[0] - ref[0]).mean()), rel=1e-3, abs=1e-6)
+
+
+def gradient(method: LightGen, data: Captioned) -> Tensor:
+    play(method, "prefer", batch(data))
+    return torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
+
+
+def test_swapped_labels_turn_the_gradient_round() -> None:
+    right, wrong = (gradient(*entered(swap_labels=share)) for share in (0.0, 1.0))
+    assert torch.allclose(right, -wrong, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
+    assert float(right.abs().max()) > 0
+
+
+def test_a_share_of_the_labels_is_swapped_once_and_for_all() -> None:
+    method, _ = entered(Captioned(n=400), swap_labels=0.25, losers="mirrored")
+    assert float(method.swapped.float().mean()) == pytest.approx(0.25, abs=0.06)
+
+
+# --- the pairs --------------------------------------------------------------------------------------------------------
+def test_the_reference_is_the_student_as_it_stands_and_stays() -> None:
+    method, _ = entered()
+    before = [p.clone() for p in method.student.parameters()]
+    nudge(method)
+    assert all(torch.equal(a, b) for a, b in zip(before, method.reference.parameters(), strict=True))
+    method.draw = draws(B)
+    method.enter(method.stages()[-1], Captioned(), resumed=True)  # its weights came from the checkpoint
+    assert all(torch.equal(a, b) for a, b in zip(before, method.reference.parameters(), strict=True))
+
+
+def test_losers_are_the_references_own_samples_for_the_winners_captions() -> None:
+    method, data = entered(loser_round_trip=False)
+    g = torch.Generator().manual_seed(0)
+    torch.rand(data.n, generator=g)
+    noise = torch.randn(data.n, *data.shape, generator=g)
+    expected = method.sampler().sample(method.reference, noise, {TEXT: data.text[TEXT][data.which]}, g)
+    assert torch.equal(method.losers, expected.half())
+    assert float(method.loser_stds.abs().max()) == 0.0
+
+
+def test_losers_become_pictures_and_are_encoded_again() -> None:
+    plain, _ = entered(loser_round_trip=False)
+    method, _ = entered()
+    expected = ((plain.losers.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    assert float((method.losers.float() - expected).abs().max()) < 2 / 255
+    assert float(method.losers.float().abs().max()) <= 1.0
+    assert torch.allclose(method.loser_stds.float(), torch.tensor(0.1), atol=1e-3)
+
+
+def test_losers_may_be_the_winners_mirror_images() -> None:
+    method, data = entered(losers="mirrored")
+    expected = data.mean.float().clamp(-1, 1).flip(-1)
+    assert float((method.losers.float() - expected).abs().max()) < 2 / 255
+
+
+def test_the_same_losers_after_a_resumption() -> None:
+    one, _ = entered(seed=4)
+    nudge(one)
+    first = one.losers
+    one.draw = draws(B, 4)
+    one.enter(one.stages()[-1], Captioned(), resumed=True)
+    assert torch.equal(one.losers, first)
+
+
+def test_other_stages_draw_no_losers() -> None:
+    method = build()
+    method.enter(method.stages()[0], Captioned(), resumed=False)
+    assert not hasattr(method, "losers")
+
+
+def test_the_control_does_not_mirror_and_needs_no_losers() -> None:
+    method, data = entered(preference="sft", mirror=1.0)
+    assert not hasattr(method, "losers")
+    terms = play(method, "finetune", batch(data))  # would be refused if it mirrored
+    assert set(terms) == {"mse", "vb"}
+    assert moved(method) == {"student"}
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+class Stop(Exception):
+    pass
+
+
+def trainer(folder: Path, resume: bool = False, stop: int | None = None, **options: Any) -> Trainer:
+    settings = {"all": {"lr": 1e-2}, "prefer": {"lr": 1e-3}}
+    config = EngineConfig(
+        steps=10, batch=4, checkpoint_every=2, log_every=1, optim=settings, check_freezing=True,
+        ema=[{"name": "ema", "of": "student", "decay": 0.9}], export="ema", device="cpu",
+    )  # fmt: skip
+    data = Captioned(parts={"small": Captioned(side=4), "pairs": Captioned(seed=7)})
+    shares = {"pretrain_share": 4.0, "adapt_share": 2.0, "dpo_share": 4.0, "beta": 100.0}
+    run = Trainer(build(**{**shares, **options}), data, config, folder, resume, show=False)
+
+    def leave(_: Trainer, done: int) -> None:
+        if done == stop:
+            raise Stop
+
+    run.callbacks.append(leave)
+    return run
+
+
+def weights(run: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in run.method.named_parameters()} | run.export_role().state_dict()
+
+
+def test_a_run_goes_through_its_stages_and_resumes_in_any_of_them(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "straight")
+    run.fit()
+    straight = weights(run)
+    rows = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["pretrain"] * 4 + ["adapt"] * 2 + ["dpo"] * 4
+    assert rows[4]["lr/masked"] == pytest.approx(1e-3)
+    assert rows[6]["loss/prefer/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[9]["loss/prefer/dpo"] < math.log(2)
+    assert any(not torch.equal(straight[f"student.{name}"], p) for name, p in run.method.reference.named_parameters())
+    for stop in (3, 6, 9):  # resumes inside the first stage, where the last begins, inside the last
+        with pytest.raises(Stop):
+            trainer(tmp_path / str(stop), stop=stop).fit()
+        again = trainer(tmp_path / str(stop), resume=True)
+        again.fit()
+        found = weights(again)
+        assert all(torch.equal(found[name], value) for name, value in straight.items()), stop
+
+
+def test_preferences_are_learnt() -> None:
+    """A dozen steps on the same pairs: the winners' errors fall below the losers', relative to the reference."""
+    method, data = entered(beta=200.0, anchor=1.0)
+    optimizer = torch.optim.Adam(method.student.parameters(), 1e-3)
+    for step in range(12):
+        play(method, "prefer", batch(data), seed=step)
+        optimizer.step()
+    play(method, "prefer", batch(data), seed=99)
+    assert float(method.notes["preference_accuracy"]) > 0.8
+    assert float(method.notes["margin"]) > 0.5
