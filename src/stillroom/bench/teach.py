@@ -16,7 +16,7 @@ import yaml
 from stillroom.bench.fashion import FashionBench
 from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.process import process_from_dict
+from stillroom.diffusion.process import expand, process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler
 from stillroom.diffusion.times import TimeLaw
 from stillroom.engine.config import EngineConfig
@@ -54,7 +54,7 @@ class Denoising(Method):
         t, eps = self.options.times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         drop = self.draw.uniform(len(x0)).to(x0.device) < self.options.label_drop
         null = self.student.null_cond(batch["cond"])
-        cond = {k: torch.where(drop, null[k], v) for k, v in batch["cond"].items()}
+        cond = {k: torch.where(expand(drop, v), null[k], v) for k, v in batch["cond"].items()}
         prediction = self.student(process.add_noise(x0, eps, t), t, cond)
         return {self.options.loss: fake_score_loss(prediction, x0, eps, self.options.loss)}
 

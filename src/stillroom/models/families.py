@@ -23,6 +23,11 @@ def _arguments(cls: type) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
+def accepts(network: nn.Module, condition: str) -> bool:
+    """Whether the network's ``forward`` takes an argument of this name."""
+    return condition in _arguments(type(network))
+
+
 def diffusers_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """Ask a diffusers transformer or UNet. Conditions are passed under diffusers' own argument names (``label`` is
     ``class_labels``); ``text_embeds``/``time_ids`` and ``resolution``/``aspect_ratio`` travel in ``added_cond_kwargs``.

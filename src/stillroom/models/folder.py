@@ -22,13 +22,14 @@ from stillroom.models.families import (
     scheduler_config,
 )
 from stillroom.models.lora import LoraDenoiser
+from stillroom.models.mar import MAR
 from stillroom.models.mlp import PointMLP
 
 NETWORK_FOLDERS = ("transformer", "unet", "network")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIDE_FILE = "stillroom.json"
 NULLS = "null_conditions.safetensors"
-OWN_NETWORKS: dict[str, type[nn.Module]] = {"PointMLP": PointMLP}
+OWN_NETWORKS: dict[str, type[nn.Module]] = {"PointMLP": PointMLP, "MAR": MAR}
 
 
 class ImageGenerator:
@@ -72,20 +73,14 @@ class ImageGenerator:
             out.append(self.sampler.sample(self.denoiser, noise, part, generator).float().cpu())
         return torch.cat(out)
 
-    def save(self, folder: str | Path, **extra: Any) -> None:
-        """Write the folder; ``extra`` entries are added to ``stillroom.json``."""
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
+        """Write the folder; ``extra`` entries are added to ``stillroom.json``. ``dtype``: of the weights in the file
+        (default: as they are)."""
         from safetensors.torch import save_file
 
         denoiser = self.denoiser.merged() if isinstance(self.denoiser, LoraDenoiser) else self.denoiser
         folder, network = Path(folder), denoiser.network
-        name = next((n for n in NETWORK_FOLDERS if n in type(network).__name__.lower()), "network")
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        config = dict(getattr(network, "config", {}))
-        config["_class_name"] = type(network).__name__
-        config.pop("_name_or_path", None)
-        (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-        save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
+        save_network(network, folder, dtype)
         if type(network).__name__ not in OWN_NETWORKS:
             (folder / "scheduler").mkdir(exist_ok=True)
             schedule = scheduler_config(denoiser.process, denoiser.prediction)
@@ -115,18 +110,55 @@ class ImageGenerator:
         return cls(load_denoiser(folder), sampler, side.get("classes", ()))
 
 
-def load_denoiser(folder: str | Path) -> Denoiser:
-    """A denoiser from a folder with ``transformer/`` or ``unet/`` (diffusers layout) and ``scheduler/``; eval mode, on
-    the CPU. Raises UserError naming the file that is missing, corrupt or does not fit."""
+def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write ``config.json`` and weights into the sub-folder of ``folder`` that diffusers keeps such networks in."""
+    from safetensors.torch import save_file
+
+    name = next((n for n in NETWORK_FOLDERS if n in type(network).__name__.lower()), "network")
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    config = dict(getattr(network, "config", {}))
+    config["_class_name"] = type(network).__name__
+    config.pop("_name_or_path", None)
+    (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    if dtype is not None:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
+
+
+def network_folder(folder: str | Path) -> Path:
+    """Where a model folder keeps its network. Raises UserError when it does not exist or holds none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"teacher folder {folder} does not exist", cure="give a folder in diffusers layout")
     name = next((n for n in NETWORK_FOLDERS if (folder / n).is_dir()), None)
     if name is None:
         raise UserError(f"{folder} holds no model", cure=f"it needs one of: {', '.join(NETWORK_FOLDERS)}")
-    config = read_json(folder / name / "config.json")
+    return folder / name
+
+
+def load_network(folder: str | Path) -> nn.Module:
+    """The network of a model folder, in float32, eval mode, on the CPU. Raises UserError like :func:`load_denoiser`."""
+    place = network_folder(folder)
+    config = read_json(place / "config.json")
+    class_name = config.get("_class_name", "")
+    if class_name in OWN_NETWORKS:
+        network = OWN_NETWORKS[class_name](**{k: v for k, v in config.items() if not k.startswith("_")})
+    else:
+        network = make_network(class_name, config)
+    load_weights(network, place / WEIGHTS)
+    return network.eval()
+
+
+def load_denoiser(folder: str | Path) -> Denoiser:
+    """A denoiser from a folder with ``transformer/`` or ``unet/`` (diffusers layout) and ``scheduler/``; eval mode, on
+    the CPU. Raises UserError naming the file that is missing, corrupt or does not fit."""
+    folder = Path(folder)
+    config = read_json(network_folder(folder) / "config.json")
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
     class_name = config.get("_class_name", "")
+    if class_name == "MAR":
+        raise UserError(f"{folder} holds a masked generator, no denoiser", cure="read it with stillroom.load")
     if class_name in OWN_NETWORKS:
         for key in ("process", "prediction", "null"):
             if key not in side:
@@ -134,15 +166,12 @@ def load_denoiser(folder: str | Path) -> Denoiser:
                     f"{folder / SIDE_FILE} is missing or lacks {key!r}",
                     cure=f"a {class_name} is read with this file only",
                 )
-        network = OWN_NETWORKS[class_name](**{k: v for k, v in config.items() if k != "_class_name"})
-        load_weights(network, folder / name / WEIGHTS)
         denoiser = Denoiser(
-            network, process_from_dict(side["process"]), side["prediction"], null=side["null"],
+            load_network(folder), process_from_dict(side["process"]), side["prediction"], null=side["null"],
             shape=(config["dim"],), call=plain_call,
         )  # fmt: skip
         return denoiser.eval()
-    network = make_network(class_name, config)
-    load_weights(network, folder / name / WEIGHTS)
+    network = load_network(folder)
     null = side.get("null")
     if (folder / NULLS).exists():
         null = {**(null or {}), **read_tensors(folder / NULLS)}
@@ -160,12 +189,21 @@ def load_denoiser(folder: str | Path) -> Denoiser:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill ``network`` from a safetensors file. Raises UserError when it is missing, corrupt or of another shape."""
     try:
-        network.load_state_dict(read_tensors(path))
+        network.load_state_dict(read_shards(path))
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(
             f"weights {path} do not fit their config.json: {detail}", cure="use the matching pair"
         ) from None
+
+
+def read_shards(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of the shards that diffusers splits a large one into."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.exists() or not index.exists():
+        return read_tensors(path)
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    return {key: value for name in names for key, value in read_tensors(path.with_name(name)).items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
