@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": TOOLS | {"method"},
     "bench": BELOW_BENCH,
     "report": BELOW_BENCH | {"bench"},
-    "proofs": BELOW_BENCH | {"bench"},
+    "proofs": BELOW_BENCH | {"bench", "synthesis"},
     "synthesis": BELOW_BENCH | {"bench"},
     "tasks": BELOW_BENCH | {"bench", "synthesis"},
     "demo": BELOW_BENCH | {"bench", "tasks", "run"},

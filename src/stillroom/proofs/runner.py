@@ -66,13 +66,12 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
     """
     started = time.perf_counter()
     facts: dict[str, Any] = {"steps": 0, "health": {}}
-    teacher = world.teacher()
     if not arm.method:
-        network, sampler = teacher, sampler_from_dict(dict(arm.sampler))
+        network, sampler = world.network(**arm.data), sampler_from_dict(dict(arm.sampler))
     else:
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
-        method.build(teacher)
+        method.build(world.teacher())
         network = method.role("student")
         if arm.after is not None:
             network.load_state_dict(finished_weights(arm.after, world, seed))

@@ -103,11 +103,12 @@ MECHANISM = Proof(
 
 SID = recipe_arm("sid-lsg")
 FOUR = SID.with_("sid-4-steps", options={"student_steps": 4})
+LONG = SID.with_("sid-lsg-3000", engine={"steps": 3000})
 IMAGE = Proof(
     "sid-lsg",
     "image",
     "fashion",
-    arms=(SID, FOUR, *image_arms(SID)),
+    arms=(SID, LONG, FOUR, *image_arms(SID)),
     claims=(
         Claim(
             "four-steps",
@@ -118,6 +119,26 @@ IMAGE = Proof(
             "<=",
             0.8,
             "sid-lsg",
+        ),
+        Claim(
+            "longer",
+            "Five times the updates (3,000) take the one-step student a tenth closer to real images",
+            "",
+            "fd",
+            "sid-lsg-3000",
+            "<=",
+            0.9,
+            "sid-lsg",
+        ),
+        Claim(
+            "near-teacher-longer",
+            "After 3,000 updates its distance is at most 1.2 times that of the teacher's best many-step sampling",
+            "",
+            "fd",
+            "sid-lsg-3000",
+            "<=",
+            1.2,
+            "teacher",
         ),
         *image_claims("sid-lsg"),
     ),

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.fashion import PROOF_N, FashionBench
+from stillroom.bench.fashion import PROOF_N, FashionBench, cache_folder
 from stillroom.bench.mixture2d import PairBench, RingBench
+from stillroom.bench.scenes import ScenesBench
 from stillroom.bench.tiles import TilesBench
-from stillroom.data.captioned import CaptionedData
-from stillroom.data.source import ArrayData
+from stillroom.data.captioned import CaptionedData, encode_images
+from stillroom.data.captions import CATEGORIES, Caption, distinct_captions, mirror_breaks
+from stillroom.data.scenes import scene_set
+from stillroom.data.source import ASSETS, ArrayData
+from stillroom.data.store import read_store
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
 from stillroom.models.lora import LoraDenoiser
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.synthesis import synthesize
 
 Scores = dict[str, Any]
 
@@ -32,6 +40,9 @@ class World(Protocol):
 
     def teacher(self) -> Any:
         """What a method's ``build`` is given."""
+
+    def network(self, **wanted: Any) -> Any:
+        """What an arm without a method runs: a teacher's own network."""
 
     def data(self, **wanted: Any) -> Any:
         """What an arm learns from; ``wanted`` is the arm's own ``data``."""
@@ -59,6 +70,9 @@ class LabelWorld:
 
     def teacher(self) -> Denoiser:
         return load_denoiser(self.bench.teacher_dir)
+
+    def network(self, **wanted: Any) -> Denoiser:
+        return self.teacher()
 
     def data(self, **wanted: Any) -> ArrayData:
         if wanted:
@@ -162,6 +176,9 @@ class TilesWorld:
     def teacher(self) -> TextImageSpace:
         return self.bench.space
 
+    def network(self, **wanted: Any) -> nn.Module:
+        raise UserError("the teacher of this world is no network", cure="give every arm a method")
+
     def data(self, **wanted: Any) -> CaptionedData:
         return self.bench.data(**wanted)
 
@@ -186,7 +203,97 @@ class TilesWorld:
         return dict(self.bench.floor(self.n))
 
 
-WORLDS: dict[str, type] = {"ring": RingWorld, "pair": PairWorld, "fashion": FashionWorld, "tiles": TilesWorld}
+class ScenesWorld:
+    """Captions and 32x32 scenes. Students learn from what the two shipped teachers drew.
+
+    Scores at N = 600 captions of the training grammar; ``heldout`` is the SceneEval at as many whose combinations no
+    training caption names, ``sides`` the share of captions with "left" or "right" that are obeyed.
+    """
+
+    name = "scenes"
+    metrics = ("sceneeval", *(f"sceneeval_{category}" for category in CATEGORIES), "sides", "heldout", "fd", "kid")
+    n = 600
+    teachers = ("scenes-sd3", "scenes-pixart")
+
+    def __init__(self) -> None:
+        self.bench = ScenesBench()
+
+    @cached_property
+    def space(self) -> TextImageSpace:
+        return TextImageSpace.load(ASSETS / "scenes-space")
+
+    def teacher(self) -> TextImageSpace:
+        return self.space
+
+    def network(self, teacher: str = teachers[0]) -> nn.Module:
+        return TextImageGenerator.load(ASSETS / teacher).network
+
+    def data(
+        self,
+        images: int = 4000,
+        captions: int = 0,
+        teachers: Sequence[str] = teachers,
+        mirror: bool = False,
+        pairs: int = 0,
+    ) -> CaptionedData:
+        """``images`` images of the shipped store, by these teachers, each of another caption; with ``captions`` so few
+        of them, each drawn ``images / captions`` times. ``pairs``: real scenes with captions, the part "pairs"."""
+        folder = self._few_captions(captions, images // captions) if captions else ASSETS / "scenes-synthetic"
+        store = read_store(folder)
+        rows = [i for i, record in enumerate(store.records) if record["teacher"] in teachers][:images]
+        if len(rows) < images:
+            raise UserError(f"{folder} has {len(rows)} images by {', '.join(teachers)}", cure=f"ask for {len(rows)}")
+        texts = [store.captions[i] for i in rows]
+        found = encode_images(store.images[torch.tensor(rows)], texts, self.space, mirror, self.name)
+        if pairs:
+            real, asked = scene_set(pairs, PAIRS_SEED, "train")
+            found.parts["pairs"] = encode_images(real, [caption.text for caption in asked], self.space)
+        return found
+
+    def _few_captions(self, captions: int, each: int) -> Path:
+        """Several drawings of each of the first distinct captions, made once and kept in the cache."""
+        texts = [caption.text for caption in distinct_captions(captions)]
+        folder = cache_folder() / "proofs" / self.name / f"{captions}-captions-{each}-each"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
+            teachers = {name: str(ASSETS / name) for name in self.teachers}
+            synthesize(teachers, texts, folder, seeds=range(each), route="round-robin", resume=True, progress=False)
+        return folder
+
+    def mislead(self, method: Any, data: CaptionedData) -> CaptionedData:
+        return mismatched(data)
+
+    def worst(self, metric: str) -> float:
+        return math.inf if metric in ("fd", "kid") else 0.0
+
+    def generator(self, network: nn.Module, sampler: Sampler) -> TextImageGenerator:
+        return TextImageGenerator(network, sampler, self.space)
+
+    def draw(self, generator: TextImageGenerator, n: int) -> Tensor:
+        return generator.sample(["a red three and a blue seven"] * n)
+
+    def score(self, generator: TextImageGenerator, seed: int) -> Scores:
+        def drawn(split: str) -> tuple[Tensor, list[Caption]]:
+            asked = self.bench.captions(self.n, split=split)
+            return generator.sample([caption.text for caption in asked], seed=10_000 + seed), asked
+
+        images, asked = drawn("train")
+        scores = {k: v for k, v in self.bench.score(images, asked).items() if isinstance(v, (int, float))}
+        sided = [i for i, caption in enumerate(asked) if mirror_breaks(caption)]
+        sides = self.bench.score(images[sided], [asked[i] for i in sided], distances=False)["sceneeval"]
+        heldout = self.bench.score(*drawn("heldout"), distances=False)["sceneeval"]
+        return scores | {"sides": sides, "heldout": heldout}
+
+    def floor(self) -> Scores:
+        found = self.bench.floor(self.n)
+        return {k: v for k, v in found.items() if isinstance(v, (int, float, str)) and k != "reference"}
+
+
+PAIRS_SEED = 77
+"""Of the real scenes that preferences are learnt from."""
+
+WORLDS: dict[str, type] = {world.name: world for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld)}
 
 
 def get_world(name: str) -> World:
