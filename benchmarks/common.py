@@ -1,4 +1,4 @@
-"""What all benchmarks share: one machine thread, medians, and the JSON that the documentation is made from."""
+"""What all benchmarks share: medians, and the JSON that the documentation is made from."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
-def record(name: str, statement: str, command: str, rows: list[Row], verdict: bool | None = None) -> None:
+def record(
+    name: str, statement: str, command: str, rows: list[Row], verdict: bool | None = None, threads: int = 1
+) -> None:
     """Print the rows and write ``results/benchmarks/<stem of the command's program>.json``."""
-    where = f"{machine()}, 1 thread used; other work may have shared the machine"
+    used = f"{threads} thread{'s' if threads > 1 else ''} used"
+    where = f"{machine()}, {used}; other work may have shared the machine"
     result: dict[str, Any] = {
         "name": name,
         "statement": statement,
