@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 training diverged, or ``doctor`` found something wrong; 2 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import functools
 import io
@@ -104,6 +103,8 @@ def _run_again(recipe: Recipe, folder: Path) -> int:
 def _show(folder: Path) -> None:
     from rich.console import Console
 
+    from stillroom.report.tables import comparison
+
     console = Console()
     console.print(comparison([folder]))
     console.print(f"student  {folder / 'student'}\nreport   {folder / 'report.html'}", highlight=False)
@@ -158,6 +159,8 @@ class Compare:
         if not self.runs:
             raise UserError("no runs to compare were named", cure=_listing(RUNS))
         from rich.console import Console
+
+        from stillroom.report.tables import comparison
 
         Console().print(comparison([_run_folder(run) for run in self.runs]))
         return 0
@@ -226,7 +229,12 @@ class Methods:
     def __call__(self) -> int:
         from rich.console import Console
 
-        Console().print(_options_table(self.method) if self.method else _methods_table())
+        if not self.method:
+            Console().print(_methods_table())
+            return 0
+        from stillroom.report.tables import options_table
+
+        Console().print(options_table(self.method))
         return 0
 
 
@@ -270,6 +278,62 @@ class Teach:
 
 
 @dataclass(frozen=True)
+class Synthesize:
+    """Let teachers draw captions into a store: data to distil from. Under torchrun the processes share the work."""
+
+    teachers: Annotated[tuple[str, ...], arg(metavar="TEACHER ...")] = ()
+    """Shipped models (scenes-sd3, scenes-pixart), model folders, folders of images with captions; or NAME=DIR."""
+    captions: Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")] = ""
+    """A text file with a caption per line, a .jsonl file, or scenes:N; by default those of the folders of images."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the store."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0,)
+    """Each caption is drawn once per seed."""
+    route: Literal["one", "all", "round-robin"] = "one"
+    """One teacher for each caption, all of them, or the teachers in turn."""
+    filters: Annotated[tuple[str, ...], arg(metavar="FILTER ...")] = ("readable",)
+    """What must be passed: readable, parser, dedup, or a plug-in's; NAME=THRESHOLD sets a threshold."""
+    guidance: Annotated[float | None, arg(metavar="W")] = None
+    """Guidance scale of the models; by default their own."""
+    steps: _Number = None
+    """Sampling steps of the models; by default their own."""
+    size: Annotated[int, arg(metavar="PIXELS")] = 0
+    """Crop and resize images of another size to this square; 0 takes them as they are."""
+    shard_size: Annotated[int, arg(metavar="N")] = 1000
+    """Images per shard, the most that an interruption can cost."""
+    batch: Annotated[int, arg(metavar="N")] = 64
+    """Images drawn at once."""
+    resume: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Carry on an interrupted synthesis."""
+
+    def __call__(self) -> int:
+        if not self.teachers:
+            raise UserError("no teachers were named", cure="for example --teachers scenes-sd3 scenes-pixart")
+        if self.out is None:
+            raise UserError("no folder for the store was named", cure="give --out DIR")
+        named = {given: given.rpartition("=") for given in self.teachers}
+        teachers = {name or Path(folder).name: folder for name, _, folder in named.values()}
+        if len(teachers) < len(self.teachers):
+            raise UserError("two teachers have one name", cure="name them: --teachers A=DIR B=DIR")
+        from rich.console import Console
+
+        from stillroom.engine.distributed import World
+        from stillroom.synthesis import synthesize
+
+        world, changed = World.join("auto"), {"guidance": self.guidance, "steps": self.steps}
+        made = synthesize(
+            teachers, self.captions or None, self.out, seeds=self.seeds, route=self.route, filters=self.filters,
+            shard_size=self.shard_size, batch=self.batch, size=self.size, resume=self.resume, world=world,
+            settings={key: value for key, value in changed.items() if value is not None},
+        )  # fmt: skip
+        world.leave()
+        if world.first:
+            Console().print(made.table())
+            print(made.headline)
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Say what looks wrong in a run, finished or not, and what to try."""
 
@@ -292,7 +356,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Doctor)
+COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -389,60 +453,6 @@ def _entry_of(slug: str) -> dict[str, str]:
     method = get_method(slug)
     purpose = inspect.cleandoc(method.__doc__ or "").split(". ")[0].rstrip(".").replace("\n", " ")
     return {"slug": slug, "arxiv": method.paper.arxiv, "wing": method.wing, "purpose": purpose}
-
-
-def _options_table(slug: str) -> Table:
-    import inspect
-    import typing
-
-    from rich.markup import escape
-    from rich.table import Table
-
-    from stillroom.method import get_method, option_fields
-    from stillroom.recipe import describe
-
-    method = get_method(slug)
-    title = f"{slug}: {method.paper.title}\n{method.paper.url}\n"
-    table = Table("recipe key", "default", "allowed", "", box=None, header_style="bold", pad_edge=False, title=title)
-    table.title_justify = "left"
-    kinds = typing.get_type_hints(method.Options)
-    remarks = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(method.Options), re.MULTILINE))
-    for name, field in option_fields(method).items():
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        table.add_row(f"options.{name}", _short(default), describe(kinds[name]), escape(remarks.get(name, "")))
-    for turn in method(method.Options()).turns():
-        optim = f"{turn.optim.name}, lr {turn.optim.lr:g}"
-        table.add_row(f"engine.optim.{turn.name}", optim, "a mapping", f"trains {', '.join(turn.trains)}")
-    return table
-
-
-def _short(default: Any) -> str:
-    """A default as a recipe would say it: of a nested record, its kind and what differs from the record's defaults."""
-    if not dataclasses.is_dataclass(default):
-        return str(default).lower() if isinstance(default, bool) else str(default)
-    first, *others = dataclasses.fields(default)
-    changed = [f"{f.name} {value}" for f in others if (value := getattr(default, f.name)) != f.default]
-    return ", ".join([str(getattr(default, first.name)), *changed])
-
-
-def comparison(folders: Sequence[Path]) -> Table:
-    """One column per run: quality beside the floor, speed, size, training cost."""
-    from rich.table import Table
-
-    from stillroom.report import facts
-
-    runs = [facts(folder) for folder in folders]
-    table = Table("", *(run["name"] for run in runs), header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    rows = list(dict.fromkeys((group, label) for run in runs for group, label in run["rows"]))
-    last = ""
-    for group, label in rows:
-        if last and group != last:
-            table.add_section()
-        last = group
-        table.add_row(label, *(run["rows"].get((group, label), "–") for run in runs))
-    return table
 
 
 def _run_folder(run: Path) -> Path:

@@ -1,0 +1,60 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from stillroom.method import get_method, option_fields
+from stillroom.recipe import describe
+from stillroom.report import facts
+
+
+def comparison(folders: Sequence[Path]) -> Table:
+    """One column per run: quality beside the floor, speed, size, training cost."""
+    runs = [facts(folder) for folder in folders]
+    table = Table("", *(run["name"] for run in runs), header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = list(dict.fromkeys((group, label) for run in runs for group, label in run["rows"]))
+    last = ""
+    for group, label in rows:
+        if last and group != last:
+            table.add_section()
+        last = group
+        table.add_row(label, *(run["rows"].get((group, label), "–") for run in runs))
+    return table
+
+
+def options_table(slug: str) -> Table:
+    """Every recipe key of a method: its options and the optimizers of its turns."""
+    method = get_method(slug)
+    title = f"{slug}: {method.paper.title}\n{method.paper.url}\n"
+    table = Table("recipe key", "default", "allowed", "", box=None, header_style="bold", pad_edge=False, title=title)
+    table.title_justify = "left"
+    kinds = typing.get_type_hints(method.Options)
+    remarks = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(method.Options), re.MULTILINE))
+    for name, field in option_fields(method).items():
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        table.add_row(f"options.{name}", _short(default), describe(kinds[name]), escape(remarks.get(name, "")))
+    for turn in method(method.Options()).turns():
+        optim = f"{turn.optim.name}, lr {turn.optim.lr:g}"
+        table.add_row(f"engine.optim.{turn.name}", optim, "a mapping", f"trains {', '.join(turn.trains)}")
+    return table
+
+
+def _short(default: Any) -> str:
+    """A default as a recipe would say it: of a nested record, its kind and what differs from the record's defaults."""
+    if not dataclasses.is_dataclass(default):
+        return str(default).lower() if isinstance(default, bool) else str(default)
+    first, *others = dataclasses.fields(default)
+    changed = [f"{f.name} {value}" for f in others if (value := getattr(default, f.name)) != f.default]
+    return ", ".join([str(getattr(default, first.name)), *changed])

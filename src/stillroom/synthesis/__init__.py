@@ -1,0 +1,12 @@
+"""Data distillation: teachers draw captions into a store (arXiv 2503.08619, section 3.1)."""
+
+from stillroom.data.pairs import FolderTeacher, read_captions
+from stillroom.evaluation.filters import Filter, filters, register_filter
+from stillroom.synthesis.plan import ROUTES, Plan, make_plan
+from stillroom.synthesis.teachers import PipelineTeacher, Teacher
+from stillroom.synthesis.work import Synthesis, plan_hash, synthesize
+
+__all__ = [
+    "ROUTES", "Filter", "FolderTeacher", "PipelineTeacher", "Plan", "Synthesis", "Teacher", "filters", "make_plan",
+    "plan_hash", "read_captions", "register_filter", "synthesize",
+]  # fmt: skip
