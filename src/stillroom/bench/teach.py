@@ -53,8 +53,9 @@ class Denoising(Method):
         x0, process = batch["image"], self.student.process
         t, eps = self.options.times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         drop = self.draw.uniform(len(x0)).to(x0.device) < self.options.label_drop
-        null = self.student.null_cond(batch["cond"])
-        cond = {k: torch.where(expand(drop, v), null[k], v) for k, v in batch["cond"].items()}
+        given = {name: batch["cond"][name] for name in self.student.null}
+        null = self.student.null_cond(given)
+        cond = {k: torch.where(expand(drop, v), null[k], v) for k, v in given.items()}
         prediction = self.student(process.add_noise(x0, eps, t), t, cond)
         return {self.options.loss: fake_score_loss(prediction, x0, eps, self.options.loss)}
 
@@ -71,6 +72,7 @@ class TeacherRecipe:
     options: dict[str, Any]
     engine: dict[str, Any]
     evaluate: dict[str, Any]
+    images: int = 0  # rendered for the training, where the world has no data set of its own
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> TeacherRecipe:
@@ -114,6 +116,12 @@ def teach(
 ) -> dict[str, Any]:
     """Train a bench teacher and score its samplers. Writes the teacher folder ``out`` (default: the bench's own) with
     its card ``card.json``, and returns the card. ``run_dir`` keeps checkpoints; ``resume`` continues from them."""
+    if name.startswith("scenes-"):
+        from stillroom.bench import teach_scenes
+
+        if name == "scenes-space":
+            return teach_scenes.teach_space(out, overrides, run_dir, resume)
+        return teach_scenes.teach_scenes(name, out, overrides, run_dir, resume)
     recipe = TeacherRecipe.load(name, overrides)
     bench = POINTS[recipe.data]() if recipe.data in POINTS else FashionBench(recipe.data)
     method = Denoising(Denoising.Options(**recipe.options))

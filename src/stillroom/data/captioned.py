@@ -1,4 +1,4 @@
-"""Captioned images as a text-to-image model sees them: latents and text features in memory, addressed by (seed, step)."""
+"""Captioned images as a text-to-image model sees them: latents and text features, addressed by (seed, step)."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ class CaptionedData:
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
         """``rows`` of the global batch of ``step``: ``image`` (the mean) and, where there are such, ``std``,
-        ``mirrored``, ``mirrored_std``, all float32 ``[rows, C, h, w]``; ``index`` int64 ``[rows]``, the images' numbers;
-        ``cond``: name -> ``[rows, ...]``."""
+        ``mirrored``, ``mirrored_std``, all float32 ``[rows, C, h, w]``; ``index`` int64 ``[rows]``, the numbers of the
+        images; ``cond``: name -> ``[rows, ...]``."""
         index = self._rows.indices(seed, step, size)[rows if rows is not None else slice(None)]
         found: dict[str, Any] = {"image": self.mean[index].float(), "index": index}
         for key in _LATENTS[1:]:

@@ -57,8 +57,8 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], batch: int = 256) -> dict[str, Tensor]:
-        """``encoder_hidden_states [B, L, D]`` float32 (zero where padded), ``encoder_attention_mask [B, L]`` bool (True =
-        a token of the caption) and ``pooled_projections [B, D]`` (their mean over the caption's tokens).
+        """``encoder_hidden_states [B, L, D]`` float32 (zero where padded), ``encoder_attention_mask [B, L]`` bool (True
+        = a token of the caption) and ``pooled_projections [B, D]`` (their mean over the caption's tokens).
 
         The empty caption is the unconditional one: its only token is the end. Captions are not checked here (see
         :meth:`check`); what is longer than L tokens is cut.
@@ -79,12 +79,9 @@ class TextEncoder(nn.Module):
     def unknown_words(self, caption: str) -> list[str]:
         """The words of ``caption`` that the tokenizer has no token for, each once, in order."""
         unknown = self.tokenizer.unk_token_id
-        words = dict.fromkeys(re.findall(r"\S+", caption))
-        return [
-            word
-            for word in words
-            if unknown in self.tokenizer(word, add_special_tokens=False, truncation=False).input_ids
-        ]
+        words = list(dict.fromkeys(re.findall(r"\S+", caption)))
+        tokens = self.tokenizer(words, add_special_tokens=False, truncation=False).input_ids if words else []
+        return [word for word, parts in zip(words, tokens, strict=True) if unknown in parts]
 
     def check(self, caption: Any) -> None:
         """Raises UserError for a caption that is not text, is empty, is longer than L tokens or has unknown words."""

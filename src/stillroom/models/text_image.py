@@ -136,8 +136,8 @@ class TextImageGenerator:
         batch: int = 64,
         **changes: Any,
     ) -> Tensor:
-        """``images [N, 3, H, W]`` in [-1, 1] with their ``hole`` (bool ``[H, W]`` or ``[N, H, W]``, True = to be filled)
-        drawn anew to fit the captions; outside the hole they come back unchanged.
+        """``images [N, 3, H, W]`` in [-1, 1] with their ``hole`` (bool ``[H, W]`` or ``[N, H, W]``, True = to be
+        filled) drawn anew to fit the captions; outside the hole they come back unchanged.
 
         Needs a masked generator. Raises UserError else, and as :meth:`sample` does.
         """
