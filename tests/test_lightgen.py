@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gaussians import draws, moved, play
 from stillroom.diffusion.masking import MaskedSampler, MaskRatio
 from stillroom.engine.config import EngineConfig
+from stillroom.engine.distributed import full
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.method import get_method
@@ -329,14 +334,24 @@ def test_the_control_does_not_mirror_and_needs_no_losers() -> None:
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 class Stop(Exception):
-    pass
+    """Raised to leave a run as a crash would."""
 
 
-def trainer(folder: Path, resume: bool = False, stop: int | None = None, **options: Any) -> Trainer:
-    settings = {"all": {"lr": 1e-2}, "prefer": {"lr": 1e-3}}
+def trainer(
+    folder: Path,
+    resume: bool = False,
+    stop: int | None = None,
+    parallel: str = "ddp",
+    smooth: bool = False,
+    **options: Any,
+) -> Trainer:
+    """Ten steps: four at low resolution, two at the full one, four of preferences."""
+    settings: dict[str, Any] = {"all": {"lr": 1e-2}, "prefer": {"lr": 1e-3}}
+    if smooth:
+        settings = {"all": {"lr": 0.5, "eps": 1.0}, "prefer": {"lr": 0.05}}
     config = EngineConfig(
-        steps=10, batch=4, checkpoint_every=2, log_every=1, optim=settings, check_freezing=True,
-        ema=[{"name": "ema", "of": "student", "decay": 0.9}], export="ema", device="cpu",
+        steps=10, batch=4, checkpoint_every=2, log_every=1, optim=settings, check_freezing=True, device="cpu",
+        ema=[{"name": "ema", "of": "student", "decay": 0.9}], export="ema", parallel=parallel,
     )  # fmt: skip
     data = Captioned(parts={"small": Captioned(side=4), "pairs": Captioned(seed=7)})
     shares = {"pretrain_share": 4.0, "adapt_share": 2.0, "dpo_share": 4.0, "beta": 100.0}
@@ -351,7 +366,9 @@ def trainer(folder: Path, resume: bool = False, stop: int | None = None, **optio
 
 
 def weights(run: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in run.method.named_parameters()} | run.export_role().state_dict()
+    """All networks, whole, and the exported one. Collective for a sharded method."""
+    own = {name: full(p.detach()).clone() for name, p in run.method.named_parameters()}
+    return own | {f"export.{name}": p for name, p in run.export_role().state_dict().items()}
 
 
 def test_a_run_goes_through_its_stages_and_resumes_in_any_of_them(tmp_path: Path) -> None:
@@ -371,6 +388,26 @@ def test_a_run_goes_through_its_stages_and_resumes_in_any_of_them(tmp_path: Path
         again.fit()
         found = weights(again)
         assert all(torch.equal(found[name], value) for name, value in straight.items()), stop
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_whole_or_sharded(tmp_path: Path) -> None:
+    from workers.masked import PLAIN
+
+    worker = Path(__file__).parent / "workers" / "masked.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = trainer(tmp_path / "alone", **PLAIN)
+    run.fit()
+    alone = weights(run)
+    assert any(float((alone[f"student.{name}"] - p).abs().max()) > 0.01 for name, p in make_mar().named_parameters())
+    assert alone.keys() == load_file(tmp_path / "ddp.safetensors").keys()
+    for name in ("ddp", "fsdp", "fsdp-resumed"):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        worst = max((float((found[key] - alone[key]).abs().max()), key) for key in alone)
+        assert worst[0] < 1e-5, f"{name}: {worst[1]} differs by {worst[0]:.1e}"
 
 
 def test_preferences_are_learnt() -> None:

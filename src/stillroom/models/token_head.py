@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,7 @@ class HeadBlock(nn.Module):
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, h: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        return h + gate * self.down(F.silu(self.up(torch.addcmul(shift, self.norm(h), 1 + scale))))
+        return torch.addcmul(h, gate, self.down(F.silu(self.up(torch.addcmul(shift, self.norm(h), 1 + scale)))))
 
 
 class TokenDiffusionHead(nn.Module):
@@ -135,13 +136,20 @@ class TokenDiffusionHead(nn.Module):
     def forward(self, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(eps [..., dim], v)`` at ``x_t`` under ``y [..., width]``, the sum of the embeddings of time and ``z``; v
         is the variance's place (None where it is fixed). ``x_t`` may lack leading dimensions of ``y``."""
-        parts = self.modulation(F.silu(y)).chunk(3 * len(self.blocks) + 2, -1)
-        h = self.embed_x(x_t)
+        parts, h = self._modulate(F.silu(y)), self.embed_x(x_t)
         for i, block in enumerate(self.blocks):
             h = block(h, *parts[3 * i : 3 * i + 3])
         shift, scale = parts[-2:]
         said = self.out(torch.addcmul(shift, F.layer_norm(h, (self.width,), eps=1e-6), 1 + scale)).float()
         return (said[..., : self.dim], said[..., self.dim :]) if self.learned_variance else (said, None)
+
+    def _modulate(self, y: Tensor) -> Sequence[Tensor]:
+        count = 3 * len(self.blocks) + 2
+        if not torch.is_grad_enabled():
+            return self.modulation(y).chunk(count, -1)
+        # One product per part: the backward pass of a split would first put the parts' gradients together again.
+        weights, biases = self.modulation.weight.chunk(count), self.modulation.bias.chunk(count)
+        return [F.linear(y, w, b) for w, b in zip(weights, biases, strict=True)]
 
     def errors(self, z: Tensor, x: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Denoising errors with everything random given: ``R`` draws per token share one ``z``.
