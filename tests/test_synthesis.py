@@ -165,6 +165,14 @@ def test_scenes_captions_that_repeat_are_drawn_again() -> None:
     ]
 
 
+def test_captions_that_were_read_before_are_taken_as_they_are() -> None:
+    read = read_captions("scenes:400", seed=2)
+    cut = read._replace(texts=read.texts[:300])
+    plan = make_plan({"a": Teacher("a", Samplewise())}, cut)
+    assert [item.caption for item in plan.items] == read.texts[:300]
+    assert plan.settings["repeats"] == "redraw"
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 class Died(BaseException):
     pass
@@ -680,6 +688,29 @@ def test_a_diffusers_pipeline_is_a_teacher(tmp_path: Path) -> None:
     assert json.loads(records[0]["sampler"]) == {"guidance_scale": 3.0}
     other = PipelineTeacher(type("P", (Pipeline,), {"components": {"transformer": torch.nn.Linear(2, 2)}})())
     assert teacher.fingerprint != other.fingerprint
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_diffusers_pipeline_is_a_teacher(tmp_path: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+
+    from test_text_image import pixart, tiny_space
+
+    space = tiny_space()
+    parts = (space.text.tokenizer, space.text.network, space.codec.network, pixart().network)
+    PixArtSigmaPipeline(*parts, DPMSolverMultistepScheduler()).save_pretrained(tmp_path / "pipe")
+    settings: dict[str, Any] = {"steps": 2, "guidance": 2.0, "height": 8, "width": 8, "max_sequence_length": 8}
+    settings |= {"use_resolution_binning": False, "clean_caption": False}
+    for batch in (1, 3):
+        store = tmp_path / f"store-{batch}"
+        synthesize({"p": tmp_path / "pipe"}, WORDS, store, batch=batch, settings=settings, progress=False)
+    one, three = read_store(tmp_path / "store-1"), read_store(tmp_path / "store-3")
+    assert one.images.shape == (3, 3, 8, 8)
+    assert (one.images.int() - three.images.int()).abs().max() <= 1
+    assert json.loads(one.records[0]["sampler"])["num_inference_steps"] == 2
+    (tmp_path / "pipe/vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"diffusers cannot load the pipeline in .*pipe"):
+        synthesize({"p": tmp_path / "pipe"}, WORDS, tmp_path / "other", progress=False)
 
 
 def test_a_caption_that_a_teacher_cannot_read_is_named_with_its_line(tmp_path: Path) -> None:

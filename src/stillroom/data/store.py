@@ -126,11 +126,6 @@ def digest(path: Path) -> str:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-def is_store(folder: str | Path) -> bool:
-    """Whether a folder holds a finished store, good or damaged."""
-    return (Path(folder) / MANIFEST).is_file()
-
-
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """A store's manifest. Raises UserError for a folder that is no store, an unfinished one or a damaged manifest."""
     folder = Path(folder)

@@ -147,7 +147,7 @@ def _items(
     mentions: dict[str, int] = {}
     readable: set[tuple[str, str]] = set()
     repeated = 0
-    for position, (caption, place) in enumerate(zip(captions.texts, captions.places, strict=True)):
+    for position, (caption, place) in enumerate(zip(captions.texts, captions.places, strict=False)):
         mention = mentions.get(caption, 0)
         mentions[caption] = mention + 1
         if mention and not redraw:

@@ -148,11 +148,13 @@ class ModelTeacher:
 
 
 class PipelineTeacher:
-    """Any text-to-image pipeline of diffusers as a teacher. settings: arguments of its call, e.g. ``guidance_scale``,
-    ``num_inference_steps``, ``height``. Each image has a generator of its own."""
+    """Any text-to-image pipeline of diffusers as a teacher. settings: arguments of its call, e.g. ``height``;
+    ``guidance`` and ``steps`` stand for its ``guidance_scale`` and ``num_inference_steps``. Each image has a generator
+    of its own."""
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
-        self.pipeline, self.settings = pipeline, settings
+        names = {"guidance": "guidance_scale", "steps": "num_inference_steps"}
+        self.pipeline, self.settings = pipeline, {names.get(key, key): value for key, value in settings.items()}
         pipeline.set_progress_bar_config(disable=True)
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         self.fingerprint = hash_weights(parts)

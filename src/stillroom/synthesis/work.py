@@ -189,6 +189,11 @@ def _agreed(world: World, check: Callable[[], Any]) -> Any:
 # --- the folder -------------------------------------------------------------------------------------------------------
 def _begin(plan: Plan, out: Path, resume: bool, held: contextlib.ExitStack) -> bool:
     """Whether the store is finished already; else take hold of its folder. Raises UserError where it cannot be made."""
+    with writing(out):
+        return _started(plan, out, resume, held)
+
+
+def _started(plan: Plan, out: Path, resume: bool, held: contextlib.ExitStack) -> bool:
     work = out / UNFINISHED
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", cure="choose another folder")
@@ -208,10 +213,9 @@ def _begin(plan: Plan, out: Path, resume: bool, held: contextlib.ExitStack) -> b
     parent = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {parent}", cure="choose a folder of your own")
-    with writing(out):
-        held.enter_context(lock_run(work))
-        for left_over in work.glob("*.tmp"):
-            left_over.unlink()
+    held.enter_context(lock_run(work))
+    for left_over in work.glob("*.tmp"):
+        left_over.unlink()
     replace(work / PLAN, encode_json(plan.settings))
     return False
 
