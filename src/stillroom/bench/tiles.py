@@ -38,7 +38,8 @@ SIDES, HEIGHTS = ("left", "right"), ("top", "bottom")
 KINDS: tuple[Sequence[str], ...] = (tuple(COLOURS), tuple(PATTERNS), SIDES, HEIGHTS)
 WORDS = tuple(itertools.chain(*KINDS))
 CELL, SIZE = 4, 8
-NOISE = 0.05
+TEACHERS = {"clean": 0.05, "noisy": 0.3}
+"""The renderers by the standard deviation of their noise."""
 HELD_OUT = 24
 
 
@@ -129,19 +130,25 @@ class TilesBench:
         return [" ".join(kind[i] for kind, i in zip(KINDS, row, strict=True)) for row in captions.tolist()]
 
     # --- pictures -------------------------------------------------------------------------------------------------
-    def render(self, captions: Tensor, generator: torch.Generator) -> Tensor:
-        """The teacher: pictures ``[N, 3, 8, 8]`` float32 of captions ``[N, 4]``. Ground 0, colours -1 and 1, normal
-        noise of standard deviation 0.05 on every pixel."""
-        images = NOISE * torch.randn(len(captions), 3, SIZE, SIZE, generator=generator)
+    def render(self, captions: Tensor, generator: torch.Generator, teacher: str = "clean") -> Tensor:
+        """A teacher: pictures ``[N, 3, 8, 8]`` float32 of captions ``[N, 4]``. Ground 0, colours -1 and 1, normal noise on
+        every pixel, of the teacher's own standard deviation (:data:`TEACHERS`)."""
+        images = TEACHERS[teacher] * torch.randn(len(captions), 3, SIZE, SIZE, generator=generator)
         colour, pattern, side, height = captions.T
         cells = images.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # [N, 3, row, 4, column, 4], a view
         cells[torch.arange(len(captions)), :, height, :, side] += self.things[colour, pattern]
         return images
 
     def data(
-        self, captions: int = 96, images: int = 3000, mirror: bool = False, pairs: int = 0, seed: int = 0
+        self,
+        captions: int = 96,
+        images: int = 3000,
+        mirror: bool = False,
+        pairs: int = 0,
+        seed: int = 0,
+        teachers: Sequence[str] = ("clean",),
     ) -> CaptionedData:
-        """``images`` pictures of the first ``captions`` training captions, equally many of each.
+        """``images`` pictures of the first ``captions`` training captions, equally many of each, the teachers in turn.
 
         mirror: their mirror images too, under the same captions. pairs: so many pictures of all training captions, not
         mirrored, in the part ``pairs``. Raises UserError for a number of captions that there are not.
@@ -149,14 +156,20 @@ class TilesBench:
         if not 1 <= captions <= len(self.train):
             raise UserError(f"there are {len(self.train)} training captions, not {captions}", cure="ask for 1 to 96")
         generator = torch.Generator().manual_seed(seed)
-        data = self._drawn(self.train[:captions], images, mirror, generator)
+        data = self._drawn(self.train[:captions], images, mirror, generator, teachers)
         if pairs:
-            data.parts["pairs"] = self._drawn(self.train, pairs, False, generator)
+            data.parts["pairs"] = self._drawn(self.train, pairs, False, generator, ("clean",))
         return data
 
-    def _drawn(self, captions: Tensor, images: int, mirror: bool, generator: torch.Generator) -> CaptionedData:
-        which = torch.arange(images) % len(captions)
-        pictures, texts = self.render(captions[which], generator), self.say(captions)
+    def _drawn(
+        self, captions: Tensor, images: int, mirror: bool, generator: torch.Generator, teachers: Sequence[str]
+    ) -> CaptionedData:
+        which, texts = torch.arange(images) % len(captions), self.say(captions)
+        turn = torch.arange(images) // len(captions) % len(teachers)  # each teacher draws every caption
+        pictures = torch.empty(images, 3, SIZE, SIZE)
+        for number, teacher in enumerate(teachers):
+            rows = turn == number
+            pictures[rows] = self.render(captions[which[rows]], generator, teacher)
         mirrored = pictures.flip(-1) if mirror else None
         origin = f"tiles: {images:,} pictures of {len(captions)} captions"
         text = self.space.text.encode(texts)
