@@ -131,8 +131,8 @@ class TilesBench:
 
     # --- pictures -------------------------------------------------------------------------------------------------
     def render(self, captions: Tensor, generator: torch.Generator, teacher: str = "clean") -> Tensor:
-        """A teacher: pictures ``[N, 3, 8, 8]`` float32 of captions ``[N, 4]``. Ground 0, colours -1 and 1, normal noise on
-        every pixel, of the teacher's own standard deviation (:data:`TEACHERS`)."""
+        """A teacher: pictures ``[N, 3, 8, 8]`` float32 of captions ``[N, 4]``. Ground 0, colours -1 and 1, normal noise
+        on every pixel, of the teacher's own standard deviation (:data:`TEACHERS`)."""
         images = TEACHERS[teacher] * torch.randn(len(captions), 3, SIZE, SIZE, generator=generator)
         colour, pattern, side, height = captions.T
         cells = images.unflatten(3, (2, CELL)).unflatten(2, (2, CELL))  # [N, 3, row, 4, column, 4], a view
