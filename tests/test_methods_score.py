@@ -417,6 +417,19 @@ def test_sid_drops_conditions_sample_by_sample_and_only_under_guidance() -> None
     assert not bool((asked == NULL).any())
 
 
+@pytest.mark.parametrize(("guidance", "passes"), [("long", (2, 1)), ("zero-cfg", (3, 2)), ("anti-cfg", (3, 2))])
+def test_sid_s_gan_reads_its_logits_from_the_fake_score_s_own_pass_where_it_can(
+    guidance: str, passes: tuple[int, int]
+) -> None:
+    """Critic: generated and real; generator: generated. One more each where the fake score is asked something else."""
+    method, asked = build("sid-lsg", guidance=guidance, gan_weight=0.1), []
+    method.fake.register_forward_pre_hook(lambda _, args: asked.append(args))
+    for name, expected in zip(("critic", "generator"), passes, strict=True):
+        asked.clear()
+        play(method, name, batch())
+        assert len(asked) == expected
+
+
 def test_sid_trains_every_step_of_its_student_or_only_the_last() -> None:
     for choice, times in (("uniform", {0.625, 0.625 * 2 / 3, 0.625 / 3}), ("last", {0.625 / 3})):
         method, last = build("sid-lsg", student_steps=3, step_choice=choice), set()

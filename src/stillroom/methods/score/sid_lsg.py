@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial
@@ -88,18 +88,26 @@ class SiDLSG(Method):
         drop, null = self.draw.uniform(self.draw.local) < self.options.condition_drop, self.fake.null_cond(cond)
         return {k: v.where(~drop.to(v.device).reshape(-1, *[1] * (v.ndim - 1)), null[k]) for k, v in cond.items()}
 
+    def ask_fake(self, x_t: Tensor, t: Tensor, cond: Cond, full: Cond, guidance: float) -> tuple[Prediction, Tensor]:
+        """The fake score under ``cond`` and ``guidance``, and its logits under the ``full`` condition (kept under
+        Zero-CFG too): one forward pass where both are the same question; no logits without a GAN."""
+        if not self.options.gan_weight:
+            return self.fake(x_t, t, cond, guidance), x_t.new_zeros(len(x_t))
+        plain, logits = self.discriminator(self.fake, x_t, t, full)
+        return (plain if guidance == 1 and cond is full else self.fake(x_t, t, cond, guidance)), logits
+
     @turn(trains=("fake", "discriminator"), optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
         """Step 2: the guided combination itself is regressed, with gradient through both branches."""
         o, process = self.options, self.teacher.process
         x0 = self.sample_student(batch, grad=False)
         t, eps = o.critic_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
-        cond, x_t = self.dropped(batch["cond"]), process.add_noise(x0, eps, t)
-        loss = fake_score_loss(self.fake(x_t, t, cond, self.k_train), x0, eps, o.fake_loss)
+        x_t = process.add_noise(x0, eps, t)
+        p, fake_logits = self.ask_fake(x_t, t, self.dropped(batch["cond"]), batch["cond"], self.k_train)
+        loss = fake_score_loss(p, x0, eps, o.fake_loss)
         self.note("fake_error", loss)
         terms = {"denoise": loss}
-        if o.gan_weight:  # the same time and noise for real and generated, conditions kept under Zero-CFG too
-            _, fake_logits = self.discriminator(self.fake, x_t, t, batch["cond"])
+        if o.gan_weight:  # the same time and noise for real and generated
             real_t = process.add_noise(batch["image"], eps, t)
             _, real_logits = self.discriminator(self.fake, real_t, t, batch["cond"])
             terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
@@ -114,11 +122,12 @@ class SiDLSG(Method):
         x0 = self.sample_student(batch, grad=True)
         t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         x_t = process.add_noise(x0, eps, t)
-        real, fake = self.teacher(x_t, t, cond, self.k_real).x0, self.fake(x_t, t, cond, self.k_fake).x0
+        real = self.teacher(x_t, t, cond, self.k_real).x0
+        p, logits = self.ask_fake(x_t, t, cond, cond, self.k_fake)
+        fake = p.x0
         weight = mean_abs_normaliser(x0, real)
         terms = {"sid": score_difference_loss(x0, fake, real, sim=1.0, fgm=1 - o.alpha, weight=weight)}
         if o.gan_weight:
-            _, logits = self.discriminator(self.fake, x_t, t, cond)
             per_sample = adversarial.generator_loss(logits.clamp(-10, 10)) * x0[0].numel() * weight
             terms["gan"] = o.gan_weight * per_sample.mean()
         self.note("score_gap", (fake - real).square().mean())
