@@ -1,5 +1,5 @@
-"""Teachers that cost nothing, and, run as ``draw.py FOLDER [SECONDS]``, a synthesis with them that waits SECONDS at
-each batch: what test_synthesis.py kills, and runs under torchrun."""
+"""Teachers that cost nothing and a synthesis with them: what test_synthesis.py kills, and runs under torchrun as
+``draw.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -65,13 +65,12 @@ def draw(folder: Path, wait: float = 0.0, **settings: Any) -> Synthesis:
     return synthesize(teachers, captions, folder, **(SETTINGS | {"progress": False} | settings))
 
 
-def main(folder: Path, wait: float) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     world = World.join("cpu")
-    print("started", flush=True)
-    draw(folder, wait, resume=True, world=world)
+    draw(folder, world=world)
     world.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    main(Path(sys.argv[1]))
