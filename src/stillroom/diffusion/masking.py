@@ -13,10 +13,10 @@ from torch import Tensor
 from stillroom.diffusion.denoiser import Cond
 from stillroom.diffusion.sampling import SAMPLERS, Sampler
 from stillroom.errors import UserError
+from stillroom.models.mar import MAR, TEXT
 
 if TYPE_CHECKING:
     from stillroom.method import Draws
-    from stillroom.models.mar import MAR
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,9 @@ class MaskedSampler(Sampler):
 
 
 def _text(cond: Cond | None, samples: int) -> Tensor:
-    text: Any = (cond or {}).get("encoder_hidden_states")
+    text: Any = (cond or {}).get(TEXT)
     if text is None:
-        raise UserError("a masked generator needs text features", cure="give the condition encoder_hidden_states")
+        raise UserError("a masked generator needs text features", cure=f"give the condition {TEXT}")
     if len(text) != samples:
         raise UserError(f"{len(text)} texts for {samples} samples", cure="give one text per sample")
     return text
