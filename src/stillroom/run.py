@@ -20,8 +20,9 @@ from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import UserError, nearest
 from stillroom.method import Method, get_method
 from stillroom.models.families import parameter_count
+from stillroom.models.shipped import model_folder
 from stillroom.recipe import Recipe
-from stillroom.tasks import Task, load_model, make_task, model_folder
+from stillroom.tasks import Task, load_model, make_task
 from stillroom.tasks.base import Generator
 
 
@@ -147,7 +148,7 @@ def _version() -> str:
 def load_generator(folder: str | Path) -> Any:
     """The generator in a model folder or a run's ``student/``, or a shipped one by name: a ``TextImageGenerator`` where
     the folder has a text encoder, else an ``ImageGenerator``."""
-    folder = model_folder(str(folder))
+    folder = model_folder(folder)
     if (folder / "recipe.yaml").is_file():
         if not (folder / "student").is_dir():
             raise UserError(f"run {folder} has no student yet", cure=f"finish it: stillroom run --resume {folder}")

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from stillroom.errors import UserError
-from stillroom.tasks.base import IN_MEMORY, Generator, Task, model_folder
+from stillroom.models.shipped import model_folder
+from stillroom.tasks.base import IN_MEMORY, Generator, Task
 
 __all__ = ["IN_MEMORY", "Generator", "Task", "bench_card", "load_model", "make_task", "model_folder", "sample_rows"]
 

@@ -9,21 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from stillroom.data.source import ASSETS
 from stillroom.diffusion.sampling import Sampler
-from stillroom.errors import UserError, nearest
 from stillroom.recipe import Recipe
 
 IN_MEMORY = "(in memory)"
 """Stands in a recipe for a teacher or data that were given as objects."""
-
-SHIPPED = {
-    "fashion": "fashion-teacher",
-    "scenes-sd3": "scenes-sd3",
-    "scenes-pixart": "scenes-pixart",
-    "lightgen": "scenes-lightgen",
-}
-"""Models that come with the package: name -> folder under assets/."""
 
 COLUMNS = 8
 """Samples in a row of a sample grid."""
@@ -75,17 +65,6 @@ class Task:
         ``{who: {"nfe", "params", "latency_ms", "macs"}, "scores": {who: ...}, "bench": ..., "score_names": ...}``.
         """
         raise NotImplementedError
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a model: a shipped one by name, or the path itself. Raises UserError for a name that is neither."""
-    if name in SHIPPED and not Path(name).is_dir():
-        return ASSETS / SHIPPED[name]
-    if "/" not in name and not Path(name).exists():
-        raise UserError(
-            f"no model {name!r}{nearest(name, SHIPPED)}", cure=f"give a model's folder, or one of: {', '.join(SHIPPED)}"
-        )
-    return Path(name).expanduser()
 
 
 def sampling_cost(generator: Any, draw: Callable[[int], Any]) -> dict[str, Any]:

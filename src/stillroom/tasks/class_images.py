@@ -18,8 +18,9 @@ from stillroom.engine.checkpoint import write_atomically
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import parameter_count
 from stillroom.models.folder import ImageGenerator
+from stillroom.models.shipped import model_folder
 from stillroom.recipe import Recipe
-from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, model_folder, sampling_cost, say
+from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
 if TYPE_CHECKING:
     from stillroom.bench.fashion import FashionBench

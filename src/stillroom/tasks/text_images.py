@@ -24,10 +24,11 @@ from stillroom.data.store import MANIFEST, store_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.models.families import parameter_count
+from stillroom.models.shipped import model_folder
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 from stillroom.recipe import Recipe
 from stillroom.synthesis import synthesize
-from stillroom.tasks.base import COLUMNS, Task, model_folder, sampling_cost, say
+from stillroom.tasks.base import COLUMNS, Task, sampling_cost, say
 
 EXAMPLES = {
     "single": "a photo of a seven",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +15,9 @@ from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
+from stillroom.models.folder import load_network
 from stillroom.models.mar import TEXT, MARSettings
+from stillroom.models.shipped import model_folder
 
 if TYPE_CHECKING:
     from stillroom.models.text_image import TextImageSpace
@@ -50,6 +53,7 @@ class LightGen(Method):
     @dataclass
     class Options:
         network: MARSettings = MARSettings()
+        start: str = ""  # a finished student that training goes on from, by name or folder; empty: from scratch
         # Shares of the steps; 0 leaves a stage out. pretrain reads the data's part "small" where there is one.
         pretrain_share: float = field(default=0.8, metadata={"min": 0})
         adapt_share: float = field(default=0.1, metadata={"min": 0})
@@ -90,9 +94,21 @@ class LightGen(Method):
         self.student = o.network.make(
             channels=codec.channels, text_width=space.text.width, grid=(height // patch, width // patch)
         )
+        if o.start:
+            self.take_over(model_folder(o.start))
         if self.by_preference:
             # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
             self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
+
+    def take_over(self, folder: Path) -> None:
+        """Begin with the weights of a finished student of the same sizes."""
+        try:
+            self.student.load_state_dict(load_network(folder).state_dict())
+        except RuntimeError:
+            raise UserError(
+                f"options.start: the student in {folder} has other sizes than options.network",
+                cure="give its own sizes (transformer/config.json or network/config.json) as options.network",
+            ) from None
 
     @property
     def by_preference(self) -> bool:

@@ -1,0 +1,29 @@
+"""Models that come with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillroom.errors import UserError, nearest
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SHIPPED = {
+    "fashion": "fashion-teacher",
+    "scenes-sd3": "scenes-sd3",
+    "scenes-pixart": "scenes-pixart",
+    "lightgen": "scenes-lightgen",
+    "lightgen-pretrained": "scenes-lightgen-pretrained",
+}
+"""Name -> folder under assets/."""
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model: a shipped one by name, or the path itself. Raises UserError for a name that is neither."""
+    name = str(name)
+    if name in SHIPPED and not Path(name).is_dir():
+        return ASSETS / SHIPPED[name]
+    if "/" not in name and not Path(name).exists():
+        raise UserError(
+            f"no model {name!r}{nearest(name, SHIPPED)}", cure=f"give a model's folder, or one of: {', '.join(SHIPPED)}"
+        )
+    return Path(name).expanduser()
