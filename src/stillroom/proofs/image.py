@@ -27,15 +27,15 @@ def image_arms(arm: Arm) -> tuple[Arm, ...]:
     return (
         arm.with_("untouched", engine={"steps": 0}),
         Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
-        Arm("teacher", sampler=best_sampler()),
+        Arm("teacher", sampler=card_sampler("fashion-teacher")),
         gan.with_("gan-only", options={"distribution_matching": 0.0}),
     )
 
 
 @functools.cache
-def best_sampler() -> dict[str, Any]:
-    """The shipped teacher's best many-step sampler, as its card has it."""
-    return json.loads((ASSETS / "fashion-teacher" / "card.json").read_text())["best"]["sampler"]
+def card_sampler(folder: str) -> dict[str, Any]:
+    """A shipped teacher's best many-step sampler, as its card has it."""
+    return json.loads((ASSETS / folder / "card.json").read_text())["best"]["sampler"]
 
 
 def image_claims(name: str) -> tuple[Claim, ...]:
