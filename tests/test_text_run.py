@@ -106,6 +106,19 @@ def test_a_run_that_is_cut_in_its_last_stage_ends_as_the_straight_one(place: Pat
     assert (place / "runs/cut" / weights).read_bytes() == (place / "runs/straight" / weights).read_bytes()
 
 
+def test_a_run_goes_on_from_a_finished_student(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = ("options.pretrain_share=1", "options.adapt_share=0", "options.dpo_share=0")
+    still = ("--steps", "1", "engine.optim={masked: {lr: 0.0}}", *alone)
+    assert distil("--steps", "3", *alone) == 0
+    assert distil(*still, "options.start=runs/a/student", name="b") == 0
+    first, second = (sr.load(f"runs/{name}").sample(CAPTIONS[:2], seed=4) for name in ("a", "b"))
+    assert torch.equal(first, second)
+    assert distil(*still, "options.start=runs/a/student", "options.network.width=32", name="c") == 2
+    assert "has other sizes than options.network" in capsys.readouterr().err
+    assert distil(*still, "options.start=lightgn", name="c") == 2
+    assert "did you mean 'lightgen'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -167,8 +167,8 @@ MECHANISM = Proof(
         ),
         Claim(
             "anchor",
-            "The anchor to the winners is needed: the paper's literal loss, at a large beta and a smaller learning rate, "
-            "mends far less",
+            "The anchor to the winners is needed: the paper's literal loss, at a large beta and a smaller rate, mends "
+            "far less",
             "",
             "all",
             "dpo",

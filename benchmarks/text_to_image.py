@@ -1,0 +1,107 @@
+"""The shipped text-to-image student against its teachers, each at its best: obedience, time, size; and a picture.
+
+    python benchmarks/text_to_image.py [--student RUN_OR_DIR] [--n 600] [--picture docs/images/scenes.png]
+
+All models draw the same captions, batch by batch in turn, so that whatever else the machine does falls on all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from common import ROOT, Row, median, record
+
+from stillroom.bench.scenes import ScenesBench
+from stillroom.evaluation.cost import macs, parameters
+from stillroom.models.text_image import TextImageGenerator
+from stillroom.run import load_generator
+from stillroom.tasks.text_images import EXAMPLES, caption_rows
+
+MODELS = ("scenes-sd3", "scenes-pixart")
+BATCH, SINGLES, COLUMNS, SEED = 60, 15, 4, 0
+
+
+def drawn(model: TextImageGenerator, texts: list[str], seed: int) -> tuple[torch.Tensor, float]:
+    began = time.perf_counter()
+    images = model.sample(texts, seed=seed, batch=len(texts))
+    return images, time.perf_counter() - began
+
+
+def picture(models: dict[str, TextImageGenerator], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    captions = list(EXAMPLES.values())
+    size = (2.2 + 0.62 * COLUMNS * len(models), 0.7 * len(captions) + 0.5)
+    figure, axes = plt.subplots(1, len(models), figsize=size, layout="constrained")
+    for axis, (name, model) in zip(axes, models.items(), strict=True):
+        images = caption_rows(model, captions, COLUMNS, SEED)[1]
+        cells = torch.nn.functional.pad((images + 1) / 2, (0, 2, 0, 2), value=1.0)  # [rows, columns, 3, 34, 34]
+        sheet = cells.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+        axis.imshow(sheet.clamp(0, 1).numpy(), interpolation="nearest")
+        axis.set_title(f"{name}, {model.sampler.nfe} network evaluations", fontsize=9)
+        axis.set_xticks([])
+        middles = [34 * row + 16 for row in range(len(captions))]
+        axis.set_yticks(middles, captions if axis is axes[0] else [""] * len(captions), fontsize=9)
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--student", default="lightgen", help="a run, a folder, or a shipped student")
+    parser.add_argument("--n", type=int, default=600, help="captions that SceneEval is taken over")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "scenes.png")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    models = {name: load_generator(name) for name in (*MODELS, chosen.student)}
+    bench = ScenesBench()
+    captions = bench.captions(chosen.n)
+    texts = [caption.text for caption in captions]
+    images: dict[str, list[torch.Tensor]] = {name: [] for name in models}
+    batches: dict[str, list[float]] = {name: [] for name in models}
+    singles: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        drawn(model, texts[:BATCH], SEED)  # warm-up
+    for start in range(0, chosen.n, BATCH):
+        for name, model in models.items():
+            part, seconds = drawn(model, texts[start : start + BATCH], SEED + start)
+            images[name].append(part)
+            batches[name].append(seconds / len(part))
+    for i in range(SINGLES):
+        for name, model in models.items():
+            singles[name].append(drawn(model, texts[i : i + 1], i)[1])
+    rows: list[Row] = []
+    for name, model in models.items():
+        scores = bench.score(torch.cat(images[name]), captions)
+        row: Row = {"model": name, "parameters": parameters(getattr(model.network, "network", model.network))}
+        row["NFE"] = model.sampler.nfe
+        row["MACs per image, M"] = macs(lambda model=model: model.sample(texts[:1])) / 1e6
+        row[f"images/s, batch {BATCH}"] = 1 / median(batches[name])
+        row["latency, batch 1, ms"] = 1000 * median(singles[name])
+        row[scores["names"]["sceneeval"]] = scores["sceneeval"]
+        row[scores["names"]["fd"]] = scores["fd"]
+        rows.append(row)
+    rate = f"images/s, batch {BATCH}"
+    fastest = max(row[rate] for row in rows[:-1])
+    record(
+        "Text to image",
+        "The student that LightGen makes draws more images per second than the faster of its teachers, each model at "
+        "its best setting, all in one run.",
+        "python benchmarks/text_to_image.py" + (f" --student {chosen.student}" if chosen.student != "lightgen" else ""),
+        rows,
+        rows[-1][rate] > fastest,
+    )
+    picture(models, chosen.picture)
+
+
+if __name__ == "__main__":
+    main()
