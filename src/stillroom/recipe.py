@@ -120,7 +120,9 @@ class Recipe:
         known = dict(tree)
         if "method" not in known:
             raise UserError("recipe key 'method' is missing", cure="`stillroom methods` lists them all")
-        options = _convert(known.pop("options", None) or {}, dict, "options")
+        options = known.pop("options", None) or {}
+        if not isinstance(options, Mapping):
+            options = _convert(options, dict, "options")  # a text that is no mapping is refused here
         recipe = _construct(cls, known, "", extra={"options": options})
         recipe.options = dataclasses.asdict(_construct(_options_of(recipe.method), dict(options), "options."))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*|", recipe.name):
