@@ -617,7 +617,7 @@ def nearest_by_hand(marks: list[str], threshold: float) -> list[bool]:
 @pytest.mark.parametrize("threshold", [1, 4, 9, 30])
 def test_near_duplicates_are_those_of_an_exhaustive_search(threshold: int) -> None:
     rng = random.Random(threshold)
-    base = [(rng.getrandbits(64), bytes(rng.randrange(256) for _ in range(48))) for _ in range(12)]
+    base = [(rng.getrandbits(64), bytes(rng.randrange(256) for _ in range(112))) for _ in range(12)]
     marks = []
     for _ in range(300):
         value, colours = rng.choice(base)
@@ -914,6 +914,18 @@ def test_different_pictures_of_one_caption_are_no_duplicates() -> None:
     scores = rule.scores(marks, 4.0)
     assert min(scores[:300]) >= 4
     assert max(scores[300:]) == 0
+
+
+def test_sparse_pictures_of_other_things_are_no_duplicates() -> None:
+    """On flat ground few bits of the hash are set: it alone cannot tell one white shape from another."""
+    images = torch.full((2, 3, 32, 32), -0.6)
+    images[0, :, 4:16, 20:23] = images[0, :, 4:7, 20:30] = 0.9
+    images[1, :, 4:16, 20:23] = images[1, :, 13:16, 20:30] = 0.9
+    assert (difference_hash(images)[0] ^ difference_hash(images)[1]).bit_count() < 16
+    rule = Dedup()
+    assert rule.scores(list(rule.marks(images, ["", ""])), 16.0) == [64.0, 64.0]
+    faint = (images[:1] + 0.02 * torch.randn(1, 3, 32, 32)).clamp(-1, 1)
+    assert rule.scores(list(rule.marks(torch.cat([images[:1], faint]), ["", ""])), 16.0)[1] < 16
 
 
 # --- a model as a teacher ---------------------------------------------------------------------------------------------

@@ -142,25 +142,30 @@ def readable(images: Tensor, captions: Sequence[str]) -> list[float]:
 @register_filter("dedup", threshold=4.0)
 class Dedup:
     """The distance of an image to the nearest one before it in the plan: that of their 64-bit difference hashes, in
-    bits, or 64 where their colours differ, to which the hash is blind. At least 4: not nearly an earlier image."""
+    bits, or 64 where their thumbnails differ. At least 4: not nearly an earlier image.
+
+    The hash sees no colour and little of a picture that is mostly flat ground; hence the thumbnails, 8x8 grey and 4x4
+    colour.
+    """
 
     version = "dhash64-1"
-    tolerance = 12
-    """Largest difference of two images' 4x4 thumbnails, in levels of 0 to 255, at which their colours are alike."""
+    tolerance = 8
+    """Largest difference between cells of two thumbnails, in levels of 0 to 255, at which images are alike."""
 
     def marks(self, images: Tensor, captions: Sequence[str]) -> list[str]:
-        """16 hexadecimal digits of hash and 96 of thumbnail each."""
+        """16 hexadecimal digits of hash and 224 of thumbnails each."""
         levels = (images.double() + 1) * 127.5
-        thumbnails = F.adaptive_avg_pool2d(levels, (4, 4)).round().clamp(0, 255).to(torch.uint8).flatten(1)
+        grey, colour = F.adaptive_avg_pool2d(_grey(images), (8, 8)), F.adaptive_avg_pool2d(levels, (4, 4))
+        cells = torch.cat([grey.flatten(1), colour.flatten(1)], 1).round().clamp(0, 255).to(torch.uint8)
         return [
             f"{value:016x}{bytes(row.tolist()).hex()}"
-            for value, row in zip(difference_hash(images), thumbnails, strict=True)
+            for value, row in zip(difference_hash(images), cells, strict=True)
         ]
 
     def scores(self, marks: Sequence[str], threshold: float) -> list[float]:
         """64 wherever no earlier kept image is nearer than ``threshold``: distances beyond that are not worked out."""
         hashes = np.array([int(mark[:16], 16) for mark in marks], np.uint64)
-        colours = np.frombuffer(bytes.fromhex("".join(mark[16:] for mark in marks)), np.uint8).reshape(-1, 48)
+        cells = np.frombuffer(bytes.fromhex("".join(mark[16:] for mark in marks)), np.uint8).reshape(-1, 112)
         reach = max(math.ceil(threshold) - 1, 0)
         # two hashes that differ in at most `reach` bits agree in at least one of reach + 1 bands
         edges = np.linspace(0, 64, min(reach, 63) + 2).round().astype(int)
@@ -173,7 +178,7 @@ class Dedup:
             distance = 64
             if len(near):
                 bits = _popcount(hashes[near] ^ hashes[row])
-                alike = (np.abs(colours[near].astype(int) - colours[row]) <= self.tolerance).all(1)
+                alike = (np.abs(cells[near].astype(int) - cells[row]) <= self.tolerance).all(1)
                 distance = int(np.where(alike, bits, 64).min())
             scores.append(float(distance))
             if distance >= threshold:
@@ -185,11 +190,15 @@ class Dedup:
 def difference_hash(images: Tensor) -> list[int]:
     """64 bits per image: whether each cell of an 8x9 grey thumbnail is at least one level brighter than the cell to its
     right. The margin keeps rounding noise on flat ground from setting bits."""
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)
-    grey = ((images.double() + 1) * 127.5 * weights).sum(1, keepdim=True)
-    cells = F.adaptive_avg_pool2d(grey, (8, 9))
+    cells = F.adaptive_avg_pool2d(_grey(images), (8, 9))
     bits = (cells[..., :-1] - cells[..., 1:] >= 1.0).flatten(1).numpy()
     return [int.from_bytes(np.packbits(row).tobytes(), "big") for row in bits]
+
+
+def _grey(images: Tensor) -> Tensor:
+    """``[N, 1, H, W]`` float64 in levels of 0 to 255."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)
+    return ((images.double() + 1) * 127.5 * weights).sum(1, keepdim=True)
 
 
 def _popcount(values: np.ndarray) -> np.ndarray:
