@@ -198,9 +198,9 @@ MECHANISM = Proof(
     ),
     note=(
         "Images of one caption differ by pixel noise alone, so more of them can hardly help: the proof shows which way "
-        "diversity and volume pull, not how much volume is worth. DPO's gain over training on the winners is speed: "
-        "with twice the steps that, too, mends the student. The settings of the anchored loss were chosen on the toy "
-        "that this world rebuilds; the paper's own (beta 5000, learning rate 1e-8) move nothing at this size."
+        "diversity and volume pull, not how much volume is worth. The settings of the anchored loss were chosen on an "
+        "earlier toy of the same design, not on this world; the paper's own (beta 5000, learning rate 1e-8) are not "
+        "among the arms."
     ),
 )
 
