@@ -198,8 +198,8 @@ class Sample:
         from stillroom.run import load_generator
         from stillroom.tasks import sample_rows
 
-        folder = RUNS / self.model if (RUNS / self.model / "recipe.yaml").is_file() else self.model
-        names, images = sample_rows(load_generator(folder), self.labels, self.captions, self.n, self.seed)
+        generator = load_generator(_model(self.model))
+        names, images = sample_rows(generator, self.labels, self.captions, self.n, self.seed)
         save_grid(images, self.out)
         print(self.out, *(f"  {name}" for name in names if self.captions or " " in name), sep="\n")
         return 0
@@ -334,6 +334,25 @@ class Synthesize:
 
 
 @dataclass(frozen=True)
+class Demo:
+    """Open a web page, for this machine only, on which student and teachers draw side by side."""
+
+    model: Annotated[Positional[str], arg(metavar="RUN|DIR|NAME", help_behavior_hint="")] = "lightgen"
+    """The student: a run, a model folder, or a shipped model by name."""
+    teachers: _Text = None
+    """Other models, separated by commas; by default those that it learned from."""
+    port: _Number = None
+    """Port on 127.0.0.1; by default the first free one from 7860."""
+
+    def __call__(self) -> int:
+        from stillroom.demo.server import serve
+
+        named = None if self.teachers is None else filter(None, map(str.strip, self.teachers.split(",")))
+        serve(_model(self.model), None if named is None else [_model(name) for name in named], self.port)
+        return 0
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Say what looks wrong in a run, finished or not, and what to try."""
 
@@ -356,7 +375,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Doctor)
+COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -453,6 +472,11 @@ def _entry_of(slug: str) -> dict[str, str]:
     method = get_method(slug)
     purpose = inspect.cleandoc(method.__doc__ or "").split(". ")[0].rstrip(".").replace("\n", " ")
     return {"slug": slug, "arxiv": method.paper.arxiv, "wing": method.wing, "purpose": purpose}
+
+
+def _model(name: str | Path) -> str:
+    """A model as it was named; a run's name becomes its folder."""
+    return str(RUNS / name if (RUNS / name / "recipe.yaml").is_file() else name)
 
 
 def _run_folder(run: Path) -> Path:

@@ -1,0 +1,1 @@
+"""A local web page on which teachers and student draw side by side."""

@@ -1,0 +1,143 @@
+"""The page, served to this machine and no other."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stillroom.demo.drawing import Judge, Model
+from stillroom.demo.page import dressed, import_gradio, layout
+from stillroom.demo.studio import Studio
+from stillroom.errors import UserError
+from stillroom.models.folder import network_folder
+from stillroom.models.text_image import is_text_model
+from stillroom.recipe import Recipe
+from stillroom.run import load_generator
+from stillroom.tasks import IN_MEMORY, model_folder
+
+HOST = "127.0.0.1"
+FIRST_PORT, PORTS = 7860, 40
+FLAGSHIP, TEACHERS = "lightgen", ("scenes-sd3", "scenes-pixart")
+"""The shipped student, and the shipped teachers that it learned from."""
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+"""What the browser may fetch: nothing from any other machine."""
+
+
+def open_studio(student: str, teachers: Sequence[str] | None = None) -> Studio:
+    """The models by run, folder or shipped name. The student is read at once, teachers when they first draw.
+
+    teachers: by default those of the student's run, or of the shipped student; a model folder says nothing of them.
+    Raises UserError for a folder that is missing or holds no model, and for teachers that are asked otherwise than the
+    student.
+    """
+    judge = Judge()
+    first = Model(_name(student), lambda: load_generator(student), judge)
+    by_class = first.by_class
+    names = _teachers_of(student) if teachers is None else list(teachers)
+    names = [name for name in names if _home(name) != _home(student)]
+    for name in names:
+        folder = _home(name)
+        network_folder(folder)
+        if is_text_model(folder) == by_class:
+            asked = ("in words", "by class")
+            raise UserError(
+                f"student {student!r} is asked {asked[by_class]}, teacher {name!r} {asked[not by_class]}",
+                cure="give teachers of the same kind: --teachers a,b",
+            )
+    return Studio(first, [Model(_name(name), lambda name=name: load_generator(name), judge) for name in names])
+
+
+def _home(name: str) -> Path:
+    """Where the network of a run, model folder or shipped model lies."""
+    folder = model_folder(name)
+    return folder / "student" if (folder / "recipe.yaml").is_file() else folder
+
+
+def _name(name: str) -> str:
+    return Path(name).name or name
+
+
+def _teachers_of(student: str) -> list[str]:
+    folder = model_folder(student)
+    if (folder / "recipe.yaml").is_file():
+        named = Recipe.load(folder).teacher
+        return [] if named == IN_MEMORY else [name.strip() for name in named.split(",")]
+    return list(TEACHERS) if student == FLAGSHIP else []
+
+
+def application(studio: Studio) -> Any:
+    """The page as an ASGI application that answers to this machine's own name only and sends the browser nowhere."""
+    gr = import_gradio()
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Guarded)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+
+    return gr.mount_gradio_app(
+        app, layout(studio), path="/", server_name=HOST, footer_links=[], run_history=False, ssr_mode=False,
+        show_error=False, max_file_size="20mb", enable_monitoring=False, pwa=False, mcp_server=False, **dressed(gr),
+    )  # fmt: skip
+
+
+class _Guarded:
+    """ASGI middleware: every answer carries :data:`POLICY`."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                told = {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
+                headers = [(name.encode(), value.encode()) for name, value in told.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *headers]}
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+
+
+def listen(port: int | None = None) -> socket.socket:
+    """A socket on the loopback address: at ``port`` (0: any free one), by default the first free one from 7860.
+
+    Raises UserError for a port that is taken or out of range.
+    """
+    if port is not None and not 0 <= port < 65536:
+        raise UserError(f"--port must be from 0 to 65535, got {port}")
+    reason = ""
+    for one in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else (port,):
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((HOST, one))
+            listening.listen()
+        except OSError as problem:
+            listening.close()
+            reason = problem.strerror or str(problem)
+        else:
+            return listening
+    where = f"port {port}" if port is not None else f"every port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
+    raise UserError(f"cannot listen at {HOST}, {where}: {reason.lower()}", cure="give --port 0 for any free port")
+
+
+def serve(student: str, teachers: Sequence[str] | None = None, port: int | None = None) -> None:
+    """Serve the page of :func:`open_studio` until Ctrl-C. Raises UserError as it and :func:`listen` do, and where
+    gradio is missing."""
+    import_gradio()
+    with listen(port) as listening:
+        app = application(open_studio(student, teachers))
+        import uvicorn
+
+        # Pages still open are cut off at the end, which uvicorn would report as errors.
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+        print(f"http://{HOST}:{listening.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
