@@ -80,15 +80,17 @@ class Synthesis:
         """Kept and dropped images of each teacher."""
         from rich.table import Table
 
-        table = Table("teacher", "planned", *self.dropped, "kept", header_style="bold")
+        table = Table(
+            "teacher", "planned", *(f"dropped by {name}" for name in self.dropped), "kept", header_style="bold"
+        )
         for column in table.columns[1:]:
             column.justify = "right"
         for name, planned in self.planned.items():
-            dropped = (f"-{teachers[name]:,}" for teachers in self.dropped.values())
+            dropped = (f"{teachers[name]:,}" for teachers in self.dropped.values())
             table.add_row(name, f"{planned:,}", *dropped, f"{self.kept[name]:,}")
         if len(self.planned) > 1:
             table.add_section()
-            totals = (f"-{sum(teachers.values()):,}" for teachers in self.dropped.values())
+            totals = (f"{sum(teachers.values()):,}" for teachers in self.dropped.values())
             table.add_row("all", f"{sum(self.planned.values()):,}", *totals, f"{sum(self.kept.values()):,}")
         return table
 
