@@ -2,7 +2,7 @@
 
 The protocol. N captions, fixed by a seed, the categories in turn; a generator draws one picture for each. *SceneEval*:
 the share of pictures in which the frozen parser finds exactly what the caption asks for and nothing else; by category,
-and overall as the mean of the categories, as GenEval counts (arXiv:2310.11513, section 3.3). It is never called
+and overall as the mean of the categories, as GenEval counts (arXiv:2310.11513). It is never called
 GenEval: other objects, another judge, a stricter rule. The ceiling is the SceneEval of real pictures of the same
 captions in handwriting the parser was not trained on; what it lacks to 1 are the parser's own mistakes.
 

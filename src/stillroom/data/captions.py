@@ -1,7 +1,7 @@
 """What the scenes world can say: things in a picture, captions that ask for them, and whether a picture obeys.
 
 A picture holds up to four digits, one to each cell of a 2x2 grid. Captions come in six categories, after those of
-GenEval (arXiv:2310.11513, section 3.1): one digit, two, several of a kind, a colour, a position, and who has which
+GenEval (arXiv:2310.11513): one digit, two, several of a kind, a colour, a position, and who has which
 colour. The grammar is small and closed, so that every caption can be listed, read back exactly and checked exactly.
 
 Some combinations are held out of the ``train`` captions: pairs of digits, digits in a colour, and numbers of a digit.
