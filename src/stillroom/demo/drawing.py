@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import sys
 import time
 import traceback
@@ -176,7 +177,7 @@ class Judge:
         if self.parser is None or tuple(images.shape[1:]) != SHAPE:
             return [None] * len(images)
         try:
-            wanted = parse_caption(caption)
+            wanted = parse_caption(re.sub(r"[.,;:!?]", " ", caption))  # the text encoder does not read them either
         except UserError:
             return [None] * len(images)
         return [satisfied(wanted, scene) for scene in self.parser.read(to_uint8(images)).scenes()]
@@ -212,7 +213,7 @@ def _understands(model: Model, caption: str) -> bool:
 
 def whole_number(value: Any, what: str, low: int, high: int) -> int:
     """A number typed on the page. Raises UserError for what is none, or out of range."""
-    if isinstance(value, int | float) and value == int(value) and low <= value <= high:
+    if isinstance(value, int | float) and low <= value <= high and value == int(value):
         return int(value)
     shown = "nothing" if value is None else f"{value:g}" if isinstance(value, int | float) else repr(value)
     raise UserError(f"{what} must be a whole number from {low} to {high}, got {shown}")
