@@ -44,7 +44,8 @@ HELD_OUT = 24
 
 
 class TileText(nn.Module):
-    """Captions to features: one unit vector per word. Stands in for a text encoder."""
+    """Captions to features: one axis per word, scaled to a mean square of 1, as a text encoder's features are. Stands in for
+    one."""
 
     width, length, name = 16, len(KINDS), "tile-words"
 
@@ -53,7 +54,7 @@ class TileText(nn.Module):
         states = torch.zeros(len(captions), self.length, self.width)
         for row, caption in enumerate(captions):
             for place, word in enumerate(caption.split()):
-                states[row, place, WORDS.index(word)] = 1.0
+                states[row, place, WORDS.index(word)] = self.width**0.5
         return {"encoder_hidden_states": states}
 
     def check(self, caption: str) -> None:
