@@ -8,6 +8,7 @@ fault it has.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class ParserCard:
 
 
 class _Net(nn.Module):
+    """What is frozen and shipped."""
+
     def __init__(self) -> None:
         super().__init__()
         sizes = ((3, 32, 5, 2), (32, 64, 3, 1), (64, 96, 3, 2), (96, 96, 3, 1))
@@ -75,9 +78,6 @@ class _Net(nn.Module):
         self.digit = nn.Sequential(nn.Dropout(0.3), nn.Linear(128, NOTHING + 1))
         self.colour = nn.Linear(128, len(COLOURS))
         self.pool = nn.Sequential(nn.Linear(CELLS * 128 + 288, FEATURES, bias=False), nn.BatchNorm1d(FEATURES))
-        self.guess = nn.Linear(FEATURES, CELLS * (NOTHING + 1))
-        self.faults = nn.Linear(FEATURES, len(FAULTS))
-        self.rebuild = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 3 * 32 * 32))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Digit logits ``[B, 4, 11]``, colour logits ``[B, 4, 6]`` and features ``[B, 64]`` of images in [-1, 1]."""
@@ -90,6 +90,16 @@ class _Net(nn.Module):
         features = self.pool(torch.cat([cells.view(len(images), -1), *means], 1))
         shape = (len(images), CELLS, -1)
         return self.digit(cells).view(shape), self.colour(cells).view(shape), features
+
+
+class _Tasks(nn.Module):
+    """What the features must be good for; of use in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guess = nn.Linear(FEATURES, CELLS * (NOTHING + 1))
+        self.faults = nn.Linear(FEATURES, len(FAULTS))
+        self.rebuild = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, math.prod(SHAPE)))
 
 
 @dataclass(frozen=True)
@@ -161,15 +171,16 @@ def train_scene_parser(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         began = time.process_time()
-        net = _trained(seed, steps, batch, lr, reconstruction_weight, report)
-        return _with_card(net.eval(), steps, batch, seed, time.process_time() - began, report)
+        net, tasks = _trained(seed, steps, batch, lr, reconstruction_weight, report)
+        seconds = time.process_time() - began
+        return _with_card(net.eval(), tasks, steps, batch, seed, seconds, report)
 
 
 def _trained(
     seed: int, steps: int, batch: int, lr: float, reconstruction_weight: float, report: Callable[[str], None]
-) -> _Net:
-    net = _Net()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
+) -> tuple[_Net, _Tasks]:
+    net, tasks = _Net(), _Tasks()
+    optimizer = torch.optim.AdamW([*net.parameters(), *tasks.parameters()], lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.2)
     draws = seeded(f"scene parser {seed}")
     for step in range(steps):
@@ -181,9 +192,9 @@ def _trained(
         there = digits != NOTHING
         digit = F.cross_entropy(digit_logits.flatten(0, 1), digits.flatten(), label_smoothing=0.05)
         colour = F.cross_entropy(colour_logits[there], colours[there])
-        guess = F.cross_entropy(net.guess(features).view_as(digit_logits).flatten(0, 1), digits.flatten())
-        told = F.mse_loss(net.faults(features), faults)
-        rebuilt = F.mse_loss(net.rebuild(features), images.flatten(1))
+        guess = F.cross_entropy(tasks.guess(features).view_as(digit_logits).flatten(0, 1), digits.flatten())
+        told = F.mse_loss(tasks.faults(features), faults)
+        rebuilt = F.mse_loss(tasks.rebuild(features), images.flatten(1))
         optimizer.zero_grad(set_to_none=True)
         (digit + colour + 0.3 * guess + 5 * told + reconstruction_weight * rebuilt).backward()
         optimizer.step()
@@ -193,11 +204,11 @@ def _trained(
                 f"scenes parser step {step + 1}/{steps}: digit {digit:.3f}, colour {colour:.3f}, "
                 f"guess {guess:.3f}, faults {told:.3f}, reconstruction {rebuilt:.4f}"
             )
-    return net
+    return net, tasks
 
 
 def _with_card(
-    net: _Net, steps: int, batch: int, seed: int, seconds: float, report: Callable[[str], None]
+    net: _Net, tasks: _Tasks, steps: int, batch: int, seed: int, seconds: float, report: Callable[[str], None]
 ) -> SceneParser:
     train, test = load_data("mnist", "train"), load_data("mnist", "test")
     asked = sample_captions(TEST_SCENES, seeded("scene parser test captions"))
@@ -209,7 +220,7 @@ def _with_card(
     )
     reading = parser.read(images)
     with torch.no_grad():
-        rebuilt = net.rebuild(reading.features.float())
+        rebuilt = tasks.rebuild(reading.features.float())
     there, right = digits != NOTHING, reading.digits == digits
     same_colour = reading.colours == colours
     card = ParserCard(
