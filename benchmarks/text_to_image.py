@@ -1,6 +1,6 @@
-"""The shipped text-to-image student against its teachers, each at its best: obedience, time, size; and a picture.
+"""A text-to-image student against its teachers, each at its best setting: obedience, time, size; and a picture.
 
-    python benchmarks/text_to_image.py [--student RUN_OR_DIR] [--n 600] [--picture docs/images/scenes.png]
+    python benchmarks/text_to_image.py RUN_OR_DIR [--n 600] [--picture docs/images/scenes.png]
 
 All models draw the same captions, batch by batch in turn, so that whatever else the machine does falls on all.
 """
@@ -57,7 +57,7 @@ def picture(models: dict[str, TextImageGenerator], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--student", default="lightgen", help="a run, a folder, or a shipped student")
+    parser.add_argument("student", help="a run, or the folder of a student")
     parser.add_argument("--n", type=int, default=600, help="captions that SceneEval is taken over")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "scenes.png")
     chosen = parser.parse_args()
@@ -96,7 +96,7 @@ def main() -> None:
         "Text to image",
         "The student that LightGen makes draws more images per second than the faster of its teachers, each model at "
         "its best setting, all in one run.",
-        "python benchmarks/text_to_image.py" + (f" --student {chosen.student}" if chosen.student != "lightgen" else ""),
+        f"python benchmarks/text_to_image.py {chosen.student}",
         rows,
         rows[-1][rate] > fastest,
     )

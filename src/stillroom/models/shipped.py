@@ -11,8 +11,6 @@ SHIPPED = {
     "fashion": "fashion-teacher",
     "scenes-sd3": "scenes-sd3",
     "scenes-pixart": "scenes-pixart",
-    "lightgen": "scenes-lightgen",
-    "lightgen-pretrained": "scenes-lightgen-pretrained",
 }
 """Name -> folder under assets/."""
 
