@@ -171,7 +171,7 @@ class Sample:
     """Draw images from a student or a teacher into one PNG."""
 
     model: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-pixart, lightgen."""
+    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-pixart."""
     labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...")] = ()
     """Classes by number or name; by default every class."""
     captions: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()
@@ -338,7 +338,7 @@ class Demo:
     """Open a web page, for this machine only, on which student and teachers draw side by side."""
 
     model: Annotated[Positional[str], arg(metavar="RUN|DIR|NAME", help_behavior_hint="")] = "lightgen"
-    """The student: a run, a model folder, or a shipped model by name."""
+    """The student: a run (runs/lightgen by default), a model folder, or a shipped model by name."""
     teachers: _Text = None
     """Other models, separated by commas; by default those that it learned from."""
     port: _Number = None

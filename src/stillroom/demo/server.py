@@ -20,8 +20,6 @@ from stillroom.tasks import IN_MEMORY, model_folder
 
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 7860, 40
-FLAGSHIP, TEACHERS = "lightgen", ("scenes-sd3", "scenes-pixart")
-"""The shipped student, and the shipped teachers that it learned from."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
@@ -33,7 +31,7 @@ POLICY = (
 def open_studio(student: str, teachers: Sequence[str] | None = None) -> Studio:
     """The models by run, folder or shipped name. The student is read at once, teachers when they first draw.
 
-    teachers: by default those of the student's run, or of the shipped student; a model folder says nothing of them.
+    teachers: by default those of the student's run; a model folder says nothing of them.
     Raises UserError for a folder that is missing or holds no model, and for teachers that are asked otherwise than the
     student.
     """
@@ -69,7 +67,7 @@ def _teachers_of(student: str) -> list[str]:
     if (folder / "recipe.yaml").is_file():
         named = Recipe.load(folder).teacher
         return [] if named == IN_MEMORY else [name.strip() for name in named.split(",")]
-    return list(TEACHERS) if student == FLAGSHIP else []
+    return []
 
 
 def application(studio: Studio) -> Any:
