@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stillroom.proofs.base import Arm, Claim, Proof
+from stillroom.proofs.image import card_sampler, recipe_arm
 
 SMALL = {
     "patch": 4, "width": 64, "heads": 4, "encoder_blocks": 2, "decoder_blocks": 2, "cross_blocks": 2,
@@ -200,8 +203,161 @@ MECHANISM = Proof(
         "Images of one caption differ by pixel noise alone, so more of them can hardly help: the proof shows which way "
         "diversity and volume pull, not how much volume is worth. The settings of the anchored loss were chosen on an "
         "earlier toy of the same design, not on this world; the paper's own (beta 5000, learning rate 1e-8) are not "
-        "among the arms."
+        "among the arms. An earlier run of seed 0, with word features of mean square 1/16 that the network hardly read, "
+        "was discarded: most claims missed their margins there. The margins are still those set before it."
     ),
 )
 
-PROOFS = (MECHANISM,)
+# --- images -----------------------------------------------------------------------------------------------------------
+RECIPE = recipe_arm("lightgen")
+PRETRAINED = Arm("pretrained", "lightgen", options=RECIPE.options, engine=RECIPE.engine).with_(
+    "pretrained",
+    options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
+    engine={"steps": 6000},
+    data={"images": 4000},
+)
+STEPS = 300
+
+
+def preferred(name: str, after: Arm = PRETRAINED, **options: Any) -> Arm:
+    """Preferences on real scenes, 32 pairs a step, after another arm."""
+    return after.with_(
+        name,
+        options={"pretrain_share": 0.0, "adapt_share": 0.0, "dpo_share": 1.0, "mirror": 0.0, **options},
+        engine={"steps": STEPS, "batch": 32},
+        data={"pairs": 1024},
+        after=after,
+    )
+
+
+def finetuned(name: str, after: Arm = PRETRAINED) -> Arm:
+    """The control: as many steps and as many images, the winners alone."""
+    return preferred(name, after=after, preference="sft").with_(name, engine={"batch": 64})
+
+
+# Training goes on, with every other image mirrored under its unchanged caption.
+MIRRORED_SCENES = PRETRAINED.with_(
+    "mirrored",
+    options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0, "mirror": 0.5},
+    engine={"steps": 2 * STEPS, "optim": {"masked": {"lr": 5e-4}}},
+    data={"mirror": True},
+    after=PRETRAINED,
+)
+
+IMAGE = Proof(
+    "lightgen",
+    "image",
+    "scenes",
+    arms=(
+        preferred("dpo"),
+        PRETRAINED,
+        finetuned("sft"),
+        preferred("dpo-swapped", swap_labels=0.5),
+        MIRRORED_SCENES,
+        preferred("mirrored-dpo", after=MIRRORED_SCENES),
+        finetuned("mirrored-sft", after=MIRRORED_SCENES),
+        PRETRAINED.with_("untouched", engine={"steps": 0}),
+        Arm("scenes-sd3", sampler=card_sampler("scenes-sd3"), data={"teacher": "scenes-sd3"}),
+    ),
+    claims=(
+        Claim(
+            "dpo",
+            "DPO, real pictures against own samples, raises SceneEval",
+            "Table 2",
+            "sceneeval",
+            "dpo",
+            ">=",
+            right="pretrained",
+            offset=0.02,
+        ),
+        *(
+            Claim(
+                f"dpo-{category}",
+                f"It raises SceneEval {category}",
+                "Table 2",
+                f"sceneeval_{category}",
+                "dpo",
+                ">=",
+                right="pretrained",
+                offset=0.02,
+            )
+            for category in ("counting", "position", "attribution")
+        ),
+        Claim(
+            "dpo-beats-sft",
+            "DPO raises it more than training on the winners alone, at equal steps and images",
+            "the control that the paper lacks",
+            "sceneeval",
+            "dpo",
+            ">=",
+            right="sft",
+            offset=0.02,
+        ),
+        Claim(
+            "control-swapped",
+            "Control: pairs whose winner is a coin toss help less than true ones",
+            "",
+            "sceneeval",
+            "dpo",
+            ">=",
+            right="dpo-swapped",
+            offset=0.02,
+        ),
+        Claim(
+            "mirroring-breaks-sides",
+            "Mirrored images under unchanged captions cost obedience to left and right",
+            "section 3.3",
+            "sides",
+            "mirrored",
+            "<=",
+            factor=0.75,
+            right="pretrained",
+        ),
+        Claim(
+            "dpo-repairs-sides",
+            "DPO on pictures that are not mirrored repairs left and right",
+            "Table 2",
+            "sides",
+            "mirrored-dpo",
+            ">=",
+            right="mirrored",
+            offset=0.1,
+        ),
+        Claim(
+            "dpo-repairs-more-than-sft",
+            "It repairs them more than training on the winners alone, at equal steps and images",
+            "the control that the paper lacks",
+            "sides",
+            "mirrored-dpo",
+            ">=",
+            right="mirrored-sft",
+            offset=0.05,
+        ),
+        Claim(
+            "near-teachers",
+            "The student, after DPO, obeys captions at least 0.9 times as often as the first of its teachers",
+            "Table 2",
+            "sceneeval",
+            "dpo",
+            ">=",
+            factor=0.9,
+            right="scenes-sd3",
+        ),
+        Claim(
+            "learns",
+            "The student before DPO beats the untrained network",
+            "",
+            "sceneeval",
+            "pretrained",
+            ">=",
+            right="untouched",
+            offset=0.2,
+        ),
+    ),
+    note=(
+        "Claims about captions, data size and several teachers need a pre-training for every arm: they are shown at "
+        "mechanism level."
+    ),
+)
+
+PROOFS = (IMAGE, MECHANISM)
