@@ -203,8 +203,8 @@ MECHANISM = Proof(
         "Images of one caption differ by pixel noise alone, so more of them can hardly help: the proof shows which way "
         "diversity and volume pull, not how much volume is worth. The settings of the anchored loss were chosen on an "
         "earlier toy of the same design, not on this world; the paper's own (beta 5000, learning rate 1e-8) are not "
-        "among the arms. An earlier run of seed 0, with word features of mean square 1/16 that the network hardly read, "
-        "was discarded: most claims missed their margins there. The margins are still those set before it."
+        "among the arms. An earlier run of seed 0, with word features of mean square 1/16 that the network hardly "
+        "read, was discarded: most claims missed their margins there. The margins are still those set before it."
     ),
 )
 
