@@ -64,7 +64,7 @@ MECHANISM = Proof(
         MANY_CAPTIONS.with_("96-captions-4k", data={"captions": 96, "images": 4000}),
         ALL_CAPTIONS.with_("noisy-teacher", data={"teachers": ["noisy"]}),
         ALL_CAPTIONS.with_("two-teachers", data={"teachers": ["clean", "noisy"]}),
-        MIRRORED,
+        MIRRORED.with_("mirrored", engine={"steps": 0}, after=MIRRORED),  # as the others that start from it
         DPO,
         # As many steps and as many images in each: two pictures make a pair.
         DPO.with_(
