@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -27,7 +25,7 @@ from stillroom.models.families import parameter_count
 from stillroom.models.shipped import model_folder
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 from stillroom.recipe import Recipe
-from stillroom.synthesis import synthesize
+from stillroom.synthesis import plan_hash, synthesize
 from stillroom.tasks.base import COLUMNS, Task, sampling_cost, say
 
 EXAMPLES = {
@@ -99,18 +97,12 @@ class TextImages(Task):
                 cure="make them first (torchrun -m stillroom synthesize), then give that folder as data",
             )
         captions = read_captions(f"scenes:{wanted.images}" if recipe.data == "scenes" else recipe.data, wanted.seed)
-        about = [self.space.name, recipe.teacher, recipe.data, dataclasses.asdict(wanted)]
-        folder = cache_folder() / "synthetic" / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        captions = captions._replace(texts=captions.texts[: wanted.images], places=captions.places[: wanted.images])
+        plan: dict[str, Any] = {"seeds": (wanted.seed,), "route": wanted.route}
+        plan["filters"] = list(dict.fromkeys(["readable", *wanted.filters]))
+        folder = cache_folder() / "synthetic" / plan_hash(self.sources, captions, **plan)
         say(f"images by {recipe.teacher}: {folder}")
-        synthesize(
-            self.sources,
-            captions._replace(texts=captions.texts[: wanted.images]),
-            folder,
-            seeds=(wanted.seed,),
-            route=wanted.route,
-            filters=["readable", *wanted.filters],
-            resume=True,
-        )
+        synthesize(self.sources, captions, folder, resume=True, **plan)
         return folder
 
     def networks(self) -> tuple[TextImageSpace]:
