@@ -140,7 +140,7 @@ class Browser:
         raise TimeoutError(f"never came true: {condition}; the page shows: {self.run('document.body.innerText')[:800]}")
 
     def click(self, selector: str, words: str = "") -> None:
-        """The first visible element of a CSS selector whose text starts with ``words``, by a real press of the mouse."""
+        """The first visible element of a CSS selector whose text starts with ``words``, by a press of the mouse."""
         x, y = self.middle(selector, words)
         self.drag([(x, y)])
 

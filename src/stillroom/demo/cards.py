@@ -112,7 +112,7 @@ def _head(entry: Entry) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    facts = " · ".join(f"<span>{escape(fact)}</span>" for fact in entry.facts)
+    facts = "".join(f"<span>{escape(fact)}</span>" for fact in entry.facts)
     return f'<p class="sr-facts">{facts}</p>' if facts else ""
 
 

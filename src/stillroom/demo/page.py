@@ -58,12 +58,13 @@ def layout(studio: Studio) -> gradio.Blocks:
 
 
 def _header(studio: Studio) -> str:
-    names = [escape(model.name) for model in studio.teachers]
+    names = [f"<span>{escape(model.name)}</span>" for model in studio.teachers]
     beside = f" beside {' and '.join(names)}" if names else ""
     what = "Pick a class" if studio.student.by_class else "Type what you want to see"
+    how = "student and teachers draw it from the same seed" if names else "the model draws it"
     return (
         f'<header class="sr-top"><p>stillroom</p><h1>{escape(studio.student.name)}{beside}</h1>'
-        f"<p>{what}; student and teachers draw it from the same seed, on this machine.</p></header>"
+        f"<p>{what}; {how}, on this machine.</p></header>"
     )
 
 
@@ -73,7 +74,13 @@ def _draw_tab(gr: Any, studio: Studio) -> dict[str, Any]:
     with gr.Row(elem_classes="sr-ask"):
         if student.by_class:
             parts["wish"] = gr.Dropdown(
-                wishes, value=wishes[0] if wishes else None, label="Class", visible=bool(wishes), scale=6
+                wishes,
+                value=wishes[0] if wishes else None,
+                label="Class",
+                visible=bool(wishes),
+                scale=6,
+                container=False,
+                show_label=False,
             )
         else:
             parts["wish"] = gr.Textbox(
@@ -87,16 +94,16 @@ def _draw_tab(gr: Any, studio: Studio) -> dict[str, Any]:
     if wishes and not student.by_class:
         with gr.Row(elem_classes="sr-chips"):
             parts["chips"] = {wish: gr.Button(wish, size="sm") for wish in wishes}
-    parts["seed"], parts["n"], parts["settings"] = _settings(gr, studio)
+    parts["seed"], parts["n"], parts["settings"] = _settings(gr, studio, "teachers keep their own")
     parts["notice"] = gr.HTML(elem_id="sr-notice")
     parts["cards"] = gr.HTML(elem_id="sr-cards")
     return parts
 
 
-def _settings(gr: Any, studio: Studio) -> tuple[Any, Any, dict[str, Any]]:
+def _settings(gr: Any, studio: Studio, remark: str = "") -> tuple[Any, Any, dict[str, Any]]:
     """Seed, number of images, and the sliders of the student's sampler."""
     sliders = {}
-    title = "Settings · teachers keep their own" if studio.teachers else "Settings"
+    title = f"Settings · {remark}" if remark and studio.teachers else "Settings"
     with gr.Accordion(title, open=False, elem_classes="sr-settings"), gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120)
         n = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", min_width=150, buttons=[])

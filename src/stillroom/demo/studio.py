@@ -46,6 +46,11 @@ class Studio:
     teachers: Sequence[Model]
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
+    @property
+    def role(self) -> str:
+        """What the student is called: without teachers beside it, it may be anything."""
+        return "student" if self.teachers else "model"
+
     def draw(
         self, wish: Any, seed: Any, n: Any, settings: Mapping[str, Any], shelf: Sequence[Picture]
     ) -> Iterator[Shown]:
@@ -57,7 +62,7 @@ class Studio:
         except Exception as problem:  # what a visitor types must never break the page
             yield Shown(notice(message(problem)))
             return
-        models = {"student": [self.student], "teacher": list(self.teachers)}
+        models = {self.role: [self.student], "teacher": list(self.teachers)}
         entries = [Entry(model.name, role) for role, group in models.items() for model in group]
         yield Shown(cards=sheet(wish, seed, n, entries))
         for i, model in enumerate(itertools.chain(*models.values())):
@@ -85,7 +90,7 @@ class Studio:
         except Exception as problem:  # as above
             return Shown(notice(message(problem)))
         entry = self._entry(
-            Entry(self.student.name, "student"),
+            Entry(self.student.name, self.role),
             self.student,
             settings,
             lambda m, c: m.fill(wish, picture.image, hole, n, seed, **c),
