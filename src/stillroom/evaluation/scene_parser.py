@@ -57,10 +57,6 @@ class ParserCard:
     origin: str = ""
     sha256: str = ""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return SHAPE
-
 
 class _Net(nn.Module):
     """What is frozen and shipped."""
