@@ -23,7 +23,8 @@ SMALL = (
     "aligner_blocks: 1, head_width: 16, head_blocks: 1}"
 )
 FAST = [
-    SMALL, "options.start=", "options.pretrain_share=3", "options.dpo_share=1", "engine.batch=4", "engine.log_every=1", "engine.checkpoint_every=2", "evaluate.n=0", "options.steps=2",
+    SMALL, "options.pretrain_share=3", "options.dpo_share=1", "engine.batch=4", "engine.log_every=1",
+    "engine.checkpoint_every=2", "evaluate.n=0", "options.steps=2",
     "options.head_steps=3",
 ]  # fmt: skip
 

@@ -267,12 +267,10 @@ class Teach:
 
     def __call__(self) -> int:
         from stillroom.bench.teach import teach
-        from stillroom.bench.teach_scenes import SCENES, teach_scenes
 
         folder = RUNS / f"teach-{self.name}"
         out = self.out or folder / "teacher"
-        train = teach_scenes if self.name in SCENES else teach
-        train(self.name, out, list(self.overrides), run_dir=folder, resume=self.resume)
+        teach(self.name, out, list(self.overrides), run_dir=folder, resume=self.resume)
         print(out)
         return 0
 

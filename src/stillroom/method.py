@@ -92,8 +92,8 @@ class Stage:
     """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps, normalised).
 
     data: the part of the data that the stage reads (``data.parts[name]``); empty: the data itself.
-    lr: factor on the learning rate of every turn. own_schedule: warm-up and schedule run over this stage alone, not over
-    the whole run.
+    lr: factor on the learning rate of every turn. own_schedule: warm-up and schedule run over this stage alone,
+    not over the whole run.
     """
 
     name: str
@@ -189,8 +189,8 @@ class Method(nn.Module):
         return (Stage("train"),)
 
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
-        """Called when a stage begins, and with ``resumed`` when a run goes on inside it, its weights restored: to take a
-        reference copy, to draw samples of the student as it stands. Must give the same either way. Default: nothing."""
+        """Called when a stage begins, and with ``resumed`` when a run goes on inside it, its weights restored: to take
+        a reference copy, to draw samples of the student as it stands. Must give the same either way. Default: nothing."""
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an optimizer's weight decay acts on this parameter. Default: on all."""

@@ -123,6 +123,10 @@ def teach(
 ) -> dict[str, Any]:
     """Train a bench teacher and score its samplers. Writes the teacher folder ``out`` (default: the bench's own) with
     its card ``card.json``, and returns the card. ``run_dir`` keeps checkpoints; ``resume`` continues from them."""
+    if name == "scenes-parser":
+        from stillroom.bench.scenes import PARSER_DIR, teach_parser
+
+        return dataclasses.asdict(teach_parser(Path(out) if out else PARSER_DIR, print).card)
     if name.startswith("scenes-"):
         from stillroom.bench import teach_scenes
 

@@ -44,8 +44,8 @@ HELD_OUT = 24
 
 
 class TileText(nn.Module):
-    """Captions to features: one axis per word, scaled to a mean square of 1, as a text encoder's features are. Stands in for
-    one."""
+    """Captions to features: one axis per word, scaled to a mean square of 1, as a text encoder's features are, which
+    this stands in for."""
 
     width, length, name = 16, len(KINDS), "tile-words"
 

@@ -200,7 +200,7 @@ def encode_images(
         for key, value in zip(latents, found, strict=True):
             latents[key].append(value.half().cpu())
     text = {key: value.cpu() for key, value in space.text.encode(list(rows)).items()}
-    tensors = {key: torch.cat(values) for key, values in latents.items()}
+    tensors: Any = {key: torch.cat(values) for key, values in latents.items()}
     return CaptionedData(captions=list(rows), which=which, text=text, name=name, origin=origin, **tensors)
 
 

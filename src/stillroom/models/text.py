@@ -123,7 +123,7 @@ class TextEncoder(nn.Module):
             raise UserError(f"{folder / TEXT_ENCODER} holds a {kinds[0]}", cure="give a T5EncoderModel")
         read_json(folder / TOKENIZER / "tokenizer_config.json")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError) as problem:
             raise UserError(
                 f"the tokenizer {folder / TOKENIZER} cannot be read ({problem})", cure="copy the folder again"

@@ -256,6 +256,6 @@ def _scores(patient: Patient) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Patient], Iterator[Finding]], ...] = (
-    _progress, _not_finite, _fake_score, _spikes, _gradient_ratio, _spread, _average, _discriminator, _winner_drift, _bands,
-    _scores,
+    _progress, _not_finite, _fake_score, _spikes, _gradient_ratio, _spread, _average, _discriminator, _winner_drift,
+    _bands, _scores,
 )  # fmt: skip
