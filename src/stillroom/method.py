@@ -190,7 +190,8 @@ class Method(nn.Module):
 
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
         """Called when a stage begins, and with ``resumed`` when a run goes on inside it, its weights restored: to take
-        a reference copy, to draw samples of the student as it stands. Must give the same either way. Default: nothing."""
+        a reference copy, or to draw samples of the student as it stands. Must give the same either way. Default:
+        nothing."""
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an optimizer's weight decay acts on this parameter. Default: on all."""
