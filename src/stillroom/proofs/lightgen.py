@@ -214,7 +214,7 @@ PRETRAINED = Arm("pretrained", "lightgen", options=RECIPE.options, engine=RECIPE
     "pretrained",
     options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
     engine={"steps": 6000},
-    data={"images": 4000},
+    data={"images": 2000},
 )
 STEPS = 300
 

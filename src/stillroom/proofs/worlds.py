@@ -229,7 +229,7 @@ class ScenesWorld:
 
     def data(
         self,
-        images: int = 4000,
+        images: int = 2000,
         captions: int = 0,
         teachers: Sequence[str] = teachers,
         mirror: bool = False,
