@@ -147,10 +147,11 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     theirs = {who: found for who in names if (found := result.get(who, {}).get("latency_ms", {}).get("1"))}
     if mine and theirs:
         who, fastest = min(theirs.items(), key=lambda item: item[1])
+        other = "the teacher" if len(names) == 1 else who
         tiles.append(
             {
                 "value": f"{fastest / mine:.3g}×",
-                "label": "faster than the teacher" if len(names) == 1 else f"faster than {who}",
+                "label": f"faster than {other}" if fastest >= mine else f"the speed of {other}",
                 "note": f"{milliseconds(mine)} against {milliseconds(fastest)}",
             }
         )
