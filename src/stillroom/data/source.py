@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import UserError, nearest
+from stillroom.models.shipped import ASSETS
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import UserError, nearest
+from stillroom.files import digest, sync
 
 if TYPE_CHECKING:
     from stillroom.data.captioned import CaptionedData
@@ -63,15 +64,6 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}", cure="free some space or choose a folder of your own"
         ) from error
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def replace(path: Path, data: bytes, aside: Path | None = None) -> None:
@@ -117,12 +109,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, bytes]], aside: 
         os.replace(aside, path)
         sync(path.parent)
     return entry
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from stillroom.engine.distributed import World
 from stillroom.errors import UserError
+from stillroom.files import digest, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -46,15 +46,6 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file: after a crash it holds the old text or the new, never a part."""
     aside = path.with_name(f".{path.name}.tmp")
@@ -65,12 +56,6 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync(path.parent)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _held: dict[Path, tuple[int, int]] = {}

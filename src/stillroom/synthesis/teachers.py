@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.data.pairs import FolderTeacher, centre_square
-from stillroom.data.source import ASSETS
 from stillroom.errors import UserError, nearest
 from stillroom.models.folder import NETWORK_FOLDERS
+from stillroom.models.shipped import SHIPPED, model_folder
 from stillroom.models.text import weights_hash
 
 if TYPE_CHECKING:
@@ -202,14 +202,13 @@ def as_teachers(
 
 
 def _from_folder(source: str, size: int, settings: Mapping[str, Any], device: torch.device | None) -> Any:
-    shipped = sorted(path.parent.name for path in ASSETS.glob("*/transformer"))
     folder = Path(source).expanduser()
-    if not folder.is_dir() and source in shipped:
-        folder = ASSETS / source
+    if not folder.is_dir() and source in SHIPPED:
+        folder = model_folder(source)
     if not folder.is_dir():
         raise UserError(
-            f"no teacher {source!r}{nearest(source, shipped)}",
-            cure=f"give a model's folder, a folder of images with captions, or one of: {', '.join(shipped)}",
+            f"no teacher {source!r}{nearest(source, SHIPPED)}",
+            cure=f"give a model's folder, a folder of images with captions, or one of: {', '.join(SHIPPED)}",
         )
     if (folder / "model_index.json").is_file():
         return PipelineTeacher.load(folder, device, **settings)
