@@ -165,33 +165,22 @@ def make_tokenizer(words: Sequence[str], length: int) -> Any:
     )
 
 
-QUESTIONS = {
-    "category": len(CATEGORIES), "count": 4, "relation": len(RELATIONS) + 1, "digit 1": 10, "digit 2": 11,
-    "colour 1": len(COLOURS) + 1, "colour 2": len(COLOURS) + 1,
-}  # fmt: skip
-"""What a caption can be asked, with the number of answers; the last answer to some is "none"."""
 OF_A_THING = {"digit": 10, "colour": len(COLOURS) + 1, "relation": len(RELATIONS) + 1, "count": 4}
-"""What the word of one digit can be asked; its relation is that to the other digit."""
+"""What the word of one digit can be asked, with the number of answers; the last answer to some is "none". Its relation
+is that to the other digit."""
 _FACING = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def answers(caption: Caption) -> list[int]:
-    """The right answers to :data:`QUESTIONS`, then the place of the word and the answers to :data:`OF_A_THING` of the
-    first and of the second digit; of a caption about one digit the second repeats the first."""
-    first, last, words = caption.wants[0], caption.wants[-1], caption.text.split()
-    several = last.digit != first.digit
-    none = len(COLOURS)
-    relations = [caption.relation, _FACING.get(caption.relation, "")]
-    relation = [RELATIONS.index(r) if r else len(RELATIONS) for r in relations]
-    colour = [none if w.colour is None else w.colour for w in (first, last)]
-    count = len(caption.wants) - 1
-    found = [
-        CATEGORIES.index(caption.category), count, relation[0], first.digit, last.digit if several else 10, colour[0],
-        colour[1] if several else none,
-    ]  # fmt: skip
+    """The place of the word and the right answers to :data:`OF_A_THING`, of the first and of the second digit; of a
+    caption about one digit the second repeats the first."""
+    things, words = (caption.wants[0], caption.wants[-1]), caption.text.split()
     named = PLURALS if caption.category == "counting" else DIGIT_WORDS
-    for i, want in enumerate((first, last)):
-        found += [words.index(named[want.digit]), want.digit, colour[i], relation[i], count]
+    found = []
+    for thing, relation in zip(things, (caption.relation, _FACING.get(caption.relation, "")), strict=True):
+        colour = len(COLOURS) if thing.colour is None else thing.colour
+        side = RELATIONS.index(relation) if relation else len(RELATIONS)
+        found += [words.index(named[thing.digit]), thing.digit, colour, side, len(caption.wants) - 1]
     return found
 
 
@@ -216,25 +205,24 @@ class CaptionTokens:
 
 
 class Reader(nn.Module):
-    """A throw-away head that answers from the features alone, linearly: the whole caption from their mean, a digit from
-    those of its own word."""
+    """A throw-away head that answers from single features, linearly: what a thing is to be from those of its own word,
+    and from every feature which word it is of. Asked for a caption's mean, an encoder makes all its words alike, and
+    whoever reads them cannot tell whose colour is whose."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, words: int) -> None:
         super().__init__()
-        self.whole = nn.Linear(width, sum(QUESTIONS.values()))
-        self.thing = nn.Linear(width, sum(OF_A_THING.values()))
+        self.thing, self.word = nn.Linear(width, sum(OF_A_THING.values())), nn.Linear(width, words)
 
-    def forward(self, features: Tensor, mask: Tensor, truth: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Question -> (logits ``[B, answers]``, truth ``[B]``)."""
-        pooled = (features * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-        found = dict(zip(QUESTIONS, self.whole(pooled).split(list(QUESTIONS.values()), 1), strict=True))
-        asked = {name: (logits, truth[:, i]) for i, (name, logits) in enumerate(found.items())}
+    def forward(self, features: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Question -> (logits ``[B, answers]``, truth ``[B]``); of ``word``, over all tokens of all captions."""
+        mask, truth = batch["mask"], batch["answers"]
+        asked = {"word": (self.word(features[mask]), batch["tokens"][mask])}
         every = torch.arange(len(features), device=features.device)
-        for word in (0, 1):
-            start = len(QUESTIONS) + word * (1 + len(OF_A_THING))
+        for which in (0, 1):
+            start = which * (1 + len(OF_A_THING))
             here = self.thing(features[every, truth[:, start]]).split(list(OF_A_THING.values()), 1)
             for k, (name, logits) in enumerate(zip(OF_A_THING, here, strict=True)):
-                asked[f"word {word + 1}: {name}"] = (logits, truth[:, start + 1 + k])
+                asked[f"word {which + 1}: {name}"] = (logits, truth[:, start + 1 + k])
         return asked
 
 
@@ -244,7 +232,8 @@ class Reading(Method):
     slug, wing = "reading", "bench"
 
     def build(self, network: nn.Module) -> None:
-        self.student, self.head = network, Reader(network.config.d_model)  # type: ignore[union-attr]
+        config: Any = network.config
+        self.student, self.head = network, Reader(config.d_model, config.vocab_size)
 
     @turn(trains=("student", "head"), optim=Optim(lr=3e-3))
     def read(self, batch: Batch) -> Terms:
@@ -253,13 +242,13 @@ class Reading(Method):
 
     def ask(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         features = self.student(input_ids=batch["tokens"], attention_mask=batch["mask"]).last_hidden_state
-        return self.head(features, batch["mask"], batch["answers"])
+        return self.head(features, batch)
 
     @torch.no_grad()
     def accuracy(self, batch: Batch) -> dict[str, float]:
-        """Share of captions answered rightly, by question, and ``all``: every question of a caption at once."""
+        """Share of right answers, by question, and ``all``: every question about a caption's things at once."""
         right = {name: logits.argmax(1) == truth for name, (logits, truth) in self.ask(batch).items()}
-        right["all"] = torch.stack(list(right.values())).all(0)
+        right["all"] = torch.stack([values for name, values in right.items() if name != "word"]).all(0)
         return {name: round(float(values.double().mean()), 4) for name, values in right.items()}
 
 
