@@ -118,7 +118,7 @@ def test_the_reader_reads_features_of_the_asked_words() -> None:
     assert asked["word 2: colour"][1].tolist() == [COLOURS.index("blue")] * 2
     logits, tokens = asked["word"]
     assert logits.shape == (16, len(tokenizer))  # seven words and the end, twice
-    assert tokenizer.convert_ids_to_tokens(tokens[:8].tolist()) == [
+    assert " ".join(tokenizer.convert_ids_to_tokens(tokens[:8].tolist())) == "a red four and a blue nine </s>"
         "a",
         "red",
         "four",
