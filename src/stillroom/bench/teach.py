@@ -24,7 +24,7 @@ from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.cost import macs, parameters
 from stillroom.losses.score import FakeLoss, fake_score_loss
-from stillroom.method import Batch, Method, Optim, Stage, Terms, turn
+from stillroom.method import Batch, Method, Optim, Terms, turn
 from stillroom.models.families import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.models.folder import OWN_NETWORKS, ImageGenerator
 
@@ -42,18 +42,11 @@ class Denoising(Method):
         times: TimeLaw = TimeLaw("logit-normal")
         loss: FakeLoss = "v"
         label_drop: float = 0.1
-        cycles: tuple[float, ...] = (1.0,)  # shares of the steps, each with a warm-up and a schedule of its own
 
     options: Options
 
     def build(self, *teachers: Denoiser) -> None:
         (self.student,) = teachers
-
-    def stages(self) -> tuple[Stage, ...]:
-        """Warm restarts (arXiv 1608.03983) where there are several cycles."""
-        return tuple(
-            Stage(f"cycle {i + 1}", None, share, own_schedule=True) for i, share in enumerate(self.options.cycles)
-        )
 
     @turn(trains="student", optim=Optim(lr=1e-3))
     def denoise(self, batch: Batch) -> Terms:
