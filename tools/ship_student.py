@@ -1,0 +1,70 @@
+"""Make the text-to-image student of a run a shipped model: copied beside the parts that it shares with the teachers of
+the scenes world, its samplers scored, the best one made its own.
+
+    python tools/ship_student.py runs/lightgen lightgen [--n 600] [--guidance 1 2 3 4.5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from stillroom.bench.scenes import ScenesBench
+from stillroom.diffusion.masking import MaskedSampler
+from stillroom.evaluation.cost import macs
+from stillroom.models.families import parameter_count, read_json
+from stillroom.models.shipped import ASSETS
+from stillroom.models.text_image import TextImageGenerator
+from stillroom.run import load_generator
+
+SEED = 1234
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a finished run")
+    parser.add_argument("name", help="folder under assets/")
+    parser.add_argument("--n", type=int, default=600, help="captions that SceneEval is taken over")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
+    chosen = parser.parse_args()
+    student: TextImageGenerator = load_generator(chosen.run)
+    bench, own = ScenesBench(), student.sampler
+    assert isinstance(own, MaskedSampler)
+    captions = bench.captions(chosen.n)
+    texts, rows = [caption.text for caption in captions], []
+    for guidance in chosen.guidance:
+        sampler = dataclasses.replace(own, guidance=guidance)
+        student.sampler = sampler
+        began = time.perf_counter()
+        scores = bench.score(student.sample(texts, seed=SEED), captions)
+        seconds = round(time.perf_counter() - began, 1)
+        rows.append({"sampler": sampler.to_dict(), "nfe": sampler.nfe, "seconds": seconds, "scores": scores})
+        print(f"guidance {guidance:g} SceneEval {scores['sceneeval']:.4f} FD {scores['fd']:.3f}", flush=True)
+    best = max(rows, key=lambda row: row["scores"]["sceneeval"])
+    student.sampler = dataclasses.replace(own, guidance=best["sampler"]["guidance"])
+    folder, result = ASSETS / chosen.name, read_json(chosen.run / "result.json")
+    folder.mkdir(exist_ok=True)
+    student.save(folder, "../scenes-space", torch.float16, method="lightgen")
+    card: dict[str, Any] = {
+        "space": student.space.name,
+        "recipe": yaml.safe_load((chosen.run / "recipe.yaml").read_text()),
+        "cost": result["cost"],
+        "parameters": parameter_count(student.network),
+        "macs": macs(lambda: student.sample(texts[:1])),
+        "n": chosen.n,
+        "floor": bench.floor(chosen.n),
+        "samplers": rows,
+        "best": {"sampler": best["sampler"], "sceneeval": best["scores"]["sceneeval"]},
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
