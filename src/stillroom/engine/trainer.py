@@ -234,6 +234,9 @@ class Trainer:
         self._seed(self.method, -1, -2 - self.spans.index(span), 0)
         self.method.eval()
         self.method.requires_grad_(False)
+        if span.stage.fresh_optimizer and not resumed:
+            for player in self.players.values():
+                player.optimizer.state.clear()
         self.method.enter(span.stage, span.data, resumed)
 
     def _take_turn(self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]) -> dict[str, Tensor]:

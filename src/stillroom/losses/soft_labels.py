@@ -1,17 +1,12 @@
-"""Soft labels: mixing them with the ground truth, comparing probabilities, and the best weight of a mixture."""
+"""Soft labels: comparing probabilities, and the best weight of ground truth beside a teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def mix_targets(truth: Any, taught: Any, gt_weight: Any) -> Any:
-    """``gt_weight * truth + (1 - gt_weight) * taught``: arrays or tensors of one shape. The weight is that of the
-    GROUND TRUTH; some papers weight the teacher instead."""
-    return gt_weight * truth + (1 - gt_weight) * taught
 
 
 def probability_mse(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -19,7 +14,7 @@ def probability_mse(probabilities: Tensor, targets: Tensor) -> Tensor:
     return (probabilities - targets).square().mean()
 
 
-def norm_penalty(parameters: Any) -> Tensor:
+def norm_penalty(parameters: Iterable[Tensor]) -> Tensor:
     """The sum of the 2-norms of weight tensors, not squared."""
     return torch.stack([torch.linalg.vector_norm(p) for p in parameters]).sum()
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stillroom.bench.digits import DigitsBench, KernelClassifier
 from stillroom.bench.fashion import PROOF_N, FashionBench, cache_folder
 from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.bench.scenes import ScenesBench
@@ -37,6 +38,9 @@ class World(Protocol):
 
     name: str
     metrics: tuple[str, ...]
+
+    def at(self, seed: int) -> World:
+        """The world as arms of this seed find it; itself, where the data are the same for all seeds."""
 
     def teacher(self) -> Any:
         """What a method's ``build`` is given."""
@@ -67,6 +71,9 @@ class LabelWorld:
     """A shipped denoiser that draws classes, and data in those classes."""
 
     bench: Any
+
+    def at(self, seed: int) -> LabelWorld:
+        return self
 
     def teacher(self) -> Denoiser:
         return load_denoiser(self.bench.teacher_dir)
@@ -172,6 +179,9 @@ class TilesWorld:
     def __init__(self) -> None:
         self.bench = TilesBench()
 
+    def at(self, seed: int) -> TilesWorld:
+        return self
+
     def teacher(self) -> TextImageSpace:
         return self.bench.space
 
@@ -220,6 +230,9 @@ class ScenesWorld:
     @cached_property
     def space(self) -> TextImageSpace:
         return TextImageSpace.load(ASSETS / "scenes-space")
+
+    def at(self, seed: int) -> ScenesWorld:
+        return self
 
     def teacher(self) -> TextImageSpace:
         return self.space
@@ -289,10 +302,61 @@ class ScenesWorld:
         return {k: v for k, v in found.items() if isinstance(v, (int, float, str)) and k != "reference"}
 
 
+class DigitsWorld:
+    """8x8 digits with noisy labels; every seed splits the digits and draws the noise anew. Methods train a small
+    convolutional network; an arm without a method is kernel ridge regression on the labels, refitted as its data say.
+
+    ``mse``: of probabilities (or the regression's scores) and the true labels, one-hot, over images and classes.
+    """
+
+    name = "digits"
+    metrics = ("accuracy", "mse")
+
+    def __init__(self, seed: int = 0) -> None:
+        self.bench = DigitsBench(seed)
+
+    def at(self, seed: int) -> DigitsWorld:
+        return DigitsWorld(seed)
+
+    def teacher(self) -> nn.Module:
+        return self.bench.network()
+
+    def network(self, images: int = 400, **settings: Any) -> nn.Module:
+        return self.bench.kernel_fit(images, **settings)
+
+    def data(self, images: int = 600) -> ArrayData:
+        return self.bench.data(images)
+
+    def mislead(self, method: Any, data: ArrayData) -> ArrayData:
+        method.teacher.register_forward_hook(lambda _, __, logits: logits.roll(1, dims=-1))
+        return data
+
+    def worst(self, metric: str) -> float:
+        return 0.0 if metric == "accuracy" else math.inf
+
+    def generator(self, network: Any, sampler: Sampler) -> Any:
+        def probabilities(images: Tensor) -> Tensor:
+            outputs = sampler.sample(network, images)
+            return outputs if isinstance(network, KernelClassifier) else outputs.softmax(-1)
+
+        return probabilities
+
+    def draw(self, generator: Any, n: int) -> Tensor:
+        return generator(self.bench.test.images(slice(n)))
+
+    def score(self, generator: Any, seed: int) -> Scores:
+        return dict(self.bench.score(generator))
+
+    def floor(self) -> Scores:
+        return dict(self.bench.floor())
+
+
 PAIRS_SEED = 77
 """Of the real scenes that preferences are learnt from."""
 
-WORLDS: dict[str, type] = {world.name: world for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld)}
+WORLDS: dict[str, type] = {
+    world.name: world for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld)
+}
 
 
 def get_world(name: str) -> World:

@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
+from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
-from stillroom.losses.soft_labels import least_squares_mix
+from stillroom.losses.soft_labels import least_squares_mix, norm_penalty, probability_mse
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
+from stillroom.models.initial import fresh_weights
 
 Floats = NDArray[np.float64]
 Kernel = Literal["rbf", "linear", "precomputed"] | Callable[[Floats, Floats], Floats]
@@ -151,7 +159,7 @@ class KernelSelfDistillation:
         return self
 
     def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import InputTags, RegressorTags, Tags, TargetTags
+        from sklearn.utils._tags import InputTags, RegressorTags, Tags, TargetTags  # what get_tags() expects
 
         tags = InputTags(pairwise=self.kernel == "precomputed")
         return Tags("regressor", TargetTags(required=True), regressor_tags=RegressorTags(), input_tags=tags)
@@ -294,3 +302,127 @@ def _checked_rounds(rounds: float) -> float:
     if not rounds >= 1 or (math.isfinite(rounds) and rounds != int(rounds)):
         raise UserError(f"rounds must be a whole number from 1 on or infinite, got {rounds}", cure="for example 5")
     return rounds
+
+
+# --- B. deep networks -------------------------------------------------------------------------------------------------
+@register(
+    "gt-self-distill",
+    Paper(
+        title="Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by "
+        "Self-Distillation",
+        arxiv="2102.13088",
+        year=2021,
+        venue="NeurIPS 2021",
+        code="Kennethborup/self_distillation",
+    ),
+)
+class GTSelfDistill(Method):
+    """A classifier is trained again and again, each time from new weights, on a mix of the labels and the last
+    classifier's probabilities. Without labels the regularisation of the rounds adds up until the fit collapses; with
+    them it stays bounded.
+
+    ``KernelSelfDistillation`` in the same file is the paper's theory as an estimator: for kernel ridge regression every
+    round, its limit and the best weight are exact, and no round is computed by fitting.
+
+    Reconstructed where the paper's recipe is silent: an ``estimate`` of the weight trains one student of each round on
+    the teacher alone and takes the closed form of the linear case on held-out data (``parts["heldout"]``), with the
+    first round as the student of the labels alone. The teacher is kept in evaluation mode.
+    """
+
+    task = "classify"
+
+    @dataclass
+    class Options:
+        rounds: int = field(default=5, metadata={"min": 1})  # trainings in all; the first is on the labels alone
+        # Of the labels, in [0, 1]; the teacher has the rest.
+        gt_weight: float | Literal["estimate"] = field(default=0.6, metadata={"min": 0, "max": 1})
+        start: Literal["random", "given", "last"] = (
+            "random"  # each round's weights: new, the given network's, the last's
+        )
+        penalty: float = field(default=1e-4, metadata={"min": 0})  # on the sum of the weight tensors' norms
+
+    options: Options
+    weight: Tensor  # of the labels in this stage
+    by_truth: Tensor  # held-out probabilities of round 1, [N, classes]
+
+    def build(self, network: nn.Module) -> None:
+        self.student = unfrozen(copy.deepcopy(network))
+        # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
+        self.teacher = copy.deepcopy(network).requires_grad_(False).eval()
+        if self.options.start == "given":
+            self.given = frozen(copy.deepcopy(network))
+        self.register_buffer("weight", torch.ones(()))
+
+    @torch.no_grad()
+    def prepare(self, data: Any) -> None:
+        if self.options.gt_weight != "estimate" or self.options.rounds == 1:
+            return
+        if "heldout" not in getattr(data, "parts", {}):
+            raise UserError(
+                "options.gt_weight=estimate needs held-out data", cure="give the data a part 'heldout', or a number"
+            )
+        self.heldout = data.parts["heldout"]
+        self.register_buffer("by_truth", self.heldout_probabilities())
+
+    def stages(self) -> tuple[Stage, ...]:
+        """1. Rounds of equal length, each with a schedule and an optimizer of its own; before each but the first, if
+        the weight is to be estimated, a probe that is taught by the teacher alone."""
+        names = ["round 1"]
+        for number in range(2, self.options.rounds + 1):
+            probe = [f"probe {number}"] if self.options.gt_weight == "estimate" else []
+            names += [*probe, f"round {number}"]
+        return tuple(Stage(name, own_schedule=True, fresh_optimizer=True) for name in names)
+
+    @torch.no_grad()
+    def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
+        """2. Teacher <- student, student <- new weights; the weight of the labels in this stage."""
+        kind, number = stage.name.split()
+        if resumed or number == "1":
+            return
+        estimate = self.options.gt_weight == "estimate"
+        if kind == "probe" or not estimate:
+            if estimate and number == "2":
+                self.by_truth.copy_(self.heldout_probabilities())
+            self.teacher.load_state_dict(self.student.state_dict())
+            self.teacher.eval()
+        if kind == "probe":
+            weight = 0.0
+        elif estimate:
+            # 3. The closed form of the linear case: the probe is the student of weight 0, round 1 that of weight 1.
+            truth = F.one_hot(self.heldout.labels, self.by_truth.shape[1]).to(self.by_truth)
+            weight = least_squares_mix(self.heldout_probabilities(), self.by_truth, truth)
+        else:
+            weight = float(self.options.gt_weight)
+        self.weight.fill_(weight)
+        if self.options.start == "random":
+            self.student.load_state_dict(fresh_weights(self.student, self.draw.index(2**31)))
+        elif self.options.start == "given":
+            self.student.load_state_dict(self.given.state_dict())
+
+    def heldout_probabilities(self) -> Tensor:
+        """``[N, classes]`` of the student as it stands."""
+        self.student.eval()
+        images = self.heldout.images().split(256)
+        device = self.weight.device
+        return torch.cat([class_logits(self.student, part.to(device)).softmax(-1) for part in images])
+
+    @turn(trains="student", optim=Optim(lr=1e-3, name="adam"))
+    def match(self, batch: Batch) -> Terms:
+        """4. alpha mse(p, y) + (1 - alpha) mse(p, t) + penalty sum |W|, with p and t softmax outputs at temperature 1
+        and y one-hot."""
+        images, label = batch["image"], batch["cond"]["label"]
+        p = class_logits(self.student, images).softmax(-1)
+        terms = {"truth": self.weight * probability_mse(p, F.one_hot(label, p.shape[-1]).to(p))}
+        if self.stage.name != "round 1":
+            with torch.no_grad():
+                t = class_logits(self.teacher, images).softmax(-1)
+            terms["teacher"] = (1 - self.weight) * probability_mse(p, t)
+            self.note("teacher_agreement", (p.argmax(-1) == t.argmax(-1)).float().mean())
+        if self.options.penalty:
+            terms["norms"] = self.options.penalty * norm_penalty(self.student.parameters())
+        self.note("gt_weight", self.weight)
+        self.note("accuracy", (p.argmax(-1) == label).float().mean())
+        return terms
+
+    def sampler(self) -> ForwardPass:
+        return ForwardPass()
