@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -159,10 +160,13 @@ class KernelSelfDistillation:
         return self
 
     def __sklearn_tags__(self) -> Any:
-        from sklearn.utils._tags import InputTags, RegressorTags, Tags, TargetTags  # what get_tags() expects
-
-        tags = InputTags(pairwise=self.kernel == "precomputed")
-        return Tags("regressor", TargetTags(required=True), regressor_tags=RegressorTags(), input_tags=tags)
+        utils = importlib.import_module("sklearn.utils")  # only scikit-learn asks, so it is there
+        return utils.Tags(
+            "regressor",
+            utils.TargetTags(required=True),
+            regressor_tags=utils.RegressorTags(),
+            input_tags=utils.InputTags(pairwise=self.kernel == "precomputed"),
+        )
 
     def fit(
         self, X: ArrayLike, y: ArrayLike, validation: tuple[ArrayLike, ArrayLike] | None = None
