@@ -66,7 +66,8 @@ def distill(
 
 def load(folder: str | Path) -> ImageGenerator | TextImageGenerator | ImageClassifier:
     """A finished student or a teacher, from its folder or a shipped one by name; ``.sample(labels)``, or
-    ``.sample(captions)`` where it understands words, gives images in [-1, 1]; a classifier has ``.classify(images)``."""
+    ``.sample(captions)`` where it understands words, gives images in [-1, 1]. A classifier has
+    ``.classify(images)``."""
     from stillroom.run import load_generator
 
     return load_generator(folder)

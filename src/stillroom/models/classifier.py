@@ -16,13 +16,14 @@ from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE
 
 CONFIG = "config.json"
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet-small": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
     "resnet-18": {
         "embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic",
     },
     "resnet-50": {
-        "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3], "layer_type": "bottleneck",
+        "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3],
+        "layer_type": "bottleneck",
     },
 }  # fmt: skip
 """Untrained networks by name: ``ResNetConfig`` without channels and classes."""
@@ -39,7 +40,7 @@ class ImageClassifier:
 
     def probabilities(self, images: Tensor, batch: int = 250) -> Tensor:
         """``[N, classes]`` float32, on the CPU. Raises UserError for images of another number of channels."""
-        channels = channel_count(self.network)
+        channels = config_of(self.network).num_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise UserError(
                 f"images of shape {tuple(images.shape)} do not fit this classifier", cure=f"give [N, {channels}, H, W]"
@@ -88,8 +89,15 @@ def is_classifier(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and "architectures" in read_json(folder / CONFIG)
 
 
-def channel_count(network: nn.Module) -> int:
-    return int(getattr(network, "config").num_channels)  # noqa: B009, a config is no module
+def config_of(network: Any) -> Any:
+    """The config of a classifier of transformers. Raises UserError for any other network."""
+    config = getattr(network, "config", None)
+    if not (hasattr(config, "num_labels") and hasattr(config, "num_channels")):
+        raise UserError(
+            f"the network {type(network).__name__} is no image classifier of transformers",
+            cure="give an AutoModelForImageClassification",
+        )
+    return config
 
 
 def make_classifier(name: str, channels: int, classes: int) -> nn.Module:
@@ -101,4 +109,5 @@ def make_classifier(name: str, channels: int, classes: int) -> nn.Module:
             f"no classifier {name!r}{nearest(name, ARCHITECTURES)}",
             cure=f"give a model's folder, or one of: {', '.join(ARCHITECTURES)}",
         )
-    return ResNetForImageClassification(ResNetConfig(num_channels=channels, num_labels=classes, **ARCHITECTURES[name]))
+    settings: dict[str, Any] = {"num_channels": channels, "num_labels": classes, **ARCHITECTURES[name]}
+    return ResNetForImageClassification(ResNetConfig(**settings))

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.digits import DigitsBench, KernelClassifier
 from stillroom.bench.fashion import PROOF_N, FashionBench, cache_folder
+from stillroom.bench.labels import DigitsBench, FashionLabelsBench, KernelClassifier, LabelBench
 from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.bench.scenes import ScenesBench
 from stillroom.bench.tiles import TilesBench
@@ -302,33 +302,33 @@ class ScenesWorld:
         return {k: v for k, v in found.items() if isinstance(v, (int, float, str)) and k != "reference"}
 
 
-class DigitsWorld:
-    """8x8 digits with noisy labels; every seed splits the digits and draws the noise anew. Methods train a small
-    convolutional network; an arm without a method is kernel ridge regression on the labels, refitted as its data say.
+class LabelledWorld:
+    """Images to be recognised, some of whose training labels are wrong; every seed splits and mislabels them anew.
 
-    ``mse``: of probabilities (or the regression's scores) and the true labels, one-hot, over images and classes.
+    ``mse``: of probabilities (or a regression's scores) and the true labels, one-hot, over images and classes.
     """
 
-    name = "digits"
+    name: str
     metrics = ("accuracy", "mse")
-
-    def __init__(self, seed: int = 0) -> None:
-        self.bench = DigitsBench(seed)
-
-    def at(self, seed: int) -> DigitsWorld:
-        return DigitsWorld(seed)
+    bench: LabelBench
 
     def teacher(self) -> nn.Module:
         return self.bench.network()
 
-    def network(self, images: int = 400, **settings: Any) -> nn.Module:
-        return self.bench.kernel_fit(images, **settings)
+    def data(self, images: int = 0) -> ArrayData:
+        return self.bench.data(images or self.bench.train.n)
 
-    def data(self, images: int = 600) -> ArrayData:
-        return self.bench.data(images)
+    def network(self, **wanted: Any) -> nn.Module:
+        raise UserError("this world has no trained network", cure="give every arm a method")
 
     def mislead(self, method: Any, data: ArrayData) -> ArrayData:
-        method.teacher.register_forward_hook(lambda _, __, logits: logits.roll(1, dims=-1))
+        def wrong(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return output.roll(1, dims=-1)
+            output.logits = output.logits.roll(1, dims=-1)
+            return output
+
+        method.teacher.register_forward_hook(wrong)
         return data
 
     def worst(self, metric: str) -> float:
@@ -351,11 +351,40 @@ class DigitsWorld:
         return dict(self.bench.floor())
 
 
+class DigitsWorld(LabelledWorld):
+    """8x8 digits and a small convolutional network. An arm without a method is kernel ridge regression, refitted as its
+    data say."""
+
+    name = "digits"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.bench = DigitsBench(seed)
+
+    def at(self, seed: int) -> DigitsWorld:
+        return DigitsWorld(seed)
+
+    def network(self, **settings: Any) -> nn.Module:
+        return self.bench.kernel_fit(**settings)
+
+
+class FashionLabelsWorld(LabelledWorld):
+    """Fashion-MNIST and a small ResNet."""
+
+    name = "fashion-labels"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.bench = FashionLabelsBench(seed)
+
+    def at(self, seed: int) -> FashionLabelsWorld:
+        return FashionLabelsWorld(seed)
+
+
 PAIRS_SEED = 77
 """Of the real scenes that preferences are learnt from."""
 
 WORLDS: dict[str, type] = {
-    world.name: world for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld)
+    world.name: world
+    for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld, FashionLabelsWorld)
 }
 
 

@@ -15,7 +15,7 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import calibration_error
-from stillroom.models.classifier import ARCHITECTURES, ImageClassifier, channel_count, make_classifier
+from stillroom.models.classifier import ARCHITECTURES, ImageClassifier, config_of, make_classifier
 from stillroom.models.families import parameter_count
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
@@ -54,12 +54,8 @@ class Classification(Task):
                 make_classifier(recipe.teacher, channels, classes)  # says which names there are
             teacher = ImageClassifier.load(folder)
         network = teacher.network if isinstance(teacher, ImageClassifier) else teacher
-        if not hasattr(getattr(network, "config", None), "num_labels"):
-            raise UserError(
-                f"the network {type(network).__name__} is no classifier of transformers",
-                cure="give an AutoModelForImageClassification",
-            )
-        fits = {"channels": (channel_count(network), channels), "classes": (network.config.num_labels, classes)}
+        config = config_of(network)
+        fits = {"channels": (config.num_channels, channels), "classes": (config.num_labels, classes)}
         for what, (theirs, mine) in fits.items():
             if theirs != mine:
                 raise UserError(
