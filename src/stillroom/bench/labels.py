@@ -23,9 +23,9 @@ GAMMA = 0.0125
 
 
 class LabelBench:
-    """Images ``[N, C, H, W]`` and true labels ``[N]``, split and mislabelled by ``seed``: the first ``pool`` in a random
-    order train, under noisy labels; the next ``held_out`` are clean, to choose by; ``test`` is the rest, or data of
-    their own."""
+    """Images ``[N, C, H, W]`` and true labels ``[N]``, split and mislabelled by ``seed``: the first ``pool`` in a
+    random order train, under noisy labels; the next ``held_out`` are clean, to choose by; ``test`` is the rest, or data
+    of their own."""
 
     def __init__(
         self,

@@ -356,6 +356,7 @@ class DigitsWorld(LabelledWorld):
     data say."""
 
     name = "digits"
+    bench: DigitsBench
 
     def __init__(self, seed: int = 0) -> None:
         self.bench = DigitsBench(seed)
