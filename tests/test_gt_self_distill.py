@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from stillroom.data.source import ArrayData
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix
+from stillroom.method import Draws, Stage
 from stillroom.methods.classifier.gt_self_distill import (
+    GTSelfDistill,
     KernelSelfDistillation,
     convergent_weights,
     dual_filter,
@@ -18,6 +28,7 @@ from stillroom.methods.classifier.gt_self_distill import (
     ratio_bound,
     risk_optimal_weight,
 )
+from stillroom.recipe import Recipe
 
 X = np.linspace(0, 1, 11)[:, None]
 Y = np.array(
@@ -252,3 +263,157 @@ def test_bad_data_and_questions_are_refused() -> None:
         model.fit(X, Y).predict(X, 3)
     with pytest.raises(UserError, match="no parameter 'lambda_'"):
         model.set_params(lambda_=1.0)
+
+
+# --- deep networks ----------------------------------------------------------------------------------------------------
+def labelled(n: int = 30, seed: int = 0, held_out: int = 20) -> ArrayData:
+    """Points in the plane in three classes by angle, and held-out ones."""
+    points = torch.randn(n + held_out, 2, generator=torch.Generator().manual_seed(seed))
+    labels = ((torch.atan2(points[:, 1], points[:, 0]) / math.pi + 1) * 1.4999).long()
+    rest = ArrayData(points[n:], {"label": labels[n:]})
+    return ArrayData(points[:n], {"label": labels[:n]}, parts={"heldout": rest})
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def built(**options: Any) -> GTSelfDistill:
+    method = GTSelfDistill(GTSelfDistill.Options(**options))
+    method.build(network())
+    method.prepare(labelled())
+    return method
+
+
+def trainer(folder: Path | None = None, resume: bool = False, callbacks: Any = (), **options: Any) -> Trainer:
+    method = GTSelfDistill(GTSelfDistill.Options(**options))
+    method.build(network())
+    settings = {"steps": 12, "batch": 10, "checkpoint_every": 1, "log_every": 1, "check_freezing": True}
+    return Trainer(method, labelled(), EngineConfig(**settings), folder, resume, callbacks=callbacks, show=False)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def draws(seed: int = 0) -> Draws:
+    return Draws(torch.Generator().manual_seed(seed), slice(0, 10), 10)
+
+
+def test_the_loss_has_the_gradient_of_one_mixed_target() -> None:
+    method, batch = built(rounds=2, gt_weight=0.3, penalty=0.01), labelled().batch(0, 0, 10)
+    method.draw, method.stage = draws(), Stage("round 2")
+    method.enter(method.stage, None, resumed=False)
+    with torch.no_grad():
+        for p in method.teacher.parameters():
+            p.add_(0.3)
+    method.student.eval()
+    sum(method.match(batch).values()).backward()
+    found = [p.grad.clone() for p in method.student.parameters()]
+    method.student.zero_grad()
+    one_hot = torch.eye(3)[batch["cond"]["label"]]
+    target = 0.3 * one_hot + 0.7 * method.teacher(batch["image"]).softmax(-1).detach()
+    p = method.student(batch["image"]).softmax(-1)
+    norms = sum(w.square().sum().sqrt() for w in method.student.parameters())
+    (((p - target) ** 2).sum() / 30 + 0.01 * norms).backward()
+    for mine, w in zip(found, method.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, w.grad)
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+def test_the_first_round_knows_labels_only() -> None:
+    method, batch = built(rounds=2, gt_weight=0.3, penalty=0.0), labelled().batch(0, 0, 10)
+    method.draw, method.stage = draws(), Stage("round 1")
+    method.enter(method.stage, None, resumed=False)
+    terms = method.match(batch)
+    assert set(terms) == {"truth"}
+    p = method.student(batch["image"]).softmax(-1)
+    expected = ((p - torch.eye(3)[batch["cond"]["label"]]) ** 2).mean()
+    torch.testing.assert_close(terms["truth"], expected)
+
+
+@pytest.mark.parametrize("start", ["random", "given", "last"])
+def test_a_round_makes_the_student_the_teacher_and_starts_as_told(start: str) -> None:
+    method = built(rounds=3, gt_weight=0.6, start=start)
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p.add_(1.0)
+    trained = copy.deepcopy(method.student)
+    method.draw = draws()
+    method.enter(Stage("round 2"), None, resumed=False)
+    assert same(method.teacher, trained)
+    assert not method.teacher.training
+    assert float(method.weight) == pytest.approx(0.6)
+    assert same(method.student, trained) == (start == "last")
+    assert same(method.student, network()) == (start == "given")
+    fresh = copy.deepcopy(method.student)
+    method.enter(Stage("round 3"), None, resumed=True)  # a resumed run has all this from its checkpoint
+    assert same(method.student, fresh)
+    assert same(method.teacher, trained)
+
+
+def test_rounds_and_probes_are_stages() -> None:
+    assert [stage.name for stage in built(rounds=3).stages()] == ["round 1", "round 2", "round 3"]
+    names = [stage.name for stage in built(rounds=3, gt_weight="estimate").stages()]
+    assert names == ["round 1", "probe 2", "round 2", "probe 3", "round 3"]
+
+
+def test_the_estimated_weight_is_the_best_mixture_of_two_students() -> None:
+    weights: dict[str, float] = {}
+    first: list[torch.Tensor] = []
+
+    def watch(run: Trainer, done: int) -> None:
+        method: Any = run.method
+        if done == 4:  # the end of round 1
+            first.append(method.heldout_probabilities())
+        if done == 8:  # the end of the probe
+            held_out, grid = labelled().parts["heldout"], torch.linspace(0, 1, 1001)
+            probe, truth = method.heldout_probabilities(), torch.eye(3)[held_out.labels]
+            losses = [float(((w * first[0] + (1 - w) * probe - truth) ** 2).sum()) for w in grid]
+            weights["grid"] = float(grid[int(np.argmin(losses))])
+            weights["probe"] = float(method.weight)
+        weights["last"] = float(method.weight)
+
+    trainer(rounds=2, gt_weight="estimate", callbacks=[watch]).fit()
+    assert weights["probe"] == 0.0
+    assert weights["last"] == pytest.approx(weights["grid"], abs=6e-4)
+    assert len(first) == 1
+
+
+def test_each_round_has_a_new_optimizer() -> None:
+    steps = []
+
+    def watch(run: Trainer, done: int) -> None:
+        state = run.players["match"].optimizer.state
+        steps.append(int(next(iter(state.values()))["step"]))
+
+    trainer(rounds=3, callbacks=[watch]).fit()
+    assert steps == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("at", [4, 6, 9])
+def test_a_resumed_run_ends_with_the_same_weights(at: int, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(run: Trainer, done: int) -> None:
+        if done == at:
+            raise Stop
+
+    straight = trainer(tmp_path / "straight", rounds=2, gt_weight="estimate")
+    straight.fit()
+    with pytest.raises(Stop):
+        trainer(tmp_path / "run", rounds=2, gt_weight="estimate", callbacks=[stop]).fit()
+    resumed = trainer(tmp_path / "run", resume=True, rounds=2, gt_weight="estimate")
+    resumed.fit()
+    assert same(resumed.method, straight.method)
+
+
+def test_an_estimate_needs_held_out_data() -> None:
+    method = GTSelfDistill(GTSelfDistill.Options(gt_weight="estimate"))
+    method.build(network())
+    with pytest.raises(UserError, match="held-out data"):
+        method.prepare(ArrayData(torch.zeros(4, 2), {"label": torch.zeros(4, dtype=torch.long)}))
+    with pytest.raises(UserError, match=r"options\.gt_weight"):
+        Recipe.load("gt-self-distill", ["options.gt_weight=1.5"])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
-from stillroom.models.folder import SIDE_FILE
+from stillroom.models.folder import SIDE_FILE, load_weights
 
-CONFIG = "config.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet-small": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
     "resnet-18": {
@@ -69,19 +69,18 @@ class ImageClassifier:
 
         Raises UserError for a missing, incomplete or damaged folder.
         """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoConfig, AutoModelForImageClassification
 
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
-            raise UserError(f"{folder} holds no classifier", cure=f"it needs {CONFIG} and model.safetensors")
+            raise UserError(f"{folder} holds no classifier", cure=f"it needs {CONFIG} and {WEIGHTS}")
         try:
-            network = AutoModelForImageClassification.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"the classifier in {folder} cannot be read: {error}") from error
-        return cls(network, [str(name) for _, name in sorted(network.config.id2label.items())])
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            network = AutoModelForImageClassification.from_config(config)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
+        load_weights(network, folder / WEIGHTS)
+        return cls(network, [str(name) for _, name in sorted(config.id2label.items())])
 
 
 def is_classifier(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import PROOF_N, FashionBench, cache_folder
-from stillroom.bench.labels import DigitsBench, FashionLabelsBench, KernelClassifier, LabelBench
+from stillroom.bench.labels import DigitsBench, FashionLabelsBench, KernelClassifier
 from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.bench.scenes import ScenesBench
 from stillroom.bench.tiles import TilesBench
@@ -310,7 +310,7 @@ class LabelledWorld:
 
     name: str
     metrics = ("accuracy", "mse")
-    bench: LabelBench
+    bench: Any
 
     def teacher(self) -> nn.Module:
         return self.bench.network()
@@ -356,7 +356,6 @@ class DigitsWorld(LabelledWorld):
     data say."""
 
     name = "digits"
-    bench: DigitsBench
 
     def __init__(self, seed: int = 0) -> None:
         self.bench = DigitsBench(seed)
