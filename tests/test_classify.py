@@ -214,11 +214,11 @@ def test_the_network_by_name_follows_the_seed(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no classifier 'resnet-smal' .did you mean 'resnet-small'"):
-        loaded(tmp_path / "a", teacher=None, **{"overrides": ["teacher=resnet-smal"]})
-    with pytest.raises(UserError, match="has 3 channels, data .* 1"):
+    with pytest.raises(UserError, match=r"no classifier 'resnet-smal' .did you mean 'resnet-small'"):
+        loaded(tmp_path / "a", teacher=None, overrides=["teacher=resnet-smal"])
+    with pytest.raises(UserError, match=r"has 3 channels, data .* 1"):
         loaded(tmp_path / "b", make_classifier(SMALL, 3, 3))
-    with pytest.raises(UserError, match="has 4 classes, data .* 3"):
+    with pytest.raises(UserError, match=r"has 4 classes, data .* 3"):
         loaded(tmp_path / "c", ImageClassifier(make_classifier(SMALL, 1, 4)))
     with pytest.raises(UserError, match="no image classifier"):
         loaded(tmp_path / "d", nn.Linear(2, 2))

@@ -306,7 +306,7 @@ def test_the_loss_has_the_gradient_of_one_mixed_target() -> None:
     method.draw, method.stage = draws(), Stage("round 2")
     method.enter(method.stage, None, resumed=False)
     with torch.no_grad():
-        for p in method.teacher.parameters():
+        for p in (*method.teacher.parameters(), *method.student.parameters()):
             p.add_(0.3)
     method.student.eval()
     sum(method.match(batch).values()).backward()

@@ -75,7 +75,7 @@ class ImageClassifier:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} holds no classifier", cure=f"it needs {CONFIG} and {WEIGHTS}")
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
             network = AutoModelForImageClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
