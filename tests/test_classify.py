@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import stillroom as sr
 from stillroom.data.source import ArrayData
-from stillroom.diffusion.sampling import ForwardPass, sampler_from_dict
+from stillroom.diffusion.sampling import ForwardPass, class_logits, sampler_from_dict
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import calibration_error
 from stillroom.models.classifier import ARCHITECTURES, ImageClassifier, make_classifier
@@ -153,6 +153,17 @@ def test_fashion_labels_are_a_world_of_its_own() -> None:
     assert world.generator(world.teacher().eval(), ForwardPass())(images).sum(-1).tolist() == pytest.approx([1.0] * 4)
     with pytest.raises(UserError, match="no trained network"):
         world.network()
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-labels"])
+def test_a_misleading_teacher_answers_for_the_next_class(name: str) -> None:
+    world = get_world(name)
+    method: Any = nn.Module()
+    method.teacher = world.teacher().eval()
+    data = world.data(images=8)
+    right = class_logits(method.teacher, data.images()).argmax(-1)
+    assert world.mislead(method, data) is data
+    assert torch.equal(class_logits(method.teacher, data.images()).argmax(-1), (right + 1) % 10)
 
 
 def test_a_kernel_arm_is_the_estimator() -> None:

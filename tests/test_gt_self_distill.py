@@ -366,10 +366,10 @@ def test_the_estimated_weight_is_the_best_mixture_of_two_students() -> None:
     def watch(run: Trainer, done: int) -> None:
         method: Any = run.method
         if done == 4:  # the end of round 1
-            first.append(method.heldout_probabilities())
+            first.append(method.heldout_probabilities().detach())
         if done == 8:  # the end of the probe
             held_out, grid = labelled().parts["heldout"], torch.linspace(0, 1, 1001)
-            probe, truth = method.heldout_probabilities(), torch.eye(3)[held_out.labels]
+            probe, truth = method.heldout_probabilities().detach(), torch.eye(3)[held_out.labels]
             losses = [float(((w * first[0] + (1 - w) * probe - truth) ** 2).sum()) for w in grid]
             weights["grid"] = float(grid[int(np.argmin(losses))])
             weights["probe"] = float(method.weight)
