@@ -338,11 +338,8 @@ class GTSelfDistill(Method):
     @dataclass
     class Options:
         rounds: int = field(default=5, metadata={"min": 1})  # trainings in all; the first is on the labels alone
-        # Of the labels, in [0, 1]; the teacher has the rest.
-        gt_weight: float | Literal["estimate"] = field(default=0.6, metadata={"min": 0, "max": 1})
-        start: Literal["random", "given", "last"] = (
-            "random"  # each round's weights: new, the given network's, the last's
-        )
+        gt_weight: float | Literal["estimate"] = field(default=0.6, metadata={"min": 0, "max": 1})  # of the labels
+        start: Literal["random", "given", "last"] = "random"  # weights of a round: new, the given ones, the last's
         penalty: float = field(default=1e-4, metadata={"min": 0})  # on the sum of the weight tensors' norms
 
     options: Options
