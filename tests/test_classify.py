@@ -218,8 +218,8 @@ def test_every_fifth_image_is_held_out(tmp_path: Path) -> None:
 
 
 def test_the_network_by_name_follows_the_seed(tmp_path: Path) -> None:
-    first, again = (loaded(tmp_path / str(i)).network.state_dict() for i in range(2))
-    other = loaded(tmp_path / "other", overrides=["engine.seed=1"]).network.state_dict()
+    first, again = (loaded(tmp_path / str(i)).networks()[0].state_dict() for i in range(2))
+    other = loaded(tmp_path / "other", overrides=["engine.seed=1"]).networks()[0].state_dict()
     assert equal(first, again)
     assert not equal(first, other)
 

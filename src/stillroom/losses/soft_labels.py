@@ -14,6 +14,12 @@ def probability_mse(probabilities: Tensor, targets: Tensor) -> Tensor:
     return (probabilities - targets).square().mean()
 
 
+def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """``-sum_c p_c log softmax(logits)_c``, averaged over the batch; both ``[B, C]``. KL(p || softmax) plus the entropy
+    of ``p``, which is its least value. A scalar, in nats."""
+    return -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
+
+
 def norm_penalty(parameters: Iterable[Tensor]) -> Tensor:
     """The sum of the 2-norms of weight tensors, not squared."""
     return torch.stack([torch.linalg.vector_norm(p) for p in parameters]).sum()

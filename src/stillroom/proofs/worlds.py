@@ -322,13 +322,16 @@ class LabelledWorld:
         raise UserError("this world has no trained network", cure="give every arm a method")
 
     def mislead(self, method: Any, data: ArrayData) -> ArrayData:
-        def wrong(_: nn.Module, __: Any, output: Any) -> Any:
+        def wrong(teacher: nn.Module, _: Any, output: Any) -> Any:
+            if teacher.training:  # it still learns, and what it will tell the student is what counts
+                return output
             if isinstance(output, Tensor):
                 return output.roll(1, dims=-1)
             output.logits = output.logits.roll(1, dims=-1)
             return output
 
-        method.teacher.register_forward_hook(wrong)
+        for teacher in getattr(method, "teachers", [getattr(method, "teacher", None)]):
+            teacher.register_forward_hook(wrong)
         return data
 
     def worst(self, metric: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillroom.data.source import HOLDOUT, ArrayData, load_data
-from stillroom.diffusion.sampling import Sampler
+from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import calibration_error
-from stillroom.models.classifier import ARCHITECTURES, ImageClassifier, config_of, make_classifier
+from stillroom.models.classifier import ImageClassifier, config_of, make_classifier
 from stillroom.models.families import parameter_count
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
@@ -39,22 +40,27 @@ class Classification(Task):
         self.data.parts["heldout"] = source.take(torch.nonzero(held_out)[:, 0])
         self.origin = source.origin
         self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
-        self.network = self._network(recipe, teacher)
+        if teacher is not None:
+            given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+            self._networks = tuple(n.network if isinstance(n, ImageClassifier) else n for n in given)
+        else:
+            names = [name.strip() for name in recipe.teacher.split(",")]
+            self._networks = tuple(self._read(name, recipe.engine.seed, i) for i, name in enumerate(names))
+        for network in self._networks:
+            self._check(network, recipe)
 
-    def _network(self, recipe: Recipe, teacher: Any) -> nn.Module:
+    def _read(self, name: str, seed: int, place: int) -> nn.Module:
+        """A network by name, untrained, or from a model folder."""
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return ImageClassifier.load(folder).network
+        with torch.random.fork_rng():
+            torch.manual_seed(mix("network", seed, place))
+            return make_classifier(name, self.data.shape[0], len(self.data.classes))
+
+    def _check(self, network: nn.Module, recipe: Recipe) -> None:
         """Raises UserError for a network that does not fit the data."""
-        channels, classes = self.data.shape[0], len(self.data.classes)
-        if teacher is None and recipe.teacher in ARCHITECTURES and not Path(recipe.teacher).is_dir():
-            with torch.random.fork_rng():
-                torch.manual_seed(mix("network", recipe.engine.seed))
-                return make_classifier(recipe.teacher, channels, classes)
-        if teacher is None:
-            folder = Path(recipe.teacher).expanduser()
-            if not folder.is_dir():
-                make_classifier(recipe.teacher, channels, classes)  # says which names there are
-            teacher = ImageClassifier.load(folder)
-        network = teacher.network if isinstance(teacher, ImageClassifier) else teacher
-        config = config_of(network)
+        config, channels, classes = config_of(network), self.data.shape[0], len(self.data.classes)
         fits = {"channels": (config.num_channels, channels), "classes": (config.num_labels, classes)}
         for what, (theirs, mine) in fits.items():
             if theirs != mine:
@@ -62,14 +68,16 @@ class Classification(Task):
                     f"network {recipe.teacher!r} has {theirs} {what}, data {recipe.data!r} {mine}",
                     cure=f"choose a network with {mine} {what}",
                 )
-        return network
 
-    def networks(self) -> tuple[nn.Module]:
-        return (self.network,)
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The student's, then those of teachers that were named beside it."""
+        return self._networks
 
     def teachers(self) -> Mapping[str, Any]:
-        """None: what teaches is made by the method."""
-        return {}
+        """Those that were named; a method may make its own."""
+        names = [f"teacher-{i}" for i in range(1, len(self._networks))]
+        taught = [self.student(network, ForwardPass()) for network in self._networks[1:]]
+        return dict(zip(names, taught, strict=True))
 
     def student(self, network: nn.Module, sampler: Sampler) -> ImageClassifier:
         return ImageClassifier(network, self.data.classes, sampler)
@@ -86,22 +94,34 @@ class Classification(Task):
         return list(self.data.classes), grid
 
     def measure(self, recipe: Recipe, student: ImageClassifier) -> dict[str, Any]:
-        measured: dict[str, Any] = {"nfe": 1, "params": parameter_count(student.network)}
-        facts: dict[str, Any] = {"task": "classify", "student": measured}
+        everyone = {"student": student, **self.teachers()}
+        measured: dict[str, Any] = {
+            who: {"nfe": 1, "params": parameter_count(c.network)} for who, c in everyone.items()
+        }
+        facts = {"task": "classify", **measured}
         if recipe.evaluate.n == 0:
             return facts
-        say("timing the student")
+        say("timing the networks")
         row = self.data.images(slice(1))
-        measured |= sampling_cost(student, lambda batch: student.probabilities(row.expand(batch, -1, -1, -1)))
+        for who, classifier in everyone.items():
+            draw = partial(self._classify_copies, classifier, row)
+            measured[who] |= sampling_cost(classifier, draw)
         if self.test is None:
             return facts
         n = min(recipe.evaluate.n, self.test.n)
         say(f"classifying {n:,} test images")
         chosen = self.test.take(torch.arange(n))
-        scores = classification_scores(student.probabilities(chosen.images()), chosen.labels)
+        scores = {
+            who: classification_scores(classifier.probabilities(chosen.images()), chosen.labels)
+            for who, classifier in everyone.items()
+        }
         names = {"accuracy": "Accuracy", "nll": "Log loss", "ece": "Calibration error, 15 bins"}
         bench = {"n": n, "reference": f"{n:,} test images ({self.test.origin})"}
-        return facts | {"bench": bench, "score_names": names, "scores": {"student": scores}}
+        return facts | {"bench": bench, "score_names": names, "scores": scores}
+
+    @staticmethod
+    def _classify_copies(classifier: ImageClassifier, row: Tensor, batch: int) -> Tensor:
+        return classifier.probabilities(row.expand(batch, -1, -1, -1))
 
 
 def classification_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:

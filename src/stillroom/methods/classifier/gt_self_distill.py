@@ -22,6 +22,7 @@ from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix, norm_penalty, probability_mse
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
+from stillroom.models.augment import random_flip, random_shift
 from stillroom.models.initial import fresh_weights
 
 Floats = NDArray[np.float64]
@@ -341,6 +342,8 @@ class GTSelfDistill(Method):
         gt_weight: float | Literal["estimate"] = field(default=0.6, metadata={"min": 0, "max": 1})  # of the labels
         start: Literal["random", "given", "last"] = "random"  # weights of a round: new, the given ones, the last's
         penalty: float = field(default=1e-4, metadata={"min": 0})  # on the sum of the weight tensors' norms
+        shift: int = field(default=0, metadata={"min": 0})  # pixels that images are moved by; the paper's code: 4
+        flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image; there: 0.5
 
     options: Options
     weight: Tensor  # of the labels in this stage
@@ -411,7 +414,8 @@ class GTSelfDistill(Method):
     def match(self, batch: Batch) -> Terms:
         """4. alpha mse(p, y) + (1 - alpha) mse(p, t) + penalty sum |W|, with p and t softmax outputs at temperature 1
         and y one-hot."""
-        images, label = batch["image"], batch["cond"]["label"]
+        o, label = self.options, batch["cond"]["label"]
+        images = random_flip(random_shift(batch["image"], self.draw, o.shift), self.draw, o.flip)
         p = class_logits(self.student, images).softmax(-1)
         terms = {"truth": self.weight * probability_mse(p, F.one_hot(label, p.shape[-1]).to(p))}
         if self.stage.name != "round 1":
@@ -419,8 +423,8 @@ class GTSelfDistill(Method):
                 t = class_logits(self.teacher, images).softmax(-1)
             terms["teacher"] = (1 - self.weight) * probability_mse(p, t)
             self.note("teacher_agreement", (p.argmax(-1) == t.argmax(-1)).float().mean())
-        if self.options.penalty:
-            terms["norms"] = self.options.penalty * norm_penalty(self.student.parameters())
+        if o.penalty:
+            terms["norms"] = o.penalty * norm_penalty(self.student.parameters())
         self.note("gt_weight", self.weight)
         self.note("accuracy", (p.argmax(-1) == label).float().mean())
         return terms
