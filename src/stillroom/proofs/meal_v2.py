@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import recipe_arm
 
-TEACH, INIT, DISTIL = 300, 400, 400
+TEACH, INIT, DISTIL = 150, 200, 200
 
 
 def points(name: str, **options: Any) -> Arm:
