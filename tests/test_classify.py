@@ -202,6 +202,20 @@ def test_a_whole_run_leaves_a_classifier_with_card_and_report(tmp_path: Path) ->
     assert equal(network.state_dict(), classifier.network.state_dict())
 
 
+def test_teachers_named_beside_the_students_network_teach_and_are_scored(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    for name in ("one", "two"):
+        ImageClassifier(make_classifier(SMALL, 1, 3), CLASSES).save(tmp_path / name)
+    teacher = f"{SMALL}, {tmp_path / 'one'},{tmp_path / 'two'}"
+    recipe = Recipe.load("meal-v2", FAST[:-1], data=str(data), teacher=teacher)
+    result = run(recipe, tmp_path / "run")
+    assert set(result.scores) == {"student", "teacher-1", "teacher-2"}
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in log] == 3 * ["init"] + 2 * ["distil"] + ["settle"]
+    assert (tmp_path / "run" / "samples" / "teacher-2.png").is_file()
+    assert isinstance(sr.load(tmp_path / "run" / "student"), ImageClassifier)
+
+
 def loaded(tmp_path: Path, teacher: Any = None, data: Any = None, **given: Any) -> Any:
     if data is None and "data" not in given:
         given["data"] = str(make_data(tmp_path / "data"))
