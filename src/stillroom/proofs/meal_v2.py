@@ -52,7 +52,7 @@ MECHANISM = Proof(
             0.01,
             "abstract",
         ),
-        accuracy("ensemble", "Three teachers are better than one", "ensemble", ">=", "one-teacher", 0.005, "section 3"),
+        accuracy("ensemble", "Three teachers are better than one", "ensemble", ">=", "one-teacher", 0.005, "abstract"),
         accuracy(
             "labels-unneeded",
             "From a trained start, labels beside the soft ones add nothing",
@@ -70,7 +70,7 @@ MECHANISM = Proof(
             ">=",
             "ensemble",
             -0.01,
-            "section 3",
+            "abstract",
         ),
         accuracy("learns", "Training beats the untouched network", "ensemble", ">=", "untouched", 0.5),
         Claim(
@@ -110,7 +110,7 @@ IMAGE = Proof(
             0.005,
             "abstract",
         ),
-        accuracy("ensemble", "Three teachers are no worse than one", "meal-v2", ">=", "one-teacher", 0.0, "section 3"),
+        accuracy("ensemble", "Three teachers are no worse than one", "meal-v2", ">=", "one-teacher", 0.0, "abstract"),
         accuracy("learns", "Training beats the untouched network", "meal-v2", ">=", "untouched", 0.5),
         Claim(
             "control-shuffled",
