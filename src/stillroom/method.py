@@ -93,7 +93,7 @@ class Stage:
 
     data: the part of the data that the stage reads (``data.parts[name]``); empty: the data itself.
     lr: factor on the learning rate of every turn. own_schedule: warm-up and schedule run over this stage alone,
-    not over the whole run.
+    not over the whole run. fresh_optimizer: the optimizers forget their moments when the stage begins.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Stage:
     data: str = ""
     lr: float = 1.0
     own_schedule: bool = False
+    fresh_optimizer: bool = False
 
 
 def turn(trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Optim()) -> Callable[[Callable], Callable]:

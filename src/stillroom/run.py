@@ -146,8 +146,8 @@ def _version() -> str:
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
 def load_generator(folder: str | Path) -> Any:
-    """The generator in a model folder or a run's ``student/``, or a shipped one by name: a ``TextImageGenerator`` where
-    the folder has a text encoder, else an ``ImageGenerator``."""
+    """The model in a model folder or a run's ``student/``, or a shipped one by name: an ``ImageClassifier``, a
+    ``TextImageGenerator`` where the folder has a text encoder, else an ``ImageGenerator``."""
     folder = model_folder(folder)
     if (folder / "recipe.yaml").is_file():
         if not (folder / "student").is_dir():

@@ -43,7 +43,7 @@ class ArrayData:
 
     ``images``: uint8 ``[N, C, H, W]``, given out as float32 in [-1, 1]; or floating point ``[N, ...]``, given out
     unchanged. ``cond``: name -> ``[N, ...]``. ``classes``: the label names, in label order. ``origin``: where the data
-    came from, in words.
+    came from, in words. ``parts``: further data of the same kind by name, that a stage or a method asks for.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class ArrayData:
         classes: Sequence[str] = (),
         name: str = "array",
         origin: str = "",
+        parts: Mapping[str, ArrayData] | None = None,
     ) -> None:
+        self.parts = dict(parts or {})
         self.array, self.cond, self.classes, self.name = images, dict(cond or {}), list(classes), name
         self.origin = origin or f"{name}: {len(images):,} rows in memory"
         if len(images) == 0:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import Process
@@ -177,7 +177,30 @@ class FewStepSampler(Sampler):
         return p.x0
 
 
-SAMPLERS: dict[str, type[Sampler]] = {s.name: s for s in (ODESampler, AncestralSampler, FewStepSampler)}
+@dataclass(frozen=True)
+class ForwardPass(Sampler):
+    """One evaluation: how a network that recognises images is run. ``noise`` stands for the images."""
+
+    name: ClassVar[str] = "forward"
+
+    @property
+    def nfe(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Any, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return class_logits(denoiser, noise)
+
+
+def class_logits(network: nn.Module, images: Tensor) -> Tensor:
+    """``[B, classes]`` of a plain module, or of a transformers model for image classification."""
+    output = network(images)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+SAMPLERS: dict[str, type[Sampler]] = {s.name: s for s in (ODESampler, AncestralSampler, FewStepSampler, ForwardPass)}
 
 
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:

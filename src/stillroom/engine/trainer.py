@@ -234,7 +234,12 @@ class Trainer:
         self._seed(self.method, -1, -2 - self.spans.index(span), 0)
         self.method.eval()
         self.method.requires_grad_(False)
+        if span.stage.fresh_optimizer and not resumed:
+            for player in self.players.values():
+                player.optimizer.state.clear()
         self.method.enter(span.stage, span.data, resumed)
+        if not resumed and not self._sharded:  # what it drew may depend on the process, new weights must not
+            self.world.spread([*self.method.parameters(), *self.method.buffers()])
 
     def _take_turn(self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]) -> dict[str, Tensor]:
         c, m, step = self.config, self.method, self.step

@@ -171,6 +171,15 @@ def _mean_distance(a: Tensor, b: Tensor) -> float:
     return total / (len(a) * len(b))
 
 
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error of ``[N, classes]`` against labels ``[N]`` (arXiv 1706.04599): the gap of accuracy and
+    mean confidence in each of ``bins`` equal intervals of the confidence, weighted by the share of rows in it."""
+    confidence, found = probabilities.double().max(-1)
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, (found == labels).double() - confidence)
+    return float(gaps.abs().sum() / len(labels))
+
+
 def conditional_energy_distance(a: Tensor, labels_a: Tensor, b: Tensor, labels_b: Tensor) -> float:
     """Mean over the classes of ``b`` of the :func:`energy_distance` inside the class. A class that ``a`` lacks is an
     error: the distance to nothing is not defined."""

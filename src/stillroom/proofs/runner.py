@@ -40,6 +40,7 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
 
     A training that diverges is a result too: its scores are the world's worst and ``diverged`` says where.
     """
+    world = world.at(seed)
     try:
         network, sampler, facts = train_arm(arm, world, seed)
     except TrainingDiverged as error:
@@ -64,7 +65,7 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
 
     Raises TrainingDiverged.
     """
-    started = time.perf_counter()
+    world, started = world.at(seed), time.perf_counter()
     facts: dict[str, Any] = {"steps": 0, "health": {}}
     if not arm.method:
         network, sampler = world.network(**arm.data), sampler_from_dict(dict(arm.sampler))

@@ -16,16 +16,28 @@ if TYPE_CHECKING:
 
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     """Markdown with the front matter that model hubs read."""
-    front = {"library_name": "diffusers", "tags": ["stillroom", "distillation", recipe.method]}
+    recognises = result.get("task") == "classify"
+    front: dict[str, Any] = {"library_name": "transformers" if recognises else "diffusers"}
+    front |= {"pipeline_tag": "image-classification"} if recognises else {}
+    front["tags"] = ["stillroom", "distillation", recipe.method]
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", ""]
     calls = result["student"]["nfe"]
     steps = f"{calls} network evaluation{'s' if calls > 1 else ''}"
     names = teachers(result)
     taught = " and ".join(f"`{name}`" for name in recipe.teacher.split(","))
     theirs = ", ".join(f"{who} takes {result[who]['nfe']}" for who in names)
+    makes = (
+        f"A classifier that began as {taught}"
+        if recognises
+        else f"A student of {taught} that makes an image in {steps} ({'the ' * (len(names) == 1)}{theirs})"
+    )
+    use = (
+        "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
+        if recognises
+        else f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]"
+    )
     lines += [
-        f"A student of {taught} that makes an image in {steps} "
-        f"({'the ' * (len(names) == 1)}{theirs}), distilled by [stillroom](https://pypi.org/project/stillroom/).",
+        f"{makes}, distilled by [stillroom](https://pypi.org/project/stillroom/).",
         "",
         f"- Method: `{recipe.method}`, [{paper.title}]({paper.url}) ({paper.venue or paper.year})",
         f"- Data: {result['data']}",
@@ -39,7 +51,7 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         "import stillroom as sr",
         "",
         f'student = sr.load("{Path(result["name"])}/student")',
-        f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]",
+        use,
         "```",
         "",
     ]
@@ -47,8 +59,8 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         lines += [
             "## Scores",
             "",
-            f"| score | student | {' | '.join(names)} | floor (real images) |",
-            f"| --- | ---: |{' ---: |' * len(names)} ---: |",
+            f"| {' | '.join(['score', 'student', *names, 'floor (real images)'])} |",
+            f"| --- |{' ---: |' * (len(names) + 2)}",
         ]
         lines += [
             f"| {r['name']} {r['better']} | {' | '.join(r[who] for who in ('student', *names, 'floor'))} |"
@@ -58,8 +70,8 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     lines += [
         "## Cost of a sample",
         "",
-        f"| | student | {' | '.join(names)} |",
-        f"| --- | ---: |{' ---: |' * len(names)}",
+        f"| | {' | '.join(['student', *names])} |",
+        f"| --- |{' ---: |' * (len(names) + 1)}",
     ]
     lines += [f"| {r['name']} | {' | '.join(r[who] for who in ('student', *names))} |" for r in speed_rows(result)]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])

@@ -21,16 +21,23 @@ def make_task(name: str) -> Task:
         from stillroom.tasks.text_images import TextImages
 
         return TextImages()
+    if name == "classify":
+        from stillroom.tasks.classify import Classification
+
+        return Classification()
     from stillroom.tasks.class_images import ClassImages
 
     return ClassImages()
 
 
 def load_model(folder: Path) -> Generator:
-    """The generator in a model folder: with a text encoder it is asked in words, else by class."""
+    """The model in a folder: a classifier, or a generator, asked in words if it has a text encoder, else by class."""
+    from stillroom.models.classifier import ImageClassifier, is_classifier
     from stillroom.models.folder import ImageGenerator
     from stillroom.models.text_image import TextImageGenerator, is_text_model
 
+    if is_classifier(folder):
+        return ImageClassifier.load(folder)
     return TextImageGenerator.load(folder) if is_text_model(folder) else ImageGenerator.load(folder)
 
 
@@ -38,8 +45,11 @@ def sample_rows(
     generator: Any, labels: Sequence[str], captions: Sequence[str], n: int, seed: int
 ) -> tuple[list[str], Tensor]:
     """``n`` samples for each label or caption, by default for one of each kind: ``(names, [rows, n, C, H, W])``."""
+    from stillroom.models.classifier import ImageClassifier
     from stillroom.models.folder import ImageGenerator
 
+    if isinstance(generator, ImageClassifier):
+        raise UserError("this model recognises images, it draws none", cure="stillroom.load(DIR).classify(images)")
     if isinstance(generator, ImageGenerator):
         from stillroom.tasks.class_images import class_rows
 

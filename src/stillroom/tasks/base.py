@@ -20,7 +20,7 @@ COLUMNS = 8
 
 
 class Generator(Protocol):
-    """A finished model: something that draws images, can be timed and written to a folder."""
+    """A finished model: something that draws or recognises images, can be timed and written to a folder."""
 
     sampler: Sampler
 

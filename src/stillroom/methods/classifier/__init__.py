@@ -1,0 +1,1 @@
+"""Recognition, dense prediction and transfer: classifiers taught by soft labels."""

@@ -1,0 +1,169 @@
+"""MEAL V2: a classifier improved by the soft labels of a teacher ensemble alone (arXiv 2009.08453)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillroom.diffusion.sampling import ForwardPass, class_logits
+from stillroom.errors import UserError
+from stillroom.losses.soft_labels import soft_cross_entropy
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.models.augment import cutmix, random_flip, random_shift
+from stillroom.models.heads import LogitDiscriminator
+from stillroom.models.initial import fresh_weights
+
+OPTIM = {"name": "sgd", "betas": (0.9, 0.0)}
+
+
+@register(
+    "meal-v2",
+    Paper(
+        title="MEAL V2: Boosting Vanilla ResNet-50 to 80%+ Top-1 Accuracy on ImageNet without Tricks",
+        arxiv="2009.08453",
+        year=2020,
+        code="szq0214/MEAL-V2",
+    ),
+)
+class MEALV2(Method):
+    """A trained classifier goes on learning from the mean probabilities of an ensemble of teachers instead of labels.
+    A small discriminator between the student's logits and the teachers' mean logits regularises it: student and
+    discriminator descend the same loss, there is no game.
+
+    The networks are the student's (trained on labels, or ``init_share`` trains it) and then the teachers'. Without
+    teachers, ``teachers`` copies of the student's architecture are trained on labels first (``teach_share``).
+
+    Departures from the paper's code: the discriminator has a learning rate of its own (there the student's overwrites
+    it) and no ReLU after its last layer (``final_relu`` puts it back; the loss then cannot fall below 0.347); it is at
+    least 16 wide.
+    """
+
+    task = "classify"
+
+    @dataclass
+    class Options:
+        teachers: int = field(default=3, metadata={"min": 1})  # that are made where none are given
+        # Shares of the steps; 0 leaves a stage out.
+        teach_share: float = field(default=1.0, metadata={"min": 0})  # labels, for teachers that were not given
+        init_share: float = field(default=1.0, metadata={"min": 0})  # labels, for the student; 0: it is trained
+        distil_share: float = field(default=1.0, metadata={"min": 0})
+        settle: float = field(default=0.44, metadata={"min": 0, "max": 1})  # last part of it, at a tenth of the rate
+        ensemble: Literal["average", "random"] = "average"  # all teachers, or one of them per step
+        gt_weight: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of the labels; 1: labels alone
+        discriminator: float = field(default=1.0, metadata={"min": 0})  # weight of its loss; 0: there is none
+        final_relu: bool = False  # after the discriminator's last layer, as in the paper's code
+        shift: int = field(default=0, metadata={"min": 0})  # pixels that images are moved by
+        flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image
+        cutmix: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mixed batch
+
+    options: Options
+    untaught = True  # whether the teachers are made and trained here
+
+    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+        o = self.options
+        if teachers:
+            self.teachers = nn.ModuleList(frozen(copy.deepcopy(teacher)) for teacher in teachers)
+        else:
+            self.teachers = nn.ModuleList(unfrozen(copy.deepcopy(student)) for _ in range(o.teachers))
+            for teacher in self.teachers:
+                teacher.load_state_dict(fresh_weights(student, int(torch.randint(2**31, ()))))
+        self.untaught = not teachers
+        if self.untaught and not o.teach_share:
+            raise UserError(
+                "meal-v2 has no teachers", cure="name them after the student's network, or set options.teach_share to 1"
+            )
+        self.student = unfrozen(copy.deepcopy(student))
+        if not self.stages():
+            raise UserError("every stage of meal-v2 has share 0", cure="set options.distil_share to 1, for example")
+
+    @torch.no_grad()
+    def prepare(self, data: Any) -> None:
+        if self.options.discriminator:
+            rows = data.batch(0, 0, 2)["image"].to(next(self.student.parameters()).device)
+            classes = class_logits(self.student, rows).shape[-1]
+            self.discriminator = LogitDiscriminator(classes, self.options.final_relu).to(rows.device)
+
+    def turns(self) -> tuple[Turn, ...]:
+        """Without those that the options leave nothing to do."""
+        o = self.options
+        idle = {"teach"} if not (self.untaught and o.teach_share) else set()
+        idle |= {"init"} if not o.init_share else set()
+        idle |= {"judge"} if not (o.discriminator and o.distil_share) else set()
+        idle |= {"distil"} if not o.distil_share else set()
+        return tuple(t for t in super().turns() if t.name not in idle)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Labels for the teachers and for the student, where they are not trained; then soft labels."""
+        o, distil = self.options, tuple(t.name for t in self.turns() if t.name in ("distil", "judge"))
+        every = (
+            Stage("teach", ("teach",), o.teach_share if self.untaught else 0.0, own_schedule=True),
+            Stage("init", ("init",), o.init_share, own_schedule=True),
+            Stage("distil", distil, o.distil_share * (1 - o.settle)),
+            Stage("settle", distil, o.distil_share * o.settle, lr=0.1),
+        )
+        return tuple(stage for stage in every if stage.share > 0)
+
+    # --- labels -----------------------------------------------------------------------------------------------------
+    def images(self, batch: Batch) -> Tensor:
+        """1. Moved and mirrored; student and teachers see the same."""
+        moved = random_shift(batch["image"], self.draw, self.options.shift)
+        return random_flip(moved, self.draw, self.options.flip)
+
+    @turn(trains="teachers", optim=Optim(lr=0.05, **OPTIM))
+    def teach(self, batch: Batch) -> Terms:
+        """Teachers that were not given, on labels."""
+        images, label = self.images(batch), batch["cond"]["label"]
+        return {f"label_{k}": F.cross_entropy(class_logits(t, images), label) for k, t in enumerate(self.teachers)}
+
+    @turn(trains="student", optim=Optim(lr=0.05, **OPTIM))
+    def init(self, batch: Batch) -> Terms:
+        """The student's start, on labels: without a good one, labels matter again."""
+        return {"label": F.cross_entropy(class_logits(self.student, self.images(batch)), batch["cond"]["label"])}
+
+    # --- soft labels ------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """2. The target, the mean of the teachers' PROBABILITIES; and, for the discriminator, of their logits."""
+        teachers = list(self.teachers)
+        if self.options.ensemble == "random":
+            teachers = [teachers[self.draw.index(len(teachers))]]
+        logits = torch.stack([class_logits(teacher, images) for teacher in teachers])
+        return logits.softmax(-1).mean(0), logits.mean(0)
+
+    @turn(trains="student", optim=Optim(lr=0.01, **OPTIM))
+    def distil(self, batch: Batch) -> Terms:
+        """3. - sum_c p_c log softmax(S)_c, no labels; 5. plus the discriminator's loss, whose sign is not turned."""
+        o, label = self.options, batch["cond"]["label"]
+        images = cutmix(self.images(batch), self.draw, o.cutmix)
+        target, mean_logits = self.taught(images)
+        logits = class_logits(self.student, images)
+        terms = {"soft": (1 - o.gt_weight) * soft_cross_entropy(logits, target)}
+        if o.gt_weight:
+            terms["label"] = o.gt_weight * F.cross_entropy(logits, label)
+        if o.discriminator:
+            terms["discriminator"] = o.discriminator * self.told_apart(logits, mean_logits)
+            self.shared["logits"] = logits.detach(), mean_logits
+        self.note("teacher_agreement", (logits.argmax(-1) == target.argmax(-1)).float().mean())
+        self.note("target_entropy", -(target * target.clamp_min(1e-12).log()).sum(-1).mean())
+        return terms
+
+    @turn(trains="discriminator", optim=Optim(lr=0.001, **OPTIM))
+    def judge(self, batch: Batch) -> Terms:
+        """5. The same step for the discriminator, from the logits that the student had."""
+        return {"discriminator": self.told_apart(*self.shared["logits"])}
+
+    def told_apart(self, student: Tensor, teachers: Tensor) -> Tensor:
+        """4. Binary cross-entropy of both outputs: the student's rows are (1, 0), the teachers' (0, 1)."""
+        outputs = self.discriminator(torch.cat([student, teachers]))
+        truth = torch.zeros_like(outputs)
+        truth[: len(student), 0] = 1
+        truth[len(student) :, 1] = 1
+        return F.binary_cross_entropy_with_logits(outputs, truth)
+
+    def sampler(self) -> ForwardPass:
+        return ForwardPass()

@@ -1,0 +1,112 @@
+"""Image classifiers as transformers keeps them: one network and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.sampling import ForwardPass, Sampler
+from stillroom.errors import UserError, nearest
+from stillroom.models.families import device_of, read_json
+from stillroom.models.folder import SIDE_FILE, load_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "resnet-small": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
+    "resnet-18": {
+        "embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic",
+    },
+    "resnet-50": {
+        "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3],
+        "layer_type": "bottleneck",
+    },
+}  # fmt: skip
+"""Untrained networks by name: ``ResNetConfig`` without channels and classes."""
+
+
+class ImageClassifier:
+    """A network that recognises images; what ``stillroom.load`` returns for one.
+
+    classes: names in the order of the outputs. Images are float32 ``[N, C, H, W]`` in [-1, 1].
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[str] = (), sampler: Sampler | None = None) -> None:
+        self.network, self.classes, self.sampler = network.eval(), list(classes), sampler or ForwardPass()
+
+    def probabilities(self, images: Tensor, batch: int = 250) -> Tensor:
+        """``[N, classes]`` float32, on the CPU. Raises UserError for images of another number of channels."""
+        channels = config_of(self.network).num_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} do not fit this classifier", cure=f"give [N, {channels}, H, W]"
+            )
+        device = device_of(self.network)
+        sample: Any = self.sampler.sample
+        parts = [sample(self.network, part.to(device)).float().softmax(-1).cpu() for part in images.split(batch)]
+        return torch.cat(parts)
+
+    def classify(self, images: Tensor, batch: int = 250) -> list[str]:
+        """The name of the most probable class of each image."""
+        return [self.classes[i] for i in self.probabilities(images, batch).argmax(-1).tolist()]
+
+    def save(self, folder: str | Path, **extra: Any) -> None:
+        """Write the folder as ``save_pretrained`` does; ``extra`` entries go into ``stillroom.json`` beside it."""
+        network: Any = self.network
+        network.config.id2label = dict(enumerate(self.classes))
+        network.config.label2id = {name: i for i, name in enumerate(self.classes)}
+        network.save_pretrained(folder)
+        side = {"sampler": self.sampler.to_dict(), "classes": self.classes, **extra}
+        (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ImageClassifier:
+        """Read a folder of transformers with a model for image classification, weights in safetensors only.
+
+        Raises UserError for a missing, incomplete or damaged folder.
+        """
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder} holds no classifier", cure=f"it needs {CONFIG} and {WEIGHTS}")
+        try:
+            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+            network = AutoModelForImageClassification.from_config(config)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
+        load_weights(network, folder / WEIGHTS)
+        return cls(network, [str(name) for _, name in sorted(config.id2label.items())])
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a model folder holds a classifier of transformers."""
+    return (folder / CONFIG).is_file() and "architectures" in read_json(folder / CONFIG)
+
+
+def config_of(network: Any) -> Any:
+    """The config of a classifier of transformers. Raises UserError for any other network."""
+    config = getattr(network, "config", None)
+    if not (hasattr(config, "num_labels") and hasattr(config, "num_channels")):
+        raise UserError(
+            f"the network {type(network).__name__} is no image classifier of transformers",
+            cure="give an AutoModelForImageClassification",
+        )
+    return config
+
+
+def make_classifier(name: str, channels: int, classes: int) -> nn.Module:
+    """An untrained network of :data:`ARCHITECTURES`. Raises UserError for an unknown name."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"no classifier {name!r}{nearest(name, ARCHITECTURES)}",
+            cure=f"give a model's folder, or one of: {', '.join(ARCHITECTURES)}",
+        )
+    settings: dict[str, Any] = {"num_channels": channels, "num_labels": classes, **ARCHITECTURES[name]}
+    return ResNetForImageClassification(ResNetConfig(**settings))

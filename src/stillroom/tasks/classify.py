@@ -1,0 +1,133 @@
+"""Recognition: a classifier is trained on labelled images, from a network by name or from a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillroom.data.source import HOLDOUT, ArrayData, load_data
+from stillroom.diffusion.sampling import ForwardPass, Sampler
+from stillroom.engine.trainer import mix
+from stillroom.errors import UserError
+from stillroom.evaluation.metrics import calibration_error
+from stillroom.models.classifier import ImageClassifier, config_of, make_classifier
+from stillroom.models.families import parameter_count
+from stillroom.recipe import Recipe
+from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
+
+
+class Classification(Task):
+    """Labelled images. Every fifth of them trains nothing: it is the part ``heldout``, to choose by. The test split is
+    used for scores only."""
+
+    data: ArrayData
+
+    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
+        source = load_data(recipe.data, "train") if data is None else data
+        if len(source.classes) < 2:
+            raise UserError(
+                f"data {recipe.data!r} has no classes to tell apart",
+                cure="put the images into one sub-folder per class",
+            )
+        held_out = torch.arange(source.n) % HOLDOUT == HOLDOUT - 1
+        self.data = source.take(torch.nonzero(~held_out)[:, 0])
+        self.data.parts["heldout"] = source.take(torch.nonzero(held_out)[:, 0])
+        self.origin = source.origin
+        self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
+        if teacher is not None:
+            given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+            self._networks = tuple(n.network if isinstance(n, ImageClassifier) else n for n in given)
+        else:
+            names = [name.strip() for name in recipe.teacher.split(",")]
+            self._networks = tuple(self._read(name, recipe.engine.seed, i) for i, name in enumerate(names))
+        for network in self._networks:
+            self._check(network, recipe)
+
+    def _read(self, name: str, seed: int, place: int) -> nn.Module:
+        """A network by name, untrained, or from a model folder."""
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return ImageClassifier.load(folder).network
+        with torch.random.fork_rng():
+            torch.manual_seed(mix("network", seed, place))
+            return make_classifier(name, self.data.shape[0], len(self.data.classes))
+
+    def _check(self, network: nn.Module, recipe: Recipe) -> None:
+        """Raises UserError for a network that does not fit the data."""
+        config, channels, classes = config_of(network), self.data.shape[0], len(self.data.classes)
+        fits = {"channels": (config.num_channels, channels), "classes": (config.num_labels, classes)}
+        for what, (theirs, mine) in fits.items():
+            if theirs != mine:
+                raise UserError(
+                    f"network {recipe.teacher!r} has {theirs} {what}, data {recipe.data!r} {mine}",
+                    cure=f"choose a network with {mine} {what}",
+                )
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The student's, then those of teachers that were named beside it."""
+        return self._networks
+
+    def teachers(self) -> Mapping[str, Any]:
+        """Those that were named; a method may make its own."""
+        names = [f"teacher-{i}" for i in range(1, len(self._networks))]
+        taught = [self.student(network, ForwardPass()) for network in self._networks[1:]]
+        return dict(zip(names, taught, strict=True))
+
+    def student(self, network: nn.Module, sampler: Sampler) -> ImageClassifier:
+        return ImageClassifier(network, self.data.classes, sampler)
+
+    def rows(self, generator: ImageClassifier, seed: int) -> tuple[list[str], Tensor]:
+        """Held-out images under the class that the network gives them; blank where it gives that class to too few."""
+        images = self.data.parts["heldout"].images()
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:1000]]
+        found = generator.probabilities(images).argmax(-1)
+        grid = torch.ones(len(self.data.classes), COLUMNS, *images.shape[1:])
+        for number in range(len(grid)):
+            chosen = images[found == number][:COLUMNS]
+            grid[number, : len(chosen)] = chosen
+        return list(self.data.classes), grid
+
+    def measure(self, recipe: Recipe, student: ImageClassifier) -> dict[str, Any]:
+        everyone = {"student": student, **self.teachers()}
+        measured: dict[str, Any] = {
+            who: {"nfe": 1, "params": parameter_count(c.network)} for who, c in everyone.items()
+        }
+        facts = {"task": "classify", **measured}
+        if recipe.evaluate.n == 0:
+            return facts
+        say("timing the networks")
+        row = self.data.images(slice(1))
+        for who, classifier in everyone.items():
+            draw = partial(self._classify_copies, classifier, row)
+            measured[who] |= sampling_cost(classifier, draw)
+        if self.test is None:
+            return facts
+        n = min(recipe.evaluate.n, self.test.n)
+        say(f"classifying {n:,} test images")
+        chosen = self.test.take(torch.arange(n))
+        scores = {
+            who: classification_scores(classifier.probabilities(chosen.images()), chosen.labels)
+            for who, classifier in everyone.items()
+        }
+        names = {"accuracy": "Accuracy", "nll": "Log loss", "ece": "Calibration error, 15 bins"}
+        bench = {"n": n, "reference": f"{n:,} test images ({self.test.origin})"}
+        return facts | {"bench": bench, "score_names": names, "scores": scores}
+
+    @staticmethod
+    def _classify_copies(classifier: ImageClassifier, row: Tensor, batch: int) -> Tensor:
+        return classifier.probabilities(row.expand(batch, -1, -1, -1))
+
+
+def classification_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """``accuracy``, ``nll`` (nats) and ``ece`` of ``[N, classes]`` and ``[N]``."""
+    return {
+        "accuracy": float((probabilities.argmax(-1) == labels).float().mean()),
+        "nll": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels)),
+        "ece": calibration_error(probabilities, labels),
+    }
