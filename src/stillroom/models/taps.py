@@ -112,7 +112,8 @@ class Features(Mapping[str, Tensor]):
                 f"tap {name!r} was reached {len(calls)} times in this recording",
                 cure=f"features.calls({name!r}) has them all"
                 if calls
-                else "run the network inside the recording; a branch that it skips is never read",
+                else "run the network inside the recording; a branch that it skips is never read; with blocks compiled "
+                "one by one, set torch._dynamo.config.skip_nnmodule_hook_guards = False before their first call",
             )
         return calls[0]
 
@@ -132,8 +133,42 @@ class Features(Mapping[str, Tensor]):
 class _Exit(Exception):
     """Ends a forward pass once every tap has been read."""
 
-    def __init__(self, owner: Taps) -> None:
-        self.owner = owner
+    def __init__(self, sink: _Sink) -> None:
+        self.sink = sink
+
+
+class _Sink:
+    """Where the hooks put what they see. It knows neither the network nor its :class:`Taps`: torch.compile refuses to
+    trace a module that can be reached from its own hook."""
+
+    def __init__(self, taps: dict[str, Tap], early_exit: bool) -> None:
+        self.taps, self.early_exit = taps, early_exit
+        self.open: list[Features] = []
+
+    def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.open and not _recomputing():
+            self._keep(name, module, self.taps[name].of_input(args, kwargs))
+
+    def after(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.open and not _recomputing():
+            self._keep(name, module, self.taps[name].of_output(output))
+
+    def _keep(self, name: str, module: nn.Module, value: Tensor) -> None:
+        features = self.open[-1]
+        if (
+            features.with_gradients
+            and not torch.is_grad_enabled()
+            and any(p.requires_grad for p in module.parameters())
+        ):
+            raise UserError(
+                f"{self.taps[name].path!r} is trained, but ran without gradients inside a recording that has them",
+                cure="use non-reentrant checkpointing (use_reentrant=False); to read without gradients, open the "
+                "recording under torch.no_grad()",
+            )
+        features._calls[name].append(value)
+        # what a compiled pass has recorded would be lost if an exception ended it
+        if self.early_exit and not torch.compiler.is_compiling() and all(features._calls.values()):
+            raise _Exit(self)
 
 
 class Recording:
@@ -144,14 +179,14 @@ class Recording:
 
     def __enter__(self) -> Features:
         features = Features(self.taps.taps)
-        self.taps._open.append(features)
+        self.taps._sink.open.append(features)
         return features
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.taps._open.pop()
-        ours = isinstance(error, _Exit) and error.owner is self.taps
-        if ours:
-            self.taps._complete_sharded()
+        features = self.taps._sink.open.pop()
+        ours = isinstance(error, _Exit) and error.sink is self.taps._sink
+        if ours or error is None:
+            self.taps._tell_sharded(features, ours)
         return ours
 
 
@@ -160,7 +195,7 @@ class Taps:
 
     taps: paths, or name -> path or :class:`Tap`; a bare path is its own name.
     early_exit: stop the network as soon as every tap has been read (a teacher whose later blocks nobody needs); the
-        output is then None.
+        output is then None. A compiled pass is not cut short.
 
     The network is any ``nn.Module``, also compiled or wrapped in DDP or FSDP2; paths are those of the network itself.
     Hooks stay until :meth:`remove`, or to the end of a ``with Taps(...) as taps`` block. Make the taps before the first
@@ -183,7 +218,7 @@ class Taps:
         self.taps: dict[str, Tap] = dict(listed)
         if not listed or len(self.taps) < len(listed):
             raise UserError("taps need one name each", cure="give {name: Tap(...)} where one module is read twice")
-        self._open: list[Features] = []
+        self._sink = _Sink(self.taps, early_exit)
         self._handles: list[Any] = []
         self._units: dict[str, list[nn.Module]] = {}
         modules = module_paths(network)
@@ -200,9 +235,9 @@ class Taps:
         for name, tap in self.taps.items():  # only when every path is known: a failed Taps leaves no hook behind
             module = modules[tap.path]
             if tap.read == "input":
-                handle = module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
+                handle = module.register_forward_pre_hook(partial(self._sink.before, name), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(partial(self._after, name))
+                handle = module.register_forward_hook(partial(self._sink.after, name))
             self._handles.append(handle)
 
     # --- use ------------------------------------------------------------------------------------------------------
@@ -242,37 +277,18 @@ class Taps:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    # --- hooks ----------------------------------------------------------------------------------------------------
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._open and not _recomputing():
-            self._keep(name, module, self.taps[name].of_input(args, kwargs))
-
-    def _after(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
-        if self._open and not _recomputing():
-            self._keep(name, module, self.taps[name].of_output(output))
-
-    def _keep(self, name: str, module: nn.Module, value: Tensor) -> None:
-        features = self._open[-1]
-        if features.with_gradients and not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
-            raise UserError(
-                f"{self.taps[name].path!r} is trained, but ran without gradients inside a recording that has them",
-                cure="use non-reentrant checkpointing (use_reentrant=False); to read without gradients, open the "
-                "recording under torch.no_grad()",
-            )
-        if value.requires_grad:
-            for unit in self._units[name]:
-                if (state := _sharded(unit)) is not None:
-                    value = state._register_pre_backward_hook(value)
-        features._calls[name].append(value)
-        if self.early_exit and all(features._calls.values()):
-            raise _Exit(self)
-
-    def _complete_sharded(self) -> None:
-        """FSDP2 units whose forward pass the exit has cut short, innermost first: reshard them and forget the pass."""
-        for unit in reversed([unit for units in self._units.values() for unit in units]):
-            state = _sharded(unit)
-            if state is not None and state._training_state.name == "FORWARD":
-                state._post_forward(unit, (), None)
+    def _tell_sharded(self, features: Features, exited: bool) -> None:
+        """FSDP2 gathers a unit's weights when a gradient reaches the unit's output. A gradient may enter by a tap inside
+        the unit instead. And a unit whose forward pass an exit has cut short must be told that the pass is over."""
+        units = {name: [(u, state) for u in units if (state := _sharded(u))] for name, units in self._units.items()}
+        for name, around in units.items():
+            for _, state in around:
+                calls = features._calls[name]
+                calls[:] = [state._register_pre_backward_hook(t) if t.requires_grad else t for t in calls]
+        if exited:
+            for unit, state in reversed([pair for around in units.values() for pair in around]):
+                if state._training_state.name == "FORWARD":
+                    state._post_forward(unit, (), None)
 
 
 def _recomputing() -> bool:
