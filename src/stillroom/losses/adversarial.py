@@ -22,11 +22,12 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def logit_discrimination(
     discriminator: nn.Module, student_logits: Tensor, teacher_logits: Tensor, sign: int = 1
 ) -> Tensor:
-    """Mean binary cross-entropy of a discriminator's two outputs ``[2B, 2]``: student rows are (1, 0), teacher rows (0, 1).
+    """Mean binary cross-entropy of a discriminator's two outputs ``[2B, 2]``: (1, 0) for student rows, (0, 1) for
+    teacher rows.
 
-    sign = 1: student and discriminator both descend it, a regulariser that keeps the student's logits recognisable (MEAL
-    V2, arXiv 2009.08453). sign = -1: the student's gradient is reversed, so that one backward pass trains an adversarial
-    game. Logits ``[B, C]``; the teacher's are those of the ensemble's mean logits, and get no gradient.
+    sign = 1: student and discriminator both descend it, a regulariser that keeps the student's logits recognisable
+    (MEAL V2, arXiv 2009.08453). sign = -1: the student's gradient is reversed, so that one backward pass trains an
+    adversarial game. Logits ``[B, C]``; the teacher's are those of the ensemble's mean logits, and get no gradient.
     """
     if sign not in (1, -1):
         raise UserError(f"sign is {sign}", cure="1: both descend; -1: the student ascends")

@@ -1,10 +1,10 @@
 """Distances between a student's and a teacher's features.
 
 Features are tokens ``[B, N, D]`` or vectors ``[B, D]``, of equal shape: a student of another width goes through a
-projector first (:mod:`stillroom.models.projectors`). ``keep``: bool ``[B, N]`` (``[B]`` for vectors), True where a token
-counts (transformers' ``attention_mask``); None: all. Reductions are those of :mod:`stillroom.losses.soft_labels`, over
-tokens; means over channels are taken first, sums where a formula says so. No gradient reaches the teacher; everything is
-computed in float32.
+projector first (:mod:`stillroom.models.projectors`). ``keep``: bool ``[B, N]`` (``[B]`` for vectors), True where a
+token counts (transformers' ``attention_mask``); None: all. Reductions are those of :mod:`stillroom.losses.soft_labels`,
+over tokens; means over channels are taken first, sums where a formula says so. No gradient reaches the teacher;
+everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def l2(
     reduction: Reduction = "mean",
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Squared length ``|n(s) - n(t)|^2``, summed over channels; with ``l2`` it is PKD's loss (arXiv 1908.09355) and equals
-    ``2 - 2 cos(s, t)``."""
+    """Squared length ``|n(s) - n(t)|^2``, summed over channels; with ``l2`` it is PKD's loss (arXiv 1908.09355) and
+    equals ``2 - 2 cos(s, t)``."""
     s, t = _pair(student, teacher)
     return reduce((normalised(s, normalise) - normalised(t, normalise)).square().sum(-1), reduction, keep)
 
@@ -86,8 +86,8 @@ def smooth_l1(
     reduction: Reduction = "mean",
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Mean over channels of ``d^2 / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; ``d = s - n(t)``: only the
-    target is normalised. G2SD (arXiv 2302.14771): beta 2, target ``layer``."""
+    """Mean over channels of ``d^2 / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``; ``d = s - n(t)``: only
+    the target is normalised. G2SD (arXiv 2302.14771): beta 2, target ``layer``."""
     s, t = _pair(student, teacher)
     values = torch_smooth_l1(s, normalised(t, target), beta=beta, reduction="none")
     return reduce(values.mean(-1), reduction, keep)
@@ -102,8 +102,8 @@ def cosine(student: Tensor, teacher: Tensor, *, reduction: Reduction = "mean", k
 def cka_loss(student: Tensor, teacher: Tensor, *, keep: Tensor | None = None) -> Tensor:
     """``1 - CKA``, linear (arXiv 1905.00414), of all tokens that count as one set of examples; a scalar in [0, 1].
 
-    ``CKA = |S' T|_F^2 / (|S' S|_F |T' T|_F)`` of centred features. Widths may differ; rotations and scale of either side
-    do not matter. Needs at least two tokens.
+    ``CKA = |S' T|_F^2 / (|S' S|_F |T' T|_F)`` of centred features. Widths may differ; rotations and scale of either
+    side do not matter. Needs at least two tokens.
     """
     if student.shape[:-1] != teacher.shape[:-1]:
         raise UserError(

@@ -1,7 +1,7 @@
 """Layer maps: which teacher layer each student layer learns from. Pure functions of depths or costs.
 
-Layers count from 0. A map of a teacher of M and a student of N layers is a tuple of N teacher layers, or, where a student
-layer may learn from several, a matrix ``m [M, N]`` of weights for ``sum_ij m_ij loss(teacher i, student j)``
+Layers count from 0. A map of a teacher of M and a student of N layers is a tuple of N teacher layers, or, where a
+student layer may learn from several, a matrix ``m [M, N]`` of weights for ``sum_ij m_ij loss(teacher i, student j)``
 (arXiv 2109.11105).
 """
 
@@ -84,9 +84,9 @@ def emd(cost: Tensor, rows: Tensor | None = None, columns: Tensor | None = None)
     (columns): the map of BERT-EMD (arXiv 2010.06133), solved exactly.
 
     rows, columns: the weights of the layers, each of sum 1; default uniform, 1/M and 1/N.
-    Returns the plan in the dtype and on the device of ``cost``, without gradients: its rows sum to ``rows``, its columns
-    to ``columns``, and no other such plan has a smaller ``sum(plan * cost)``. With gradients the plan would collapse onto
-    the cheapest pair.
+    Returns the plan in the dtype and on the device of ``cost``, without gradients: its rows sum to ``rows``, its
+    columns to ``columns``, and no other such plan has a smaller ``sum(plan * cost)``. With gradients the plan would
+    collapse onto the cheapest pair.
 
     Successive shortest paths: send weight along the cheapest path of the residual graph until none is left.
     """

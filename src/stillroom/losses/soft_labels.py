@@ -71,8 +71,8 @@ def soft_cross_entropy(
     reduction: Reduction = "mean",
     keep: Tensor | None = None,
 ) -> Tensor:
-    """``- sum_c p_c log softmax(z_S / tau)_c`` for target probabilities p ``[..., C]``, as they are (no temperature acts
-    on them). Its floor is the entropy of the target, not 0."""
+    """``- sum_c p_c log softmax(z_S / tau)_c`` for target probabilities p ``[..., C]``, as they are (no temperature
+    acts on them). Its floor is the entropy of the target, not 0."""
     _same_classes(student_logits, target)
     values = -(target.detach().float() * _log_probabilities(student_logits, temperature)).sum(-1)
     return reduce(values * (temperature**2 if temperature_squared else 1.0), reduction, keep)
@@ -169,8 +169,8 @@ def mix_labels(probabilities: Tensor, labels: Tensor, gt_weight: float) -> Tenso
 
 
 def mix_heads(label_logits: Tensor, distilled_logits: Tensor, alpha: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Probabilities ``alpha softmax(z_CE) + (1 - alpha) softmax(z_KD / temperature)`` of a student with one head for the
-    labels and one for the teacher (DHO, arXiv 2505.07675)."""
+    """Probabilities ``alpha softmax(z_CE) + (1 - alpha) softmax(z_KD / temperature)`` of a student with one head for
+    the labels and one for the teacher (DHO, arXiv 2505.07675)."""
     _weight(alpha)
     label = _log_probabilities(label_logits, 1.0).exp()
     return alpha * label + (1 - alpha) * _log_probabilities(distilled_logits, temperature).exp()
@@ -184,8 +184,8 @@ def _weight(value: float) -> None:
 def decoupled_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
-    """NKD (arXiv 2303.13005): the teacher's probability weighs the label's own term, and the other classes, renormalised
-    among themselves, have a cross-entropy of their own:
+    """NKD (arXiv 2303.13005): the teacher's probability weighs the label's own term, and the other classes,
+    renormalised among themselves, have a cross-entropy of their own:
     ``mean(- p_T,y log p_S,y) + alpha tau^2 mean(- sum_(c != y) q_T,c log q_S,c)``, q at temperature tau.
 
     logits ``[B, C]``, C >= 3; labels int ``[B]``.

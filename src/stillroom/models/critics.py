@@ -11,8 +11,8 @@ from stillroom.models.taps import as_tokens
 
 
 class TokenEncoder(nn.Module):
-    """Tokens ``[B, N, D]`` (or vectors ``[B, D]``) to one vector ``[B, width]``: a linear map, then one transformer layer
-    (``transformer``) or a hidden layer per token (``mlp``), then the mean over the tokens that count."""
+    """Tokens ``[B, N, D]`` (or vectors ``[B, D]``) to one vector ``[B, width]``: a linear map, then one transformer
+    layer (``transformer``) or a hidden layer per token (``mlp``), then the mean over the tokens that count."""
 
     def __init__(self, dim: int, width: int = 128, heads: int = 4, kind: Literal["transformer", "mlp"] = "transformer"):
         super().__init__()
@@ -40,8 +40,8 @@ class MICritic(nn.Module):
     """The critic of :func:`stillroom.losses.mutual_information.i_alpha` (Distiller, arXiv 2109.11105): separable scores
     ``f(x, y) = <g(x), h(y)> / sqrt(width)`` and a log-baseline ``log q(y)`` that starts at 0.
 
-    x_dim, y_dim: channels of the keys x (usually the teacher) and of the anchor y (usually the student). The paper finds
-    transformer critics better than MLPs.
+    x_dim, y_dim: channels of the keys x (usually the teacher) and of the anchor y (usually the student). The paper
+    finds transformer critics better than MLPs.
     """
 
     def __init__(

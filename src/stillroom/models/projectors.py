@@ -16,8 +16,9 @@ Shapes = Mapping[str, Sequence[int]]
 class Projectors(nn.ModuleDict):
     """One projector for each pair of taps, by the student tap's name: :meth:`project`.
 
-    student, teacher: shape of each feature, channels last, as :meth:`stillroom.models.taps.Taps.shapes` gives them. Make
-    the projectors in a method's ``build``: their parameters then exist before optimizers, DDP and FSDP look for them.
+    student, teacher: shape of each feature, channels last, as :meth:`stillroom.models.taps.Taps.shapes` gives them.
+    Make the projectors in a method's ``build``: their parameters then exist before optimizers, DDP and FSDP look for
+    them.
     pairs: student tap -> teacher tap.
     kind: ``linear``; ``mlp`` (linear, GELU, linear; hidden = teacher's width); ``identity``, which needs equal widths.
 

@@ -278,15 +278,14 @@ class Taps:
         self.remove()
 
     def _tell_sharded(self, features: Features, exited: bool) -> None:
-        """FSDP2 gathers a unit's weights when a gradient reaches the unit's output. A gradient may enter by a tap inside
-        the unit instead. And a unit whose forward pass an exit has cut short must be told that the pass is over."""
-        units = {name: [(u, state) for u in units if (state := _sharded(u))] for name, units in self._units.items()}
-        for name, around in units.items():
+        """FSDP2 gathers a unit's weights when a gradient reaches the unit's output. A gradient may enter by a tap
+        inside the unit instead. And a unit whose forward pass an exit cut short must be told that the pass is over."""
+        for name, units in self._units.items():
+            around = [(unit, state) for unit in units if (state := _sharded(unit)) is not None]
+            calls = features._calls[name]
             for _, state in around:
-                calls = features._calls[name]
                 calls[:] = [state._register_pre_backward_hook(t) if t.requires_grad else t for t in calls]
-        if exited:
-            for unit, state in reversed([pair for around in units.values() for pair in around]):
+            for unit, state in reversed(around if exited else []):
                 if state._training_state.name == "FORWARD":
                     state._post_forward(unit, (), None)
 
