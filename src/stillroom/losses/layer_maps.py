@@ -102,14 +102,19 @@ def emd(cost: Tensor, rows: Tensor | None = None, columns: Tensor | None = None)
     demand = _marginal(columns, n, "columns")
     plan = torch.zeros(m, n, dtype=torch.float64)
     tiny = 1e-12
-    while float(supply.sum()) > tiny:
-        # Bellman-Ford over teachers and students: forward edges cost c_ij, used edges may be undone for -c_ij.
+    while bool((supply > tiny).any()) and bool((demand > tiny).any()):
+        # Bellman-Ford over teachers and students: forward edges cost c_ij, used edges may be undone for -c_ij. Only a
+        # strict improvement changes a predecessor, or ties would tie the path into a ring.
         to_row = torch.where(supply > tiny, 0.0, torch.inf).double()
-        row_from = torch.full((m,), -1)
+        to_column = torch.full((n,), torch.inf, dtype=torch.float64)
+        row_from, column_from = torch.full((m,), -1), torch.full((n,), -1)
         used = plan > tiny
-        while True:
-            to_column, column_from = (to_row[:, None] + prices).min(0)
-            back, back_from = torch.where(used, to_column[None] - prices, torch.inf).min(1)
+        for _ in range(m + n):
+            ahead, ahead_from = (to_row[:, None] + prices).min(0)
+            better = ahead < to_column - tiny
+            to_column = torch.where(better, ahead, to_column)
+            column_from = torch.where(better, ahead_from, column_from)
+            back, back_from = torch.where(used, to_column - prices, torch.inf).min(1)
             better = back < to_row - tiny
             if not bool(better.any()):
                 break
