@@ -266,9 +266,9 @@ def cheapest_by_brute_force(cost: Tensor, rows: Tensor, columns: Tensor) -> floa
 def test_emd_is_the_cheapest_plan(m: int, n: int, uniform: bool) -> None:
     for _ in range(2):
         cost = torch.rand(m, n, dtype=torch.float64) - 0.3
-        rows = torch.full((m,), 1 / m) if uniform else torch.rand(m).double().add(0.01)
-        columns = torch.full((n,), 1 / n) if uniform else torch.rand(n).double().add(0.01)
-        rows, columns = rows.double() / rows.sum(), columns.double() / columns.sum()
+        rows = torch.full((m,), 1 / m).double() if uniform else torch.rand(m).double().add(0.01)
+        columns = torch.full((n,), 1 / n).double() if uniform else torch.rand(n).double().add(0.01)
+        rows, columns = rows / rows.sum(), columns / columns.sum()
         plan = maps.emd(cost) if uniform else maps.emd(cost, rows, columns)
         torch.testing.assert_close(plan.sum(1), rows, rtol=0, atol=1e-7)
         torch.testing.assert_close(plan.sum(0), columns, rtol=0, atol=1e-7)

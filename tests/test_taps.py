@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
@@ -346,7 +347,7 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients() -> N
 def test_transformers_checkpointing_counts_once() -> None:
     network, inputs = family("vit")
     network.train()
-    network.gradient_checkpointing_enable()
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with Taps(network, {"block": "layers.1", "ffn": "layers.1.mlp"}) as taps, taps.recording() as features:
         network(**inputs)
         (features["block"].square().mean() + features["ffn"].square().mean()).backward()
@@ -363,8 +364,6 @@ def test_compiled_networks_are_read_by_the_same_paths(
     how: str, early_exit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()
-    import torch._dynamo
-
     network, x = Stack(), torch.randn(2, 4)
     _, expected = Taps(copy.deepcopy(network), ["blocks.1", "blocks.2.inner"])(x)
     run: Any = None
@@ -375,7 +374,7 @@ def test_compiled_networks_are_read_by_the_same_paths(
     if how == "in place":
         network.compile(backend="eager")
     elif how == "the blocks":
-        monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+        monkeypatch.setattr(dynamo_config, "skip_nnmodule_hook_guards", False)
         for block in network.blocks:
             block.compile(backend="eager")
     elif how == "the caller":
