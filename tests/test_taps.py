@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertModel,
@@ -35,6 +34,7 @@ from stillroom.errors import UserError
 from stillroom.losses.features import relation
 from stillroom.models.projectors import Projectors
 from stillroom.models.taps import Tap, Taps, block_paths, module_paths, split_heads
+from workers.tapped import Stack
 
 WORKERS = Path(__file__).parent / "workers"
 SMALL: dict[str, Any] = {
@@ -108,7 +108,9 @@ def test_queries_and_keys_make_the_attention_map() -> None:
 def test_parts_of_a_fused_projection() -> None:
     network, inputs = family("gpt2")
     names = {"q": (0, 3), "k": (1, 3), "v": (2, 3)}
-    taps = Taps(network, {n: Tap("h.0.attn.c_attn", part=part) for n, part in names.items()} | {"all": "h.0.attn.c_attn"})
+    taps = Taps(
+        network, {n: Tap("h.0.attn.c_attn", part=part) for n, part in names.items()} | {"all": "h.0.attn.c_attn"}
+    )
     _, features = taps(**inputs)
     torch.testing.assert_close(torch.cat([features[n] for n in "qkv"], -1), features["all"])
     with pytest.raises(UserError, match="does not exist"):
@@ -133,30 +135,6 @@ def test_ffn_input_is_the_norm_before_it() -> None:
 
 
 # --- plain modules ----------------------------------------------------------------------------------------------------
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
-        self.runs = 0
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        self.runs += 1
-        h = self.outer(self.inner(x).tanh())
-        return x + (h if scale is None else scale * h)
-
-
-class Stack(nn.Module):
-    def __init__(self, width: int = 4, depth: int = 4, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
 def test_a_wrong_path_names_the_nearest_and_leaves_no_hook() -> None:
     network = Stack()
     with pytest.raises(UserError, match=r"'block\.2'.*'blocks\.2' or 'blocks"):
@@ -360,30 +338,24 @@ def test_transformers_checkpointing_counts_once() -> None:
 # --- compilation ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("early_exit", [True, False])
 @pytest.mark.parametrize("how", ["wrapped", "in place", "the caller", "the blocks"])
-def test_compiled_networks_are_read_by_the_same_paths(
-    how: str, early_exit: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_networks_are_read_by_the_same_paths(how: str, early_exit: bool) -> None:
     torch.compiler.reset()
     network, x = Stack(), torch.randn(2, 4)
     _, expected = Taps(copy.deepcopy(network), ["blocks.1", "blocks.2.inner"])(x)
-    run: Any = None
-    if how == "wrapped":
-        taps = Taps(torch.compile(network, backend="eager"), list(expected), early_exit)  # type: ignore[arg-type]
-    else:
-        taps = Taps(network, list(expected), early_exit)
+    compiled: Any = torch.compile(network, backend="eager") if how == "wrapped" else network
+    taps = Taps(compiled, list(expected), early_exit)
+    run = torch.compile(taps.__call__, backend="eager") if how == "the caller" else taps
     if how == "in place":
         network.compile(backend="eager")
     elif how == "the blocks":
-        monkeypatch.setattr(dynamo_config, "skip_nnmodule_hook_guards", False)
         for block in network.blocks:
             block.compile(backend="eager")
-    elif how == "the caller":
-        run = torch.compile(taps.__call__, backend="eager")
-    for _ in range(2):
-        _, features = (run or taps)(x)
-        for name in expected:
-            torch.testing.assert_close(features[name], expected[name])
-            assert features[name].requires_grad
+    with dynamo_config.patch(skip_nnmodule_hook_guards=how != "the blocks"):
+        for _ in range(2):
+            _, features = run(x)
+            for name in expected:
+                torch.testing.assert_close(features[name], expected[name])
+                assert features[name].requires_grad
     torch.compiler.reset()
 
 

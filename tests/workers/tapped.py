@@ -1,26 +1,46 @@
-"""Run under torchrun by test_taps.py: taps on networks under DDP and FSDP2 against the same networks on one process.
+"""A small stack of blocks, and what test_taps.py runs on it under torchrun: taps on networks under DDP and FSDP2 against the same networks on one process.
 Prints the name of each part that holds."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from torch.utils.checkpoint import checkpoint
 
 from stillroom.engine.distributed import World, full
 from stillroom.models.taps import Taps
-from test_taps import Stack
 
 TAPS = {"inner": "blocks.2.inner", "block": "blocks.1"}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        self.runs = 0
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        self.runs += 1
+        h = self.outer(self.inner(x).tanh())
+        return x + (h if scale is None else scale * h)
+
+
+class Stack(nn.Module):
+    def __init__(self, width: int = 4, depth: int = 4, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
 
 
 def whole(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
