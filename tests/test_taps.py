@@ -1,5 +1,5 @@
-"""Taps on transformers' own classes and on plain modules: they read what the networks themselves report, leave no trace,
-and survive checkpointing, compilation, DDP and FSDP2."""
+"""Taps on transformers' own classes and on plain modules: they read what the networks themselves report, leave no
+trace, and survive checkpointing, compilation, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_two_runs_are_two_calls_and_names_are_checked() -> None:
     assert [t.shape for t in features.calls("blocks.1")] == [(2, 4), (2, 4)]
     with pytest.raises(UserError, match="reached 2 times"):
         features["blocks.1"]
-    with pytest.raises(UserError, match="did you mean 'blocks.1'"):
+    with pytest.raises(UserError, match=r"did you mean 'blocks\.1'"):
         features["block.1"]
 
 
