@@ -13,7 +13,8 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow, TrigFlow
 from stillroom.errors import UserError
 from stillroom.models.families import denoiser_from_diffusers, make_network, process_from_scheduler, scheduler_config
-from stillroom.models.heads import Discriminator, as_tokens, feature_width, middle_block, tap
+from stillroom.models.heads import Discriminator, feature_width, middle_block
+from stillroom.models.taps import Taps, as_tokens
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
 SD = {
@@ -219,17 +220,14 @@ def test_a_discriminator_on_a_network_without_its_null_conditions_says_so() -> N
 
 def test_taps_read_any_module_and_leave_no_hook() -> None:
     denoiser, cond = build("dit")
-    with tap(denoiser.network, "transformer_blocks.0") as seen:
+    with Taps(denoiser.network, ["transformer_blocks.0"]) as taps, taps.recording() as features:
         denoiser(torch.zeros(3, 2, 8, 8), 1.0, cond)
-    assert as_tokens(seen[0]).shape == (3, 16, 16)
+    assert as_tokens(features["transformer_blocks.0"]).shape == (3, 16, 16)
     denoiser(torch.zeros(3, 2, 8, 8), 1.0, cond)
-    assert len(seen) == 1
+    assert len(features.calls("transformer_blocks.0")) == 1
     assert feature_width(denoiser, "transformer_blocks.0") == 16
-    with (
-        pytest.raises(UserError, match="did you mean 'transformer_blocks"),
-        tap(denoiser.network, "transformer_block.0"),
-    ):
-        pass
+    with pytest.raises(UserError, match="did you mean 'transformer_blocks"):
+        feature_width(denoiser, "transformer_block.0")
 
 
 def test_tokens_of_maps_and_vectors() -> None:

@@ -19,7 +19,7 @@ class TrainingDiverged(UserError):
     """A loss or weight became NaN/inf or grew without bound. The last good checkpoint is intact."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def nearest(word: str, known: Iterable[str], count: int = 1) -> str:
+    """`` (did you mean 'x'?)``, with up to ``count`` words, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

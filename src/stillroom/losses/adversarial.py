@@ -1,9 +1,12 @@
-"""Non-saturating GAN losses on logits ``[B, N]`` (one per token) or ``[B]``."""
+"""Non-saturating GAN losses on logits ``[B, N]`` (one per token) or ``[B]``, and the discrimination of logits."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import softplus
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+
+from stillroom.errors import UserError
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -14,3 +17,21 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """``softplus(-l_real) + softplus(l_fake)`` (binary cross-entropy, real = 1), averaged: a scalar."""
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
+
+
+def logit_discrimination(
+    discriminator: nn.Module, student_logits: Tensor, teacher_logits: Tensor, sign: int = 1
+) -> Tensor:
+    """Mean binary cross-entropy of a discriminator's two outputs ``[2B, 2]``: (1, 0) for student rows, (0, 1) for
+    teacher rows.
+
+    sign = 1: student and discriminator both descend it, a regulariser that keeps the student's logits recognisable
+    (MEAL V2, arXiv 2009.08453). sign = -1: the student's gradient is reversed, so that one backward pass trains an
+    adversarial game. Logits ``[B, C]``; the teacher's are those of the ensemble's mean logits, and get no gradient.
+    """
+    if sign not in (1, -1):
+        raise UserError(f"sign is {sign}", cure="1: both descend; -1: the student ascends")
+    student = student_logits if sign == 1 else 2 * student_logits.detach() - student_logits
+    verdict = discriminator(torch.cat([student, teacher_logits.detach()]))
+    is_student = torch.cat([torch.ones(len(student)), torch.zeros(len(teacher_logits))]).to(verdict)
+    return binary_cross_entropy_with_logits(verdict, torch.stack([is_student, 1 - is_student], 1))

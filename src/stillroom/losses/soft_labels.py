@@ -1,23 +1,209 @@
-"""Soft labels: comparing probabilities, and the best weight of ground truth beside a teacher."""
+"""Losses on logits: what a student learns from a teacher's class probabilities.
+
+Logits and probabilities are ``[..., C]``; a loss is made per position ``[...]`` and then reduced:
+
+- ``mean``: over the positions that count; ``batchmean``: their sum over the size of the first dimension; ``sum``;
+  ``none``: per position, zero where it does not count.
+- ``keep``: bool ``[...]``, True where a position counts (real tokens, labelled rows); None: all.
+- ``temperature`` tau divides the logits; gradients shrink by 1 / tau^2, which ``temperature_squared`` undoes by the
+  factor tau^2 (arXiv 1503.02531).
+
+No gradient reaches the teacher. Everything is computed in float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
+
+from stillroom.errors import UserError
+
+Reduction = Literal["mean", "batchmean", "sum", "none"]
+
+
+def reduce(values: Tensor, reduction: Reduction, keep: Tensor | None = None) -> Tensor:
+    """Reduce a loss per position ``[...]``; ``keep`` has its shape. A mean over no position at all is 0, with a graph.
+
+    Raises UserError for a mask of another shape and for an unknown reduction.
+    """
+    if keep is not None:
+        if keep.shape != values.shape:
+            raise UserError(
+                f"the mask has shape {tuple(keep.shape)}, the loss {tuple(values.shape)}",
+                cure="give one bool for each position, True where it counts",
+            )
+        values = torch.where(keep.bool(), values, values.new_zeros(()))
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "batchmean":
+        return values.sum() / len(values)
+    if reduction == "mean":
+        return values.mean() if keep is None else values.sum() / keep.sum().clamp(min=1)
+    raise UserError(f"unknown reduction {reduction!r}", cure="one of: mean, batchmean, sum, none")
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    if temperature <= 0:
+        raise UserError(f"a temperature is above 0, not {temperature}", cure="1 leaves the logits as they are")
+    return (logits.float() / temperature).log_softmax(-1)
+
+
+def _same_classes(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"student logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}",
+            cure="student and teacher must see the same rows and have the same classes in the same order",
+        )
+
+
+def soft_cross_entropy(
+    student_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    reduction: Reduction = "mean",
+    keep: Tensor | None = None,
+) -> Tensor:
+    """``- sum_c p_c log softmax(z_S / tau)_c`` for target probabilities p ``[..., C]``, as they are (no temperature
+    acts on them). Its floor is the entropy of the target, not 0."""
+    _same_classes(student_logits, target)
+    values = -(target.detach().float() * _log_probabilities(student_logits, temperature)).sum(-1)
+    return reduce(values * (temperature**2 if temperature_squared else 1.0), reduction, keep)
+
+
+def _divergence(first: Tensor, second: Tensor, scale: float, reduction: Reduction, keep: Tensor | None) -> Tensor:
+    """``KL(first || second)`` of log-probabilities; a class of probability 0 (logit -inf) in ``first`` adds 0."""
+    p = first.exp()
+    difference = torch.where(p > 0, first - second, torch.zeros_like(p))
+    return reduce(scale * (p * difference).sum(-1), reduction, keep)
+
+
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    reduction: Reduction = "mean",
+    keep: Tensor | None = None,
+) -> Tensor:
+    """``KL(p_T || p_S)``, p = softmax(z / tau): the student covers what the teacher finds likely (arXiv 1503.02531)."""
+    _same_classes(student_logits, teacher_logits)
+    student = _log_probabilities(student_logits, temperature)
+    teacher = _log_probabilities(teacher_logits.detach(), temperature)
+    return _divergence(teacher, student, temperature**2 if temperature_squared else 1.0, reduction, keep)
+
+
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    reduction: Reduction = "mean",
+    keep: Tensor | None = None,
+) -> Tensor:
+    """``KL(p_S || p_T)``: the student stays where the teacher finds it likely (arXiv 2306.08543)."""
+    _same_classes(student_logits, teacher_logits)
+    student = _log_probabilities(student_logits, temperature)
+    teacher = _log_probabilities(teacher_logits.detach(), temperature)
+    return _divergence(student, teacher, temperature**2 if temperature_squared else 1.0, reduction, keep)
+
+
+def jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    reduction: Reduction = "mean",
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence ``beta KL(p_T || m) + (1 - beta) KL(p_S || m)``,
+    ``m = beta p_T + (1 - beta) p_S``, 0 < beta < 1 (arXiv 2306.13649)."""
+    if not 0 < beta < 1:
+        raise UserError(
+            f"beta of a Jensen-Shannon divergence lies strictly between 0 and 1, not {beta}",
+            cure="its limits, rescaled, are forward_kl (beta -> 0) and reverse_kl (beta -> 1)",
+        )
+    _same_classes(student_logits, teacher_logits)
+    student = _log_probabilities(student_logits, temperature)
+    teacher = _log_probabilities(teacher_logits.detach(), temperature)
+    mixture = torch.logaddexp(teacher + torch.tensor(beta).log(), student + torch.tensor(1 - beta).log())
+    scale = temperature**2 if temperature_squared else 1.0
+    first = _divergence(teacher, mixture, beta * scale, reduction, keep)
+    return first + _divergence(student, mixture, (1 - beta) * scale, reduction, keep)
+
+
+def ensemble_probabilities(teacher_logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """Mean of the teachers' probabilities ``[..., C]``, not the softmax of their mean logits (arXiv 2009.08453)."""
+    if not teacher_logits:
+        raise UserError("an ensemble needs at least one teacher", cure="give a list of logits [..., C]")
+    parts = [_log_probabilities(z.detach(), temperature).exp() for z in teacher_logits]
+    return torch.stack(parts).mean(0)
+
+
+def mix_ground_truth(distillation: Tensor, ground_truth: Tensor, gt_weight: float) -> Tensor:
+    """``gt_weight * ground_truth + (1 - gt_weight) * distillation`` of two losses; gt_weight in [0, 1]."""
+    _weight(gt_weight)
+    return gt_weight * ground_truth + (1 - gt_weight) * distillation
+
+
+def mix_labels(probabilities: Tensor, labels: Tensor, gt_weight: float) -> Tensor:
+    """Targets ``[..., C]``: ``gt_weight * onehot(labels) + (1 - gt_weight) * probabilities``, labels int ``[...]``.
+
+    Cross-entropy to them is the same mixture of the two cross-entropies, so this agrees with
+    :func:`mix_ground_truth` where both losses have temperature 1.
+    """
+    _weight(gt_weight)
+    hard = one_hot(labels.long(), probabilities.shape[-1]).to(probabilities)
+    return gt_weight * hard + (1 - gt_weight) * probabilities
+
+
+def mix_heads(label_logits: Tensor, distilled_logits: Tensor, alpha: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """Probabilities ``alpha softmax(z_CE) + (1 - alpha) softmax(z_KD / temperature)`` of a student with one head for
+    the labels and one for the teacher (DHO, arXiv 2505.07675)."""
+    _weight(alpha)
+    label = _log_probabilities(label_logits, 1.0).exp()
+    return alpha * label + (1 - alpha) * _log_probabilities(distilled_logits, temperature).exp()
+
+
+def _weight(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"a mixing weight lies in [0, 1], not {value}", cure="0.5 weighs both alike")
+
+
+def decoupled_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float = 1.0, temperature: float = 1.0
+) -> Tensor:
+    """NKD (arXiv 2303.13005): the teacher's probability weighs the label's own term, and the other classes,
+    renormalised among themselves, have a cross-entropy of their own:
+    ``mean(- p_T,y log p_S,y) + alpha tau^2 mean(- sum_(c != y) q_T,c log q_S,c)``, q at temperature tau.
+
+    logits ``[B, C]``, C >= 3; labels int ``[B]``.
+    """
+    _same_classes(student_logits, teacher_logits)
+    teacher_logits, own = teacher_logits.detach(), labels.long()[:, None]
+    target = _log_probabilities(teacher_logits, 1.0).exp().gather(1, own)
+    label = -(target * _log_probabilities(student_logits, 1.0).gather(1, own)).mean()
+    others = torch.ones_like(student_logits, dtype=torch.bool).scatter(1, own, False)
+    rest = (len(own), student_logits.shape[-1] - 1)
+    q_student = _log_probabilities(student_logits[others].view(rest), temperature)
+    q_teacher = _log_probabilities(teacher_logits[others].view(rest), temperature)
+    return label - alpha * temperature**2 * (q_teacher.exp() * q_student).sum(-1).mean()
 
 
 def probability_mse(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Mean squared difference over the batch AND the classes; both ``[B, C]``. A scalar."""
     return (probabilities - targets).square().mean()
-
-
-def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """``-sum_c p_c log softmax(logits)_c``, averaged over the batch; both ``[B, C]``. KL(p || softmax) plus the entropy
-    of ``p``, which is its least value. A scalar, in nats."""
-    return -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
 
 
 def norm_penalty(parameters: Iterable[Tensor]) -> Tensor:

@@ -1,66 +1,30 @@
-"""Discriminator heads on the features of a denoiser, and the tap that reads them."""
+"""Discriminator heads on the features of a denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
-from stillroom.errors import UserError, nearest
-
-
-@contextmanager
-def tap(module: nn.Module, path: str) -> Iterator[list[Tensor]]:
-    """Collect the output of the submodule at ``path`` while the context is open. Of a tuple the last tensor counts:
-    blocks of two streams (SD3, Flux) return text first, image last."""
-    paths = dict(module.named_modules())
-    if path not in paths:
-        raise UserError(
-            f"{type(module).__name__} has no module {path!r}{nearest(path, paths)}",
-            cure="name a module by its path, e.g. transformer_blocks.2",
-        )
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        parts = output if isinstance(output, tuple) else (output,)
-        seen.append(next(part for part in reversed(parts) if isinstance(part, Tensor)))
-
-    handle = paths[path].register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+from stillroom.errors import UserError
+from stillroom.models.taps import Tap, Taps, as_tokens, block_paths
 
 
 def middle_block(network: nn.Module) -> str:
     """Path of the bottleneck: ``mid_block`` of a UNet, else the middle of the longest outermost list of blocks."""
     if getattr(network, "mid_block", None) is not None:
         return "mid_block"
-    lists = {n: m for n, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    if not lists:
-        raise UserError(
-            f"{type(network).__name__} has no list of blocks to tap", cure="name the module to tap yourself"
-        )
-    name = min(lists, key=lambda n: (n.count("."), -len(lists[n])))
-    return f"{name}.{len(lists[name]) // 2}"
+    blocks = block_paths(network)
+    return blocks[len(blocks) // 2]
 
 
 def ask_with_features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, path: str) -> tuple[Prediction, Tensor]:
     """The prediction and, from the same forward pass, the features at ``path``: ``[B, N, D]`` tokens."""
-    with tap(denoiser.network, path) as seen:
+    with Taps(denoiser.network, {"block": Tap(path, item="last")}) as taps, taps.recording() as features:
         prediction = denoiser(x_t, t, cond)
-    return prediction, as_tokens(seen[0])
-
-
-def as_tokens(features: Tensor) -> Tensor:
-    """Feature maps ``[B, D, H, W]`` and vectors ``[B, D]`` as tokens ``[B, N, D]``."""
-    if features.ndim == 4:
-        return features.flatten(2).transpose(1, 2)
-    return features.unsqueeze(1) if features.ndim == 2 else features
+    return prediction, as_tokens(features.calls("block")[0])
 
 
 class DiscriminatorHead(nn.Module):
