@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -179,6 +180,17 @@ def test_the_recipe_in_the_running_page_is_valid() -> None:
     text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(method:.*?)```", text, re.DOTALL)
     assert Recipe.from_dict(yaml.safe_load(block)).engine.batch == 128
+
+
+def test_the_example_of_the_features_page_runs() -> None:
+    text = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["target"] == (1, 3, 5)
+    assert float(names["loss"].detach()) > 0
+    assert all(p.grad is not None for p in names["projectors"].parameters())
+    assert all(p.grad is None for p in names["teacher"].parameters())
 
 
 # --- the worked example of docs/adding-a-method.md --------------------------------------------------------------------
