@@ -1,5 +1,5 @@
-"""A small stack of blocks, and what test_taps.py runs on it under torchrun: taps on networks under DDP and FSDP2 against
-the same networks on one process. Prints the name of each part that holds."""
+"""A small stack of blocks, and what test_taps.py runs on it under torchrun: taps on networks under DDP and FSDP2
+against the same networks on one process. Prints the name of each part that holds."""
 
 from __future__ import annotations
 
