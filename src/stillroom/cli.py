@@ -171,7 +171,7 @@ class Sample:
     """Draw images from a student or a teacher into one PNG."""
 
     model: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-pixart."""
+    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-pixart, lightgen."""
     labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...")] = ()
     """Classes by number or name; by default every class."""
     captions: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()

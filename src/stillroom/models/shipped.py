@@ -11,6 +11,7 @@ SHIPPED = {
     "fashion": "fashion-teacher",
     "scenes-sd3": "scenes-sd3",
     "scenes-pixart": "scenes-pixart",
+    "lightgen": "lightgen",
 }
 """Name -> folder under assets/."""
 
