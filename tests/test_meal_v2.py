@@ -15,11 +15,12 @@ from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
+from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.soft_labels import soft_cross_entropy
 from stillroom.method import Draws, Stage
 from stillroom.methods.classifier.meal_v2 import MEALV2
 from stillroom.models.augment import cutmix, random_flip, random_shift
-from stillroom.models.heads import LogitDiscriminator
+from stillroom.models.critics import LogitDiscriminator
 from stillroom.recipe import Recipe
 
 
@@ -140,13 +141,13 @@ def test_a_final_relu_bounds_the_loss_from_below() -> None:
     method = built(network(1), final_relu=True)
     for scale in (1.0, 100.0):
         logits = scale * torch.randn(200, 3, generator=torch.Generator().manual_seed(3))
-        assert float(method.told_apart(logits, -logits)) >= math.log(2) / 2
+        assert float(logit_discrimination(method.discriminator, logits, -logits)) >= math.log(2) / 2
     free = built(network(1))
     for p in free.discriminator.parameters():
         p.data.zero_()
     head: Any = free.discriminator.body[-1]
     head.bias.data = torch.tensor([30.0, -30.0])  # every row is the student's
-    assert float(free.told_apart(logits, logits)) == pytest.approx(15.0)
+    assert float(logit_discrimination(free.discriminator, logits, logits)) == pytest.approx(15.0)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -63,28 +63,6 @@ class Discriminator(nn.Module):
         return prediction, self.head(tokens)
 
 
-class LogitDiscriminator(nn.Module):
-    """Logits ``[N, classes]`` to two outputs ``[N, 2]``, "of the student" and "of the teachers" (MEAL V2, arXiv
-    2009.08453): three linear layers, an eighth and a sixty-fourth of the classes wide, 16 where there are less than 64
-    classes. final_relu: outputs are never negative, as in the paper's code."""
-
-    def __init__(self, classes: int, final_relu: bool = False) -> None:
-        super().__init__()
-        wide, narrow = (classes // 8, classes // 64) if classes >= 64 else (16, 16)
-        self.body = nn.Sequential(
-            nn.Linear(classes, wide),
-            nn.ReLU(),
-            nn.Linear(wide, max(narrow, 1)),
-            nn.ReLU(),
-            nn.Linear(max(narrow, 1), 2),
-        )
-        self.final_relu = final_relu
-
-    def forward(self, logits: Tensor) -> Tensor:
-        outputs = self.body(logits)
-        return outputs.relu() if self.final_relu else outputs
-
-
 def feature_width(denoiser: Denoiser, path: str) -> int:
     """Channels of the tokens at ``path``, found by one dry call on zeros.
 

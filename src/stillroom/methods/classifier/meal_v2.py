@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
-from stillroom.losses.soft_labels import soft_cross_entropy
+from stillroom.losses.adversarial import logit_discrimination
+from stillroom.losses.soft_labels import ensemble_probabilities, soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
 from stillroom.models.augment import cutmix, random_flip, random_shift
-from stillroom.models.heads import LogitDiscriminator
+from stillroom.models.critics import LogitDiscriminator
 from stillroom.models.initial import fresh_weights
 
 OPTIM = {"name": "sgd", "betas": (0.9, 0.0)}
@@ -133,11 +134,12 @@ class MEALV2(Method):
         if self.options.ensemble == "random":
             teachers = [teachers[self.draw.index(len(teachers))]]
         logits = torch.stack([class_logits(teacher, images) for teacher in teachers])
-        return logits.softmax(-1).mean(0), logits.mean(0)
+        return ensemble_probabilities(logits.unbind()), logits.mean(0)
 
     @turn(trains="student", optim=Optim(lr=0.01, **OPTIM))
     def distil(self, batch: Batch) -> Terms:
-        """3. - sum_c p_c log softmax(S)_c, no labels; 5. plus the discriminator's loss, whose sign is not turned."""
+        """3. - sum_c p_c log softmax(S)_c, no labels; 4. plus the discriminator's loss: student rows are (1, 0),
+        teacher rows (0, 1), and the sign is not turned."""
         o, label = self.options, batch["cond"]["label"]
         images = cutmix(self.images(batch), self.draw, o.cutmix)
         target, mean_logits = self.taught(images)
@@ -146,7 +148,7 @@ class MEALV2(Method):
         if o.gt_weight:
             terms["label"] = o.gt_weight * F.cross_entropy(logits, label)
         if o.discriminator:
-            terms["discriminator"] = o.discriminator * self.told_apart(logits, mean_logits)
+            terms["discriminator"] = o.discriminator * logit_discrimination(self.discriminator, logits, mean_logits)
             self.shared["logits"] = logits.detach(), mean_logits
         self.note("teacher_agreement", (logits.argmax(-1) == target.argmax(-1)).float().mean())
         self.note("target_entropy", -(target * target.clamp_min(1e-12).log()).sum(-1).mean())
@@ -155,15 +157,7 @@ class MEALV2(Method):
     @turn(trains="discriminator", optim=Optim(lr=0.001, **OPTIM))
     def judge(self, batch: Batch) -> Terms:
         """5. The same step for the discriminator, from the logits that the student had."""
-        return {"discriminator": self.told_apart(*self.shared["logits"])}
-
-    def told_apart(self, student: Tensor, teachers: Tensor) -> Tensor:
-        """4. Binary cross-entropy of both outputs: the student's rows are (1, 0), the teachers' (0, 1)."""
-        outputs = self.discriminator(torch.cat([student, teachers]))
-        truth = torch.zeros_like(outputs)
-        truth[: len(student), 0] = 1
-        truth[len(student) :, 1] = 1
-        return F.binary_cross_entropy_with_logits(outputs, truth)
+        return {"discriminator": logit_discrimination(self.discriminator, *self.shared["logits"])}
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()
