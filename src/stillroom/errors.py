@@ -3,8 +3,10 @@ line and exits with code 2."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -17,6 +19,21 @@ class UserError(Exception):
 
 class TrainingDiverged(UserError):
     """A loss or weight became NaN/inf or grew without bound. The last good checkpoint is intact."""
+
+
+@contextlib.contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """Around code that builds something from a file or folder of the user's: whatever goes wrong there is the input's
+    fault, so it is a :class:`UserError` that names ``place``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{place} cannot be read ({detail[:300]})", cure="restore it from a copy; a file in it is damaged"
+        ) from error
 
 
 def nearest(word: str, known: Iterable[str], count: int = 1) -> str:

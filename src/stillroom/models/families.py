@@ -159,12 +159,16 @@ def make_network(class_name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises UserError where there is none."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing", cure="point at a complete folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})", cure="restore the file") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no mapping", cure="restore the file")
+    return found
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Denoiser, plain_call
 from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
-from stillroom.errors import UserError
+from stillroom.errors import UserError, reading
 from stillroom.models.families import (
     denoiser_from_diffusers,
     device_of,
@@ -106,8 +106,9 @@ class ImageGenerator:
         """
         folder = Path(folder)
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
-        sampler = sampler_from_dict(side["sampler"]) if "sampler" in side else ODESampler()
-        return cls(load_denoiser(folder), sampler, side.get("classes", ()))
+        with reading(folder):
+            sampler = sampler_from_dict(side["sampler"]) if "sampler" in side else ODESampler()
+            return cls(load_denoiser(folder), sampler, side.get("classes", ()))
 
 
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -142,10 +143,11 @@ def load_network(folder: str | Path) -> nn.Module:
     place = network_folder(folder)
     config = read_json(place / "config.json")
     class_name = config.get("_class_name", "")
-    if class_name in OWN_NETWORKS:
-        network = OWN_NETWORKS[class_name](**{k: v for k, v in config.items() if not k.startswith("_")})
-    else:
-        network = make_network(class_name, config)
+    with reading(place / "config.json"):
+        if class_name in OWN_NETWORKS:
+            network = OWN_NETWORKS[class_name](**{k: v for k, v in config.items() if not k.startswith("_")})
+        else:
+            network = make_network(class_name, config)
     load_weights(network, place / WEIGHTS)
     return network.eval()
 
