@@ -15,17 +15,20 @@ from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import World
 from stillroom.engine.trainer import Trainer
-from stillroom.method import get_method
+from stillroom.method import Method
+from stillroom.methods.classifier.dho import DHO
+from stillroom.methods.classifier.gt_self_distill import GTSelfDistill
+from stillroom.methods.classifier.meal_v2 import MEALV2
 
 # Networks without batch normalisation, and SGD: what then differs between one process and two is rounding.
-CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "rounds": ("gt-self-distill", {"rounds": 3, "penalty": 0.01}, 1),
-    "estimate": ("gt-self-distill", {"rounds": 2, "gt_weight": "estimate"}, 1),
-    "last": ("gt-self-distill", {"rounds": 2, "start": "last"}, 1),
-    "given": ("gt-self-distill", {"rounds": 2, "start": "given", "penalty": 0.01}, 1),
-    "meal": ("meal-v2", {"teachers": 2, "shift": 1}, 1),
-    "meal-given": ("meal-v2", {"gt_weight": 0.3}, 3),
-    "dho": ("dho", {"labelled": 2, "shift": 1, "flip": 0.5}, 2),
+CASES: dict[str, tuple[type[Method], dict[str, Any], int]] = {
+    "rounds": (GTSelfDistill, {"rounds": 3, "penalty": 0.01}, 1),
+    "estimate": (GTSelfDistill, {"rounds": 2, "gt_weight": "estimate"}, 1),
+    "last": (GTSelfDistill, {"rounds": 2, "start": "last"}, 1),
+    "given": (GTSelfDistill, {"rounds": 2, "start": "given", "penalty": 0.01}, 1),
+    "meal": (MEALV2, {"teachers": 2, "shift": 1}, 1),
+    "meal-given": (MEALV2, {"gt_weight": 0.3}, 3),
+    "dho": (DHO, {"labelled": 2, "shift": 1, "flip": 0.5}, 2),
 }
 
 
@@ -43,8 +46,7 @@ def data() -> ArrayData:
 
 def trained(case: str, **settings: Any) -> dict[str, Tensor]:
     """The finished student, and the mixture that it was given."""
-    slug, options, networks = CASES[case]
-    cls = get_method(slug)
+    cls, options, networks = CASES[case]
     method = cls(cls.Options(**options))
     method.build(*(network(seed) for seed in range(networks)))
     optim = {"all": {"name": "sgd", "lr": 0.05, "betas": (0.9, 0.0)}}

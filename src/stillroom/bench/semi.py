@@ -45,7 +45,7 @@ class SemiDigitsBench(DigitsBench):
         return data
 
     def network(self) -> nn.Module:
-        """The student: a convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 32 features and 5,746 weights."""
+        """The student: a convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 32 features and 3,706 weights."""
         return nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),

@@ -26,8 +26,8 @@ def overwrite(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 def fresh_weights(network: nn.Module, seed: int) -> dict[str, Tensor]:
     """The state of a network like ``network`` whose weights are drawn anew, as its class draws them; on its device.
 
-    A sharded network is no example of its architecture: give a copy that was taken before it was sharded. A transformers
-    model is made from its config; in any other module each part resets itself. Raises UserError where a
+    A sharded network is no example of its architecture: give a copy that was taken before it was sharded. A
+    transformers model is made from its config; in any other module each part resets itself. Raises UserError where a
     part cannot.
     """
     from transformers import PreTrainedModel

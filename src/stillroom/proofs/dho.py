@@ -64,6 +64,8 @@ IMAGE = Proof(
         claim("beats-teacher", "Labels add to what the teacher says", "dho", ">=", "teacher-only", 0.005, "table 1"),
         claim("learns", "Training beats the untouched network", "dho", ">=", "untouched", 0.5),
     ),
+    note="The teacher has seen 20,000 of the 60,000 training images with captions; some of the unlabelled and held-out "
+    "ones may be among them; the test images are not.",
 )
 
 PROOFS = (
