@@ -48,7 +48,7 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
         worst = {metric: world.worst(metric) for metric in world.metrics}
         return {"scores": worst, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
     generator = world.generator(network.eval(), sampler)
-    scores = world.score(generator, seed) | facts.get("means", {})
+    scores = world.score(generator, seed)
     speed = latency(lambda _: world.draw(generator, 1), batches=(1,))[0]
     cost = {
         "seconds": facts["seconds"],
@@ -57,7 +57,7 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
         "params": parameters(getattr(network, "network", network)),
         "latency_ms": round(speed.median_ms, 3),
     }
-    return {"scores": scores, "cost": cost, "health": facts["health"]}
+    return {"scores": scores, "cost": cost, "health": facts["health"], "means": facts["means"]}
 
 
 def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, dict[str, Any]]:
@@ -66,7 +66,7 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
     Raises TrainingDiverged.
     """
     world, started = world.at(seed), time.perf_counter()
-    facts: dict[str, Any] = {"steps": 0, "health": {}}
+    facts: dict[str, Any] = {"steps": 0, "health": {}, "means": {}}
     if not arm.method:
         network, sampler = world.network(**arm.data), sampler_from_dict(dict(arm.sampler))
     else:
@@ -249,9 +249,9 @@ def read_arm(file: Path) -> dict[str, Any]:
 
 
 def score(run: dict[str, Any], metric: str) -> float:
-    """One score of a measured arm; not a number, which loses every comparison, where the arm has no such health number
-    (it was not trained, or diverged)."""
-    return run["scores"].get(metric, math.nan) if metric.startswith("health/") else run["scores"][metric]
+    """One score of a measured arm, or the mean of a health number (``health/<name>``): not a number, which loses every
+    comparison, where the arm has none (it was not trained, or diverged)."""
+    return run.get("means", {}).get(metric, math.nan) if metric.startswith("health/") else run["scores"][metric]
 
 
 def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
