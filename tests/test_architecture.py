@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "method": TOOLS,
     "engine": TOOLS | {"data", "method"},
     "recipe": TOOLS | {"method", "engine"},
-    "methods": TOOLS | {"method"},
+    "methods": TOOLS | {"method", "data"},
     "bench": BELOW_BENCH,
     "report": BELOW_BENCH | {"bench"},
     "proofs": BELOW_BENCH | {"bench", "synthesis"},

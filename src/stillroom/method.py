@@ -120,11 +120,15 @@ class Draws:
     """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that
     the same recipe gives the same numbers on one process, on many, and under gradient accumulation.
 
-    ``rows``: this micro-batch's rows of the ``total`` rows of the step.
+    ``rows``: this micro-batch's rows of the ``total`` rows of the step. ``place``: the same among the rows of all
+    processes, also where each process draws for itself: ``(rows, batch)`` of a second stream of data.
     """
 
-    def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
+    def __init__(
+        self, generator: torch.Generator, rows: slice, total: int, place: tuple[slice, int] | None = None
+    ) -> None:
         self.generator, self.rows, self.total = generator, rows, total
+        self.place = place or (rows, total)
 
     @property
     def local(self) -> int:
@@ -197,6 +201,10 @@ class Method(nn.Module):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an optimizer's weight decay acts on this parameter. Default: on all."""
         return True
+
+    def finish(self, network: nn.Module) -> None:
+        """Calibration after training (thresholds, mixing weights) of the network that becomes the student; called once,
+        before :meth:`sampler`. Under several processes each calls it, with the same whole network. Default: nothing."""
 
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""

@@ -83,6 +83,7 @@ def run(
 def _train(trainer: Trainer, task: Task) -> Generator:
     trainer.fit()
     network = trainer.export_role()
+    trainer.method.finish(network)
     trainer.world.leave()
     return task.student(network, trainer.method.sampler())
 

@@ -37,6 +37,7 @@ class LabelBench:
         seed: int,
         test: ArrayData | None = None,
     ) -> None:
+        self.seed = seed
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(truth), generator=generator)
         redrawn = torch.rand(pool, generator=generator) < NOISE
@@ -84,6 +85,8 @@ class DigitsBench(LabelBench):
     """The 1,797 digits of scikit-learn: 600 to train on, 400 held out, 797 for the test."""
 
     name = "digits"
+    sizes: tuple[int, int] = (600, 400)
+    """Of the images to train on and of those held out."""
 
     def __init__(self, seed: int = 0) -> None:
         from sklearn.datasets import load_digits
@@ -91,7 +94,7 @@ class DigitsBench(LabelBench):
         pixels, digits = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
         names = [str(i) for i in range(CLASSES)]
-        super().__init__(images, torch.from_numpy(digits).long(), names, 600, 400, seed)
+        super().__init__(images, torch.from_numpy(digits).long(), names, *self.sizes, seed)
 
     def network(self) -> nn.Module:
         """A convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 6,186 weights."""

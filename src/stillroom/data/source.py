@@ -43,7 +43,8 @@ class ArrayData:
 
     ``images``: uint8 ``[N, C, H, W]``, given out as float32 in [-1, 1]; or floating point ``[N, ...]``, given out
     unchanged. ``cond``: name -> ``[N, ...]``. ``classes``: the label names, in label order. ``origin``: where the data
-    came from, in words. ``parts``: further data of the same kind by name, that a stage or a method asks for.
+    came from, in words. ``parts``: further data of the same kind by name, that a stage or a method asks for. ``ids``:
+    int64 ``[N]``, the rows' numbers in the data that they were first taken from; by default 0 to N - 1.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class ArrayData:
         name: str = "array",
         origin: str = "",
         parts: Mapping[str, ArrayData] | None = None,
+        ids: Tensor | None = None,
     ) -> None:
         self.parts = dict(parts or {})
+        self.ids = torch.arange(len(images)) if ids is None else ids
         self.array, self.cond, self.classes, self.name = images, dict(cond or {}), list(classes), name
         self.origin = origin or f"{name}: {len(images):,} rows in memory"
         if len(images) == 0:
@@ -111,7 +114,8 @@ class ArrayData:
     def take(self, index: Tensor, origin: str = "") -> ArrayData:
         """The chosen rows as data of their own."""
         kept = {key: value[index] for key, value in self.cond.items()}
-        return ArrayData(self.array[index], kept, self.classes, self.name, origin or f"{len(index):,} of {self.origin}")
+        origin = origin or f"{len(index):,} of {self.origin}"
+        return ArrayData(self.array[index], kept, self.classes, self.name, origin, ids=self.ids[index])
 
     def indices(self, seed: int, step: int, size: int) -> Tensor:
         """Row numbers of step ``step``'s global batch of ``size``. Rows come in epochs, each a permutation seeded by
@@ -123,9 +127,11 @@ class ArrayData:
         )
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
-        """``{"image": [rows, ...], "cond": {name: [rows, ...]}}``: ``rows`` of the global batch of ``step``."""
+        """``{"image": [rows, ...], "cond": {name: [rows, ...]}, "id": [rows]}``: ``rows`` of the global batch of
+        ``step``."""
         index = self.indices(seed, step, size)[rows if rows is not None else slice(None)]
-        return {"image": self.images(index), "cond": {key: value[index] for key, value in self.cond.items()}}
+        cond = {key: value[index] for key, value in self.cond.items()}
+        return {"image": self.images(index), "cond": cond, "id": self.ids[index]}
 
     def _order(self, seed: int, epoch: int) -> Tensor:
         key = (seed, epoch)

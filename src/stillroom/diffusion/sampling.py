@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import Process
+from stillroom.losses.soft_labels import mix_heads
 
 if TYPE_CHECKING:
     from stillroom.method import Draws
@@ -194,13 +195,36 @@ class ForwardPass(Sampler):
         return class_logits(denoiser, noise)
 
 
+@dataclass(frozen=True)
+class TwoHeadPass(Sampler):
+    """One evaluation of a network with two heads (DHO, arXiv 2505.07675): the LOGARITHM of the mixture of their
+    probabilities, ``alpha softmax(z_CE) + (1 - alpha) softmax(z_KD / temperature)``, which softmax gives back."""
+
+    alpha: float = 0.5
+    temperature: float = 0.5
+    name: ClassVar[str] = "two-heads"
+
+    @property
+    def nfe(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Any, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        label, taught = class_logits(denoiser, noise).float().chunk(2, -1)
+        return mix_heads(label, taught, self.alpha, self.temperature).clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
 def class_logits(network: nn.Module, images: Tensor) -> Tensor:
     """``[B, classes]`` of a plain module, or of a transformers model for image classification."""
     output = network(images)
     return output if isinstance(output, Tensor) else output.logits
 
 
-SAMPLERS: dict[str, type[Sampler]] = {s.name: s for s in (ODESampler, AncestralSampler, FewStepSampler, ForwardPass)}
+SAMPLERS: dict[str, type[Sampler]] = {
+    s.name: s for s in (ODESampler, AncestralSampler, FewStepSampler, ForwardPass, TwoHeadPass)
+}
 
 
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:

@@ -69,6 +69,8 @@ class Player:
             decayed = [p for p in self.trained if id(p) not in ids]
             groups = [{"params": spared, "weight_decay": 0.0}, *([{"params": decayed}] if decayed else [])]
         if o.name == "sgd":
+            if any(hasattr(p, "full_tensor") for p in self.trained):
+                del shared["fused"]  # which torch has for Adam's sharded parameters only
             return torch.optim.SGD(groups, momentum=o.betas[0], **shared)
         kind = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
         return kind(groups, betas=o.betas, eps=o.eps, **shared)

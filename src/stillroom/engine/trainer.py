@@ -290,7 +290,8 @@ class Trainer:
             m.draw = Draws(self._generator, rows, c.batch)
         else:
             self._generator.manual_seed(mix(c.seed, step, turn, w.rank, micro))
-            m.draw = Draws(self._generator, slice(0, rows.stop - rows.start), rows.stop - rows.start)
+            size = rows.stop - rows.start
+            m.draw = Draws(self._generator, slice(0, size), size, place=(rows, c.batch))
         # dropout inside networks draws from torch's own generator
         torch.manual_seed(mix("torch", c.seed, step, turn, w.rank, micro))
 

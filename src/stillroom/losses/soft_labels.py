@@ -207,8 +207,9 @@ def probability_mse(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 
 def norm_penalty(parameters: Iterable[Tensor]) -> Tensor:
-    """The sum of the 2-norms of weight tensors, not squared."""
-    return torch.stack([torch.linalg.vector_norm(p) for p in parameters]).sum()
+    """The sum of the 2-norms of weight tensors, not squared. Of sharded tensors the whole norms, on every process."""
+    norms = [torch.linalg.vector_norm(p) for p in parameters]
+    return torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).sum()
 
 
 def least_squares_mix(taught: Any, truth: Any, targets: Any, clip: tuple[float, float] | None = (0.0, 1.0)) -> float:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.sampling import ForwardPass, Sampler
+from stillroom.diffusion.sampling import ForwardPass, Sampler, sampler_from_dict
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE, load_weights
+from stillroom.models.prompts import is_text_image_model
+from stillroom.models.two_heads import restore, two_heads
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -32,7 +35,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 class ImageClassifier:
     """A network that recognises images; what ``stillroom.load`` returns for one.
 
-    classes: names in the order of the outputs. Images are float32 ``[N, C, H, W]`` in [-1, 1].
+    classes: names in the order of the outputs. Images are float32 ``[N, C, H, W]`` in [-1, 1]. sampler: how the network
+    is asked; of one with two heads, with the mixture of their probabilities.
     """
 
     def __init__(self, network: nn.Module, classes: Sequence[str] = (), sampler: Sampler | None = None) -> None:
@@ -57,10 +61,14 @@ class ImageClassifier:
     def save(self, folder: str | Path, **extra: Any) -> None:
         """Write the folder as ``save_pretrained`` does; ``extra`` entries go into ``stillroom.json`` beside it."""
         network: Any = self.network
-        network.config.id2label = dict(enumerate(self.classes))
-        network.config.label2id = {name: i for i, name in enumerate(self.classes)}
-        network.save_pretrained(folder)
         side = {"sampler": self.sampler.to_dict(), "classes": self.classes, **extra}
+        outputs = list(self.classes)
+        if heads := two_heads(network):
+            outputs += [f"{name} (teacher's head)" for name in self.classes]
+            side["heads"] = {"align": heads.align, "zeta": heads.zeta}
+        network.config.id2label = dict(enumerate(outputs))
+        network.config.label2id = {name: i for i, name in enumerate(outputs)}
+        network.save_pretrained(folder)
         (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
 
     @classmethod
@@ -74,13 +82,41 @@ class ImageClassifier:
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise UserError(f"{folder} holds no classifier", cure=f"it needs {CONFIG} and {WEIGHTS}")
+        if is_text_image_model(folder):
+            raise UserError(
+                f"{folder} holds a text-image model, which knows no classes of its own",
+                cure="name it as a teacher, after the student's network: teacher=resnet-small,FOLDER",
+            )
         try:
             config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
             network = AutoModelForImageClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
         load_weights(network, folder / WEIGHTS)
-        return cls(network, [str(name) for _, name in sorted(config.id2label.items())])
+        side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+        classes = side.get("classes") or [str(name) for _, name in sorted(config.id2label.items())]
+        if "heads" in side:
+            restore(network, side["heads"])
+        return cls(network, classes, sampler_from_dict(side["sampler"]) if "sampler" in side else None)
+
+
+class Mixed(nn.Module):
+    """A network with two heads as one of a single head: images to the logarithm of the mixed probabilities."""
+
+    def __init__(self, classifier: ImageClassifier) -> None:
+        super().__init__()
+        self.whole, self.sampler = classifier.network, classifier.sampler
+        channels = config_of(classifier.network).num_channels
+        self.config = SimpleNamespace(num_labels=len(classifier.classes), num_channels=channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        sample: Any = self.sampler.sample
+        return sample(self.whole, images)
+
+
+def asked(classifier: ImageClassifier) -> nn.Module:
+    """The classifier as a network with one output for each class."""
+    return Mixed(classifier) if two_heads(classifier.network) else classifier.network
 
 
 def is_classifier(folder: Path) -> bool:

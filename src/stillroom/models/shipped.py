@@ -9,6 +9,7 @@ from stillroom.errors import UserError, nearest
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SHIPPED = {
     "fashion": "fashion-teacher",
+    "fashion-clip": "fashion-clip",
     "scenes-sd3": "scenes-sd3",
     "scenes-pixart": "scenes-pixart",
     "lightgen": "lightgen",

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Level = Literal["mechanism", "image"]
-TeacherKind = Literal["bench", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Arm:
     method: slug; empty: nothing is trained and the teacher itself is run by ``sampler``.
     options, engine: of the method's ``Options`` and of ``EngineConfig``.
     lora: roles that become adapters.
-    teacher: ``shuffled`` answers for the wrong class, the control that must fail.
+    teacher: ``bench``, the world's own; ``shuffled`` answers for the wrong class, the control that must fail; or the
+    name of another teacher that the world has.
     data: what the arm learns from, in the words of its world; empty: the world's own data.
     after: the arm whose finished student this one starts from, trained first at the same seed.
     """
@@ -29,7 +29,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] = field(default_factory=dict)
-    teacher: TeacherKind = "bench"
+    teacher: str = "bench"
     sampler: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     after: Arm | None = None

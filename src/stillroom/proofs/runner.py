@@ -57,7 +57,7 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
         "params": parameters(getattr(network, "network", network)),
         "latency_ms": round(speed.median_ms, 3),
     }
-    return {"scores": scores, "cost": cost, "health": facts["health"]}
+    return {"scores": scores, "cost": cost, "health": facts["health"], "means": facts["means"]}
 
 
 def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, dict[str, Any]]:
@@ -66,18 +66,19 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
     Raises TrainingDiverged.
     """
     world, started = world.at(seed), time.perf_counter()
-    facts: dict[str, Any] = {"steps": 0, "health": {}}
+    facts: dict[str, Any] = {"steps": 0, "health": {}, "means": {}}
     if not arm.method:
         network, sampler = world.network(**arm.data), sampler_from_dict(dict(arm.sampler))
     else:
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
-        method.build(world.teacher())
+        chosen = () if arm.teacher in ("bench", "shuffled") else (arm.teacher,)
+        given: Any = world.teacher(*chosen)
+        method.build(*given if isinstance(given, tuple) else (given,))
         network = method.role("student")
         if arm.after is not None:
             network.load_state_dict(finished_weights(arm.after, world, seed))
             started = time.perf_counter()  # what it starts from is another arm's cost
-        sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
         if steps := int(arm.engine.get("steps", 0)):
             settings: dict[str, Any] = {**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1}
             data = world.data(**arm.data)
@@ -87,7 +88,10 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
                 trainer = Trainer(method, data, EngineConfig(**settings), Path(folder))
                 trainer.fit()
                 network = trainer.export_role()
-                facts = {"steps": steps, "health": health_curves(Path(folder) / "metrics.jsonl")}
+                method.finish(network)
+                curves = Path(folder) / "metrics.jsonl"
+                facts = {"steps": steps, "health": health_curves(curves), "means": health_means(curves)}
+        sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
     return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -113,17 +117,22 @@ def options_of(arm: Arm) -> Any:
     return Recipe.from_dict({"method": arm.method, "options": dict(arm.options)}).method_options()
 
 
+def health_means(path: Path) -> dict[str, float]:
+    """``{"health/<name>": mean}`` over the second half of the training: a claim may compare them as it does scores."""
+    return {name: fmean(values) for name, values in _second_half(path).items() if name.startswith("health/")}
+
+
 def health_curves(path: Path) -> dict[str, list[float]]:
     """``{name: [least, greatest]}`` of each health number over the second half of the training."""
+    return {name: [min(values), max(values)] for name, values in _second_half(path).items()}
+
+
+def _second_half(path: Path) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = rows[len(rows) // 2 :]
     names = sorted({key for row in rows for key in row if key.startswith(("health/", "grad_norm/"))})
-    bands = {}
-    for name in names:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values:
-            bands[name] = [min(values), max(values)]
-    return bands
+    curves = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {name: values for name, values in curves.items() if values}
 
 
 def _work(arm: Arm, world: str, seed: int, out: Path) -> tuple[str, int, float]:
@@ -239,9 +248,17 @@ def read_arm(file: Path) -> dict[str, Any]:
     return run
 
 
+def score(run: dict[str, Any], metric: str) -> float:
+    """One score of a measured arm, or the mean of a health number (``health/<name>``): not a number, which loses every
+    comparison, where the arm has none (it was not trained, or diverged)."""
+    return run.get("means", {}).get(metric, math.nan) if metric.startswith("health/") else run["scores"][metric]
+
+
 def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    lefts = [run["scores"][claim.metric] for run in measured[claim.left]]
-    rights = [run["scores"][claim.metric] for run in measured[claim.right]] if claim.right else [None] * len(lefts)
+    lefts = [score(run, claim.metric) for run in measured[claim.left]]
+    rights: list[float | None] = [None] * len(lefts)
+    if claim.right:
+        rights = [score(run, claim.metric) for run in measured[claim.right]]
     return {
         "id": claim.id,
         "statement": claim.statement,
@@ -259,7 +276,7 @@ def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]
 
 
 def _summary(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    values = [run["scores"][metric] for run in runs]
+    values = [score(run, metric) for run in runs]
     finite = all(map(math.isfinite, values))
     keys = sorted({key for run in runs for key in run["cost"]})
     cost = {key: fmean(run["cost"][key] for run in runs if key in run["cost"]) for key in keys}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import PROOF_N, FashionBench, cache_folder
-from stillroom.bench.labels import DigitsBench, FashionLabelsBench, KernelClassifier
 from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.bench.scenes import ScenesBench
 from stillroom.bench.tiles import TilesBench
@@ -28,6 +27,7 @@ from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
 from stillroom.models.lora import LoraDenoiser
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.proofs.worlds_labels import DigitsWorld, FashionLabelsWorld, FashionSemiWorld, SemiDigitsWorld
 from stillroom.synthesis import synthesize
 
 Scores = dict[str, Any]
@@ -43,7 +43,7 @@ class World(Protocol):
         """The world as arms of this seed find it; itself, where the data are the same for all seeds."""
 
     def teacher(self) -> Any:
-        """What a method's ``build`` is given."""
+        """What a method's ``build`` is given, several networks as a tuple; worlds with a choice take its name."""
 
     def network(self, **wanted: Any) -> Any:
         """What an arm without a method runs: a teacher's own network."""
@@ -302,92 +302,22 @@ class ScenesWorld:
         return {k: v for k, v in found.items() if isinstance(v, (int, float, str)) and k != "reference"}
 
 
-class LabelledWorld:
-    """Images to be recognised, some of whose training labels are wrong; every seed splits and mislabels them anew.
-
-    ``mse``: of probabilities (or a regression's scores) and the true labels, one-hot, over images and classes.
-    """
-
-    name: str
-    metrics = ("accuracy", "mse")
-    bench: Any
-
-    def teacher(self) -> nn.Module:
-        return self.bench.network()
-
-    def data(self, images: int = 0) -> ArrayData:
-        return self.bench.data(images or self.bench.train.n)
-
-    def network(self, **wanted: Any) -> nn.Module:
-        raise UserError("this world has no trained network", cure="give every arm a method")
-
-    def mislead(self, method: Any, data: ArrayData) -> ArrayData:
-        def wrong(teacher: nn.Module, _: Any, output: Any) -> Any:
-            if teacher.training:  # it still learns, and what it will tell the student is what counts
-                return output
-            if isinstance(output, Tensor):
-                return output.roll(1, dims=-1)
-            output.logits = output.logits.roll(1, dims=-1)
-            return output
-
-        for teacher in getattr(method, "teachers", [getattr(method, "teacher", None)]):
-            teacher.register_forward_hook(wrong)
-        return data
-
-    def worst(self, metric: str) -> float:
-        return 0.0 if metric == "accuracy" else math.inf
-
-    def generator(self, network: Any, sampler: Sampler) -> Any:
-        def probabilities(images: Tensor) -> Tensor:
-            outputs = sampler.sample(network, images)
-            return outputs if isinstance(network, KernelClassifier) else outputs.softmax(-1)
-
-        return probabilities
-
-    def draw(self, generator: Any, n: int) -> Tensor:
-        return generator(self.bench.test.images(slice(n)))
-
-    def score(self, generator: Any, seed: int) -> Scores:
-        return dict(self.bench.score(generator))
-
-    def floor(self) -> Scores:
-        return dict(self.bench.floor())
-
-
-class DigitsWorld(LabelledWorld):
-    """8x8 digits and a small convolutional network. An arm without a method is kernel ridge regression, refitted as its
-    data say."""
-
-    name = "digits"
-
-    def __init__(self, seed: int = 0) -> None:
-        self.bench = DigitsBench(seed)
-
-    def at(self, seed: int) -> DigitsWorld:
-        return DigitsWorld(seed)
-
-    def network(self, **settings: Any) -> nn.Module:
-        return self.bench.kernel_fit(**settings)
-
-
-class FashionLabelsWorld(LabelledWorld):
-    """Fashion-MNIST and a small ResNet."""
-
-    name = "fashion-labels"
-
-    def __init__(self, seed: int = 0) -> None:
-        self.bench = FashionLabelsBench(seed)
-
-    def at(self, seed: int) -> FashionLabelsWorld:
-        return FashionLabelsWorld(seed)
-
-
 PAIRS_SEED = 77
 """Of the real scenes that preferences are learnt from."""
 
 WORLDS: dict[str, type] = {
     world.name: world
-    for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld, FashionLabelsWorld)
+    for world in (
+        RingWorld,
+        PairWorld,
+        FashionWorld,
+        TilesWorld,
+        ScenesWorld,
+        DigitsWorld,
+        FashionLabelsWorld,
+        SemiDigitsWorld,
+        FashionSemiWorld,
+    )
 }
 
 

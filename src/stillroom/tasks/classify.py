@@ -16,8 +16,10 @@ from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import calibration_error
-from stillroom.models.classifier import ImageClassifier, config_of, make_classifier
+from stillroom.models.classifier import ImageClassifier, asked, config_of, make_classifier
 from stillroom.models.families import parameter_count
+from stillroom.models.prompts import PromptClassifier, is_text_image_model
+from stillroom.models.shipped import SHIPPED, model_folder
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
@@ -42,7 +44,7 @@ class Classification(Task):
         self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
         if teacher is not None:
             given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-            self._networks = tuple(n.network if isinstance(n, ImageClassifier) else n for n in given)
+            self._networks = tuple(asked(n) if isinstance(n, ImageClassifier) else n for n in given)
         else:
             names = [name.strip() for name in recipe.teacher.split(",")]
             self._networks = tuple(self._read(name, recipe.engine.seed, i) for i, name in enumerate(names))
@@ -51,9 +53,11 @@ class Classification(Task):
 
     def _read(self, name: str, seed: int, place: int) -> nn.Module:
         """A network by name, untrained, or from a model folder."""
-        folder = Path(name).expanduser()
+        folder = model_folder(name) if name in SHIPPED else Path(name).expanduser()
+        if folder.is_dir() and is_text_image_model(folder):
+            return PromptClassifier.load(folder, self.data.classes, self.data.shape[0])
         if folder.is_dir():
-            return ImageClassifier.load(folder).network
+            return asked(ImageClassifier.load(folder))
         with torch.random.fork_rng():
             torch.manual_seed(mix("network", seed, place))
             return make_classifier(name, self.data.shape[0], len(self.data.classes))

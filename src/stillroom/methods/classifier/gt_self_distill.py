@@ -23,7 +23,7 @@ from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix, norm_penalty, probability_mse
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
 from stillroom.models.augment import random_flip, random_shift
-from stillroom.models.initial import fresh_weights
+from stillroom.models.initial import fresh_weights, overwrite
 
 Floats = NDArray[np.float64]
 Kernel = Literal["rbf", "linear", "precomputed"] | Callable[[Floats, Floats], Floats]
@@ -346,6 +346,7 @@ class GTSelfDistill(Method):
         flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image; there: 0.5
 
     options: Options
+    architecture: nn.Module
     weight: Tensor  # of the labels in this stage
     by_truth: Tensor  # held-out probabilities of round 1, [N, classes]
 
@@ -353,6 +354,8 @@ class GTSelfDistill(Method):
         self.student = unfrozen(copy.deepcopy(network))
         # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
         self.teacher = copy.deepcopy(network).requires_grad_(False).eval()
+        # A plain example of the network, no role of the method, so that it stays whole where the roles are sharded.
+        object.__setattr__(self, "architecture", copy.deepcopy(network))
         if self.options.start == "given":
             self.given = frozen(copy.deepcopy(network))
         self.register_buffer("weight", torch.ones(()))
@@ -399,7 +402,7 @@ class GTSelfDistill(Method):
             weight = float(self.options.gt_weight)
         self.weight.fill_(weight)
         if self.options.start == "random":
-            self.student.load_state_dict(fresh_weights(self.student, self.draw.index(2**31)))
+            overwrite(self.student, fresh_weights(self.architecture, self.draw.index(2**31)))
         elif self.options.start == "given":
             self.student.load_state_dict(self.given.state_dict())
 

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.data.outputs import Views, stored_outputs
 from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
 from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.soft_labels import ensemble_probabilities, soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import cutmix, random_flip, random_shift
+from stillroom.models.augment import Augmentation, cutmix_shares, random_flip, random_shift
 from stillroom.models.critics import LogitDiscriminator
 from stillroom.models.initial import fresh_weights
+from stillroom.models.text import weights_hash
 
 OPTIM = {"name": "sgd", "betas": (0.9, 0.0)}
 
@@ -42,6 +44,9 @@ class MEALV2(Method):
     Departures from the paper's code: the discriminator has a learning rate of its own (there the student's overwrites
     it) and no ReLU after its last layer (``final_relu`` puts it back; the loss then cannot fall below 0.347); it is at
     least 16 wide.
+
+    With ``stored`` (the paper's later, faster variant) the teachers are asked once, about ``views`` of every image, and
+    training reads their answers; a batch that CutMix mixes is then labelled by the mixture of its targets.
     """
 
     task = "classify"
@@ -61,6 +66,11 @@ class MEALV2(Method):
         shift: int = field(default=0, metadata={"min": 0})  # pixels that images are moved by
         flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image
         cutmix: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mixed batch
+        judged: Literal["logits", "probabilities"] = "logits"  # what the discriminator sees; FKD: probabilities
+        views: int = field(default=0, metadata={"min": 0})  # in which an image is seen by teachers; 0: always new ones
+        stored: str = ""  # folder that keeps what the teachers say of these views; written where it is not there
+        stored_keep: int = field(default=0, metadata={"min": 0})  # logits of each that are kept; 0: all; FKD: 5
+        stored_precision: Literal["float16", "float32"] = "float16"
 
     options: Options
     untaught = True  # whether the teachers are made and trained here
@@ -78,12 +88,23 @@ class MEALV2(Method):
             raise UserError(
                 "meal-v2 has no teachers", cure="name them after the student's network, or set options.teach_share to 1"
             )
+        if o.stored and self.untaught:
+            raise UserError("options.stored is for teachers that are given", cure="name them, or leave it empty")
+        if o.stored and not o.views:
+            raise UserError("options.stored needs options.views", cure="8 views of each image, for example")
+        self.augment = Views(Augmentation(shift=o.shift, flip=o.flip), o.views)
         self.student = unfrozen(copy.deepcopy(student))
         if not self.stages():
             raise UserError("every stage of meal-v2 has share 0", cure="set options.distil_share to 1, for example")
 
     @torch.no_grad()
     def prepare(self, data: Any) -> None:
+        o = self.options
+        if o.stored:
+            name = "+".join(weights_hash(teacher) for teacher in self.teachers)
+            kept: dict[str, Any] = {"keep": o.stored_keep, "precision": o.stored_precision}
+            self.store = stored_outputs(o.stored, self._all_logits, data, self.augment, name=name, **kept)
+            self.teachers = nn.ModuleList()
         if self.options.discriminator:
             rows = data.batch(0, 0, 2)["image"].to(next(self.student.parameters()).device)
             classes = class_logits(self.student, rows).shape[-1]
@@ -127,29 +148,52 @@ class MEALV2(Method):
         return {"label": F.cross_entropy(class_logits(self.student, self.images(batch)), batch["cond"]["label"])}
 
     # --- soft labels ------------------------------------------------------------------------------------------------
+    def _all_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """``[B, K, classes]``: what is stored."""
+        images = images.to(next(self.student.parameters()).device)
+        return {"logits": torch.stack([class_logits(teacher, images) for teacher in self.teachers], 1)}
+
     @torch.no_grad()
-    def taught(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """2. The target, the mean of the teachers' PROBABILITIES; and, for the discriminator, of their logits."""
-        teachers = list(self.teachers)
-        if self.options.ensemble == "random":
-            teachers = [teachers[self.draw.index(len(teachers))]]
-        logits = torch.stack([class_logits(teacher, images) for teacher in teachers])
-        return ensemble_probabilities(logits.unbind()), logits.mean(0)
+    def taught(self, images: Tensor, key: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """2. The target, the mean of the teachers' PROBABILITIES; and, for the discriminator, of their logits. 7. From
+        the store, by image and view (``key``), where there is one."""
+        if self.options.stored and key is not None:
+            logits = self.store.read(*key)["logits"].to(images.device).unbind(1)
+            if self.options.ensemble == "random":
+                logits = (logits[self.draw.index(len(logits))],)
+        else:
+            teachers = list(self.teachers)
+            if self.options.ensemble == "random":
+                teachers = [teachers[self.draw.index(len(teachers))]]
+            logits = [class_logits(teacher, images) for teacher in teachers]
+        return ensemble_probabilities(logits), torch.stack(list(logits)).mean(0)
+
+    def viewed(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The batch in one of its numbered views, or in a new one; and the views' keys."""
+        if not self.augment.count:
+            return self.images(batch), None
+        images, ids = batch["image"], batch["id"].cpu()
+        numbers = (self.draw.uniform(len(ids)) * self.augment.count).long().cpu()
+        return self.augment.of(images, ids, numbers), (ids, numbers)
 
     @turn(trains="student", optim=Optim(lr=0.01, **OPTIM))
     def distil(self, batch: Batch) -> Terms:
         """3. - sum_c p_c log softmax(S)_c, no labels; 4. plus the discriminator's loss: student rows are (1, 0),
         teacher rows (0, 1), and the sign is not turned."""
         o, label = self.options, batch["cond"]["label"]
-        images = cutmix(self.images(batch), self.draw, o.cutmix)
-        target, mean_logits = self.taught(images)
+        views, key = self.viewed(batch)
+        images, taken = cutmix_shares(views, self.draw, o.cutmix)
+        target, mean_logits = self.taught(images, key)
+        if o.stored and o.cutmix:
+            target, mean_logits = (t + taken[:, None] * (t.roll(1, 0) - t) for t in (target, mean_logits))
         logits = class_logits(self.student, images)
         terms = {"soft": (1 - o.gt_weight) * soft_cross_entropy(logits, target)}
         if o.gt_weight:
             terms["label"] = o.gt_weight * F.cross_entropy(logits, label)
         if o.discriminator:
-            terms["discriminator"] = o.discriminator * logit_discrimination(self.discriminator, logits, mean_logits)
-            self.shared["logits"] = logits.detach(), mean_logits
+            pair = (logits, mean_logits) if o.judged == "logits" else (logits.softmax(-1), target)
+            terms["discriminator"] = o.discriminator * logit_discrimination(self.discriminator, *pair)
+            self.shared["judged"] = tuple(part.detach() for part in pair)
         self.note("teacher_agreement", (logits.argmax(-1) == target.argmax(-1)).float().mean())
         self.note("target_entropy", -(target * target.clamp_min(1e-12).log()).sum(-1).mean())
         return terms
@@ -157,7 +201,7 @@ class MEALV2(Method):
     @turn(trains="discriminator", optim=Optim(lr=0.001, **OPTIM))
     def judge(self, batch: Batch) -> Terms:
         """5. The same step for the discriminator, from the logits that the student had."""
-        return {"discriminator": logit_discrimination(self.discriminator, *self.shared["logits"])}
+        return {"discriminator": logit_discrimination(self.discriminator, *self.shared["judged"])}
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()
