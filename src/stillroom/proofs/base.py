@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Level = Literal["mechanism", "image"]
-TeacherKind = Literal["bench", "shuffled"]
+TeacherKind = Literal["bench", "shuffled", "random"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Arm:
     method: slug; empty: nothing is trained and the teacher itself is run by ``sampler``.
     options, engine: of the method's ``Options`` and of ``EngineConfig``.
     lora: roles that become adapters.
-    teacher: ``shuffled`` answers for the wrong class, the control that must fail.
+    teacher: ``shuffled`` answers for the wrong class (or image), ``random`` has untrained weights: controls that must
+        fail.
     data: what the arm learns from, in the words of its world; empty: the world's own data.
     after: the arm whose finished student this one starts from, trained first at the same seed.
     """

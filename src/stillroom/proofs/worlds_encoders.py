@@ -1,0 +1,91 @@
+"""Worlds for image encoders, scored by probes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.bench.encoders import CanvasBench, EncoderBench, FashionEncodersBench
+from stillroom.data.source import ArrayData
+from stillroom.diffusion.sampling import Sampler
+from stillroom.errors import UserError
+from stillroom.evaluation.probes import NAMES
+from stillroom.models.encoder import ImageEncoder, encoder_of
+
+PLAIN = tuple(NAMES)
+
+
+class EncoderWorld:
+    """Images without labels, a masked autoencoder trained on them, and probes."""
+
+    name: str
+    metrics = PLAIN
+    bench: EncoderBench
+
+    def at(self, seed: int) -> EncoderWorld:
+        return self
+
+    def teacher(self) -> tuple[nn.Module, ...]:
+        """The student's network, then the masked autoencoder."""
+        return self.bench.network(self.bench.student, int(torch.randint(2**31, ()))), self.bench.teacher
+
+    def network(self, **wanted: Any) -> nn.Module:
+        """The masked teacher itself."""
+        return encoder_of(self.bench.teacher)
+
+    def data(self, **wanted: Any) -> ArrayData:
+        if wanted:
+            raise UserError(
+                f"this world has one set of data, not {', '.join(wanted)}", cure="leave the arm's data away"
+            )
+        return self.bench.train
+
+    def mislead(self, method: Any, data: ArrayData) -> ArrayData:
+        """Every teacher sees, in place of an image, the next one of the batch."""
+
+        def other(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].roll(1, 0), *args[1:])
+
+        for teacher in taught(method):
+            teacher.register_forward_pre_hook(other)
+        return data
+
+    def worst(self, metric: str) -> float:
+        return 0.0
+
+    def generator(self, network: nn.Module, sampler: Sampler) -> ImageEncoder:
+        return ImageEncoder(network, sampler)
+
+    def draw(self, generator: ImageEncoder, n: int) -> Tensor:
+        return ImageEncoder(encoder_of(generator.network)).features(self.bench.test.images(slice(n)))
+
+    def score(self, generator: ImageEncoder, seed: int) -> dict[str, Any]:
+        return dict(self.bench.score(generator.network))
+
+    def floor(self) -> dict[str, Any]:
+        return dict(self.bench.floor())
+
+
+def taught(method: Any) -> list[nn.Module]:
+    """The teachers that a method holds."""
+    return list(getattr(method, "teachers", None) or [method.teacher])
+
+
+class CanvasWorld(EncoderWorld):
+    """Digits on a larger canvas."""
+
+    name = "canvas"
+
+    def __init__(self) -> None:
+        self.bench = CanvasBench()
+
+
+class FashionEncodersWorld(EncoderWorld):
+    """Fashion-MNIST."""
+
+    name = "fashion-encoders"
+
+    def __init__(self) -> None:
+        self.bench = FashionEncodersBench()
