@@ -13,8 +13,15 @@ from torch import Tensor, nn
 import stillroom as sr
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
-from stillroom.evaluation.probes import few_labels, fine_tune, linear_probe, nearest_neighbours, noisy, occluded
-from stillroom.evaluation.probes import probe_scores
+from stillroom.evaluation.probes import (
+    few_labels,
+    fine_tune,
+    linear_probe,
+    nearest_neighbours,
+    noisy,
+    occluded,
+    probe_scores,
+)
 from stillroom.losses.pixels import masked_pixel_loss
 from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
 from stillroom.models.mae import (
@@ -77,7 +84,9 @@ def test_kept_patches_come_in_the_order_that_is_asked_for(network: Any, images: 
     everything = encode(network.vit, images)
     assert everything.shape == (5, 10, 48)
     order = torch.tensor([[7, 2, 4, 0, 8, 1, 3, 6, 5]]).expand(5, -1)
-    torch.testing.assert_close(encode(network.vit, images, order)[:, 1:], everything[:, 1:].gather(1, order[..., None].expand(-1, -1, 48)))
+    torch.testing.assert_close(
+        encode(network.vit, images, order)[:, 1:], everything[:, 1:].gather(1, order[..., None].expand(-1, -1, 48))
+    )
     few = encode(network.vit, images, order[:, :3])
     hidden = images.clone()
     for patch in (0, 8, 1, 3, 6, 5):
@@ -92,7 +101,9 @@ def test_the_pixel_loss_counts_removed_patches_alone_and_may_normalise() -> None
     rows = torch.cat([patches[0, 0], patches[1, 2]])
     assert float(masked_pixel_loss(predicted, patches, mask)) == pytest.approx(float(rows.square().mean()))
     unit = (torch.arange(4.0) - 1.5) / (5 / 3) ** 0.5  # every row is four numbers in steps of one
-    assert float(masked_pixel_loss(predicted, patches, mask, True)) == pytest.approx(float(unit.square().mean()), rel=1e-4)
+    assert float(masked_pixel_loss(predicted, patches, mask, True)) == pytest.approx(
+        float(unit.square().mean()), rel=1e-4
+    )
     assert float(masked_pixel_loss(predicted, patches, mask & False)) == 0.0
 
 

@@ -198,6 +198,11 @@ class Method(nn.Module):
         """Whether an optimizer's weight decay acts on this parameter. Default: on all."""
         return True
 
+    def rate(self, turn: Turn, name: str) -> float:
+        """The factor on a turn's learning rate for the parameter of this name (layer-wise decay). Default: 1 for
+        all."""
+        return 1.0
+
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""
         raise NotImplementedError

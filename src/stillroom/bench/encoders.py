@@ -35,7 +35,7 @@ class EncoderBench:
     student = "mae-nano"
     architecture = "mae-micro"
     mask_ratio = 0.75
-    steps = 1000
+    steps = 1200
     tuning = 300
     train: ArrayData
     probe: ArrayData
@@ -55,7 +55,8 @@ class EncoderBench:
             method = DMAE(DMAE.Options(alpha=0.0, mask_ratio=self.mask_ratio))
             method.build(self.network(self.architecture, TEACHER_SEED))
             engine = EngineConfig(
-                steps=self.steps, batch=128, seed=TEACHER_SEED, schedule="cosine", warmup=self.steps // 20,
+                steps=self.steps, batch=64, seed=TEACHER_SEED, schedule="cosine", warmup=self.steps // 20,
+                optim={"pretrain": {"lr": 1.5e-3}},
                 checkpoint_every=self.steps,
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,9 @@ class EncoderBench:
             tuned = fine_tune(network, self.probe.images(), self.probe.labels, classes, steps=steps, seed=TEACHER_SEED)
             return dict(tuned.state_dict())
 
-        empty = PooledClassifier(encoder_of(self.network(self.architecture if "tutor" in key else key.split()[1])), classes)
+        empty = PooledClassifier(
+            encoder_of(self.network(self.architecture if "tutor" in key else key.split()[1])), classes
+        )
         return self._kept(empty, f"{key} {steps}", make)
 
     def _kept(self, empty: nn.Module, what: str, make: Callable[[], dict[str, Tensor]]) -> nn.Module:
@@ -118,6 +121,7 @@ class CanvasBench(EncoderBench):
 
     name = "canvas"
     mask_ratio = 0.76  # 6 of 25 patches stay
+    steps = 1400
     copies = 5
 
     def __init__(self) -> None:
@@ -142,8 +146,8 @@ class CanvasBench(EncoderBench):
 
 
 def painted(ink: Tensor, seed: int, side: int = 20) -> tuple[Tensor, Tensor]:
-    """Digits ``[N, 1, 16, 16]`` (ink 0 to 1) on canvases ``[N, 1, side, side]``, pixels from -1 (none) to 1 or so; and what each
-    pixel belongs to, ``[N, side, side]``."""
+    """Digits ``[N, 1, 16, 16]`` (ink 0 to 1) on canvases ``[N, 1, side, side]``, pixels from -1 (none) to 1 or so;
+    and what each pixel belongs to, ``[N, side, side]``."""
     generator = torch.Generator().manual_seed(seed)
     n, _, size, _ = ink.shape
     corner = torch.randint(side - size + 1, (n, 2), generator=generator)

@@ -23,11 +23,15 @@ NOISE = 0.4
 FEW = 10
 """Labelled images per class for fine-tuning."""
 NAMES = {
-    "probe": "Linear probe", "knn": f"{NEIGHBOURS} nearest neighbours", "tuned": f"Fine-tuned on {FEW} images per class",
+    "probe": "Linear probe",
+    "knn": f"{NEIGHBOURS} nearest neighbours",
+    "tuned": f"Fine-tuned on {FEW} images per class",
     "probe_occluded": "Linear probe, a third of the patches covered",
-    "probe_noisy": f"Linear probe, noise {NOISE}", "agreement": "Linear probe agrees with the teacher's",
+    "probe_noisy": f"Linear probe, noise {NOISE}",
+    "agreement": "Linear probe agrees with the teacher's",
     "cka": "CKA with the teacher",
-}  # fmt: skip
+}
+"""The scores by name, in words."""
 
 
 def linear_probe(train: Tensor, labels: Tensor, *tests: Tensor) -> list[Tensor]:
@@ -116,13 +120,14 @@ def probe_scores(
     teacher: ImageEncoder | None = None,
     tuning: int = 100,
 ) -> dict[str, float]:
-    """Accuracies under the names of :data:`NAMES`; ``agreement`` and ``cka`` with the teacher where one is given; ``tuning``: steps of
-    fine-tuning.
+    """Accuracies under the names of :data:`NAMES`; ``agreement`` and ``cka`` with the teacher where one is given.
+    ``tuning``: steps of fine-tuning.
 
     The probes learn from the clean images of ``train`` and are asked about those of ``test``, then about the same
     images damaged.
     """
-    images, truth, config = test.images(), test.labels, _config(encoder)
+    images, truth = test.images(), test.labels
+    config: Any = encoder.network.config
     damaged = {"probe_occluded": occluded(images, config.patch_size), "probe_noisy": noisy(images)}
     seen = encoder.features(train.images())
     features = [encoder.features(x) for x in (images, *damaged.values())]
@@ -150,7 +155,3 @@ def patch_targets(dense: Tensor, patch: int) -> Tensor:
     """The commonest class in each patch: int ``[N, H, W]`` (classes from 0) to ``[N, patches]``."""
     pixels = patchify(dense[:, None].float(), patch).long()
     return pixels.mode(-1).values
-
-
-def _config(encoder: ImageEncoder) -> Any:
-    return encoder.network.config

@@ -118,10 +118,50 @@ class PooledClassifier(nn.Module):
         return self.head(self.norm(encode(self.encoder, images)[:, 1:].mean(1)))
 
 
-def encoder_of(network: Any) -> nn.Module:
+def encoder_of(network: Any) -> Any:
     """The encoder inside a masked autoencoder or a classifier, or the network itself."""
     if isinstance(network, PooledClassifier):
         return network.encoder
     if type(network).__name__ in ("CLIPVisionModel",):
         return network
     return getattr(network, "base_model", network)  # transformers' name for a model without its heads
+
+
+def make_vit_classifier(encoder: Any, classes: int, kind: str) -> nn.Module:
+    """A DeiT of transformers in the shape of a masked autoencoder's encoder, with new heads (standard deviation 2e-5)
+    and a distillation token. kind: ``DeiTForImageClassificationWithTeacher``, one head at the class token and one at
+    the distillation token, averaged for the answer; or ``DeiTForImageClassification``, the first alone."""
+    import transformers
+
+    theirs = encoder.config
+    names = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "image_size", "patch_size", "num_channels", "qkv_bias",
+    )  # fmt: skip
+    settings: dict[str, Any] = {name: getattr(theirs, name) for name in names}
+    settings["num_labels"] = classes
+    network = getattr(transformers, kind)(transformers.DeiTConfig(**settings))
+    for name in ("image_mean", "image_std"):
+        if hasattr(theirs, name):
+            setattr(network.config, name, getattr(theirs, name))
+    for name, head in network.named_children():
+        if name.endswith("classifier"):
+            nn.init.trunc_normal_(head.weight, std=2e-5)
+            nn.init.zeros_(head.bias)
+    nn.init.trunc_normal_(network.deit.embeddings.distillation_token, std=0.02)
+    return carry_encoder(encoder, network)
+
+
+@torch.no_grad()
+def carry_encoder(encoder: nn.Module, classifier: Any) -> nn.Module:
+    """Copy an encoder's weights into a DeiT of its shape, by name. Distillation token and heads stay; the token's
+    position becomes 0. Raises UserError where anything else is left over."""
+    weights = dict(encoder.state_dict())
+    position = weights.pop("embeddings.position_embeddings")
+    between = torch.zeros_like(position[:, :1])
+    weights["embeddings.position_embeddings"] = torch.cat([position[:, :1], between, position[:, 1:]], 1)
+    report = classifier.deit.load_state_dict(weights, strict=False)
+    left = [*(k for k in report.missing_keys if k != "embeddings.distillation_token"), *report.unexpected_keys]
+    if left:
+        raise UserError(f"the encoder has no place for {left[0]!r} in a DeiT", cure="give a ViTMAEModel as the student")
+    return classifier

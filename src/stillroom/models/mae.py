@@ -1,5 +1,5 @@
-"""Masked autoencoders of transformers (``ViTMAEModel``, ``ViTMAEForPreTraining``) under masks that come from outside, so
-that two networks can share one (arXiv 2111.06377)."""
+"""Masked autoencoders of transformers (``ViTMAEModel``, ``ViTMAEForPreTraining``) under masks that come from outside,
+so that two networks can share one (arXiv 2111.06377)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def encode(network: nn.Module, images: Tensor, ids_keep: Tensor | None = None) -
     if not is_masked(network):
         if ids_keep is not None:
             raise UserError(
-                f"{type(network).__name__} cannot leave patches out", cure="the student is a ViTMAEModel of transformers"
+                f"{type(network).__name__} cannot leave patches out",
+                cure="the student is a ViTMAEModel of transformers",
             )
         hidden = network(images).last_hidden_state
         return torch.cat([hidden[:, :1], hidden[:, hidden.shape[1] - patch_count(network) :]], 1)
@@ -180,7 +181,9 @@ def make_encoder(name: str, channels: int, side: int) -> nn.Module:
         )
     patch = 4 if side <= 64 else 16
     if side % patch:
-        raise UserError(f"images of side {side} do not split into patches of {patch}", cure=f"use a multiple of {patch}")
+        raise UserError(
+            f"images of side {side} do not split into patches of {patch}", cure=f"use a multiple of {patch}"
+        )
     width, blocks, heads, narrow, decoder_blocks, decoder_heads = ARCHITECTURES[name]
     config = ViTMAEConfig(
         hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, intermediate_size=4 * width,

@@ -131,7 +131,12 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     """The four numbers at the top: ``value``, ``label``, ``note``."""
     tiles = []
     scores, student, names = result.get("scores", {}), result.get("student", {}), teachers(result)
-    for key, label in (("sceneeval", "SceneEval"), ("fd", "Fréchet distance"), ("accuracy", "Accuracy"), ("probe", "Linear probe")):
+    for key, label in (
+        ("sceneeval", "SceneEval"),
+        ("fd", "Fréchet distance"),
+        ("accuracy", "Accuracy"),
+        ("probe", "Linear probe"),
+    ):
         if key in scores.get("student", {}):
             beside = [f"{who} {number(scores[who][key])}" for who in (*names, "floor") if key in scores.get(who, {})]
             tiles.append({"value": number(scores["student"][key]), "label": label, "note": ", ".join(beside)})

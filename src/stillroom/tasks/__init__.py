@@ -35,7 +35,8 @@ def make_task(name: str) -> Task:
 
 
 def load_model(folder: Path) -> Generator:
-    """The model in a folder: an encoder, a classifier, or a generator, asked in words if it has a text encoder, else by class."""
+    """The model in a folder: an encoder, a classifier, or a generator, asked in words if it has a text encoder, else
+    by class."""
     from stillroom.models.classifier import ImageClassifier, is_classifier
     from stillroom.models.encoder import ImageEncoder, is_encoder
     from stillroom.models.folder import ImageGenerator

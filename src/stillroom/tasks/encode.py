@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stillroom.bench.encoders import FashionEncodersBench
 from stillroom.data.source import LABELS, ArrayData, load_data
-from stillroom.diffusion.sampling import ForwardPass, Sampler
+from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.probes import NAMES, probe_scores
@@ -72,12 +72,16 @@ class Encoding(Task):
         """An untrained network by name, a teacher of the bench by name, or a model folder."""
         folder = Path(name).expanduser()
         if folder.is_dir():
-            return (ImageClassifier if is_classifier(folder) and not is_encoder(folder) else ImageEncoder).load(
-                folder
-            ).network
+            return (
+                (ImageClassifier if is_classifier(folder) and not is_encoder(folder) else ImageEncoder)
+                .load(folder)
+                .network
+            )
         if name in TRAINED:
             if recipe.data != "fashion":
-                raise UserError(f"teacher {name!r} knows Fashion-MNIST alone", cure="give the folder of one of your own")
+                raise UserError(
+                    f"teacher {name!r} knows Fashion-MNIST alone", cure="give the folder of one of your own"
+                )
             say(f"teacher {name} (trained on first use, then kept)")
             return TRAINED[name](FashionEncodersBench())
         if place and name in ARCHITECTURES:
@@ -116,7 +120,9 @@ class Encoding(Task):
     def measure(self, recipe: Recipe, student: ImageEncoder | ImageClassifier) -> dict[str, Any]:
         teachers = self.teachers()
         everyone = {"student": ImageEncoder(encoder_of(student.network)), **teachers}
-        measured: dict[str, Any] = {who: {"nfe": 1, "params": parameter_count(e.network)} for who, e in everyone.items()}
+        measured: dict[str, Any] = {
+            who: {"nfe": 1, "params": parameter_count(e.network)} for who, e in everyone.items()
+        }
         kind = "classify" if isinstance(student, ImageClassifier) else "encode"
         facts: dict[str, Any] = {"task": kind, **measured}
         if recipe.evaluate.n == 0:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +16,7 @@ from stillroom.errors import UserError
 from stillroom.losses.features import l1, mse, normalised
 from stillroom.losses.layer_maps import at_fraction
 from stillroom.losses.pixels import masked_pixel_loss
-from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
 from stillroom.models.augment import random_flip, random_shift
 from stillroom.models.encoder import encoder_of
 from stillroom.models.mae import (
@@ -114,11 +115,11 @@ class DMAE(Method):
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return learned(super().trained_parameters(name))
 
-    def turns(self):  # noqa: ANN201 - as the base class
+    def turns(self) -> tuple[Turn, ...]:
         """Without a decoder that nothing would train, and without projectors where there is no teacher."""
         o, (only,) = self.options, super().turns()
         trains = ("student", *(("decoder",) if o.pixels else ()), *(("projectors",) if o.alpha else ()))
-        return (type(only)(only.name, trains, only.every, only.optim),)
+        return (dataclasses.replace(only, trains=trains),)
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
