@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from stillroom.bench.fashion import cache_folder, cached_tensors
 from stillroom.data.source import LABELS, ArrayData, load_data
+from stillroom.diffusion.sampling import class_logits
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer, mix
-from stillroom.evaluation.probes import fine_tune, probe_scores
+from stillroom.evaluation.probes import accuracy, fine_tune, occluded, probe_scores
 from stillroom.methods.masked.dmae import DMAE
 from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
 from stillroom.models.mae import make_encoder
@@ -104,6 +105,18 @@ class EncoderBench:
         return probe_scores(
             ImageEncoder(encoder_of(network)), self.probe, self.test, ImageEncoder(encoder_of(self.teacher))
         )
+
+    def recognition(self, classifier: nn.Module) -> Scores:
+        """``accuracy`` of a network of class logits on test images, and ``accuracy_occluded`` on covered ones."""
+        images, patch = self.test.images(), encoder_of(classifier).config.patch_size
+
+        def logits(rows: Tensor) -> Tensor:
+            return class_logits(classifier, rows)
+
+        return {
+            "accuracy": accuracy(logits, images, self.test.labels),
+            "accuracy_occluded": accuracy(logits, occluded(images, patch), self.test.labels),
+        }
 
     def floor(self) -> dict[str, Any]:
         """The same scores of the masked teacher, and the number of test images."""

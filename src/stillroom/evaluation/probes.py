@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ def noisy(images: Tensor, seed: int = 0, std: float = NOISE) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch: int = 250) -> float:
-    """Share of images that a network of class logits gets right."""
+def accuracy(classifier: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch: int = 250) -> float:
+    """Share of images that ``classifier``, images to class logits, gets right."""
     found = torch.cat([classifier(part).argmax(-1) for part in images.split(batch)])
     return float((found == labels).float().mean())
 

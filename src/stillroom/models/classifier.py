@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
-from stillroom.models.folder import SIDE_FILE, load_weights
+from stillroom.models.folder import SIDE_FILE, read_shards
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PAIR = "use the matching pair"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet-small": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
     "resnet-18": {
@@ -79,8 +80,26 @@ class ImageClassifier:
             network = AutoModelForImageClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
-        load_weights(network, folder / WEIGHTS)
+        network = pretrained(type(network), folder)
         return cls(network, [str(name) for _, name in sorted(config.id2label.items())])
+
+
+def pretrained(cls: Any, folder: Path) -> nn.Module:
+    """A model of a class of transformers from its folder, weights in safetensors only, in eval mode. Names of older
+    versions of transformers are understood. Raises UserError for weights that are missing, damaged or of another
+    shape."""
+    read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
+    try:
+        network, report = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        detail = str(error).strip().splitlines()[-1]
+        raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {detail}", cure=PAIR) from error
+    wrong = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if wrong := wrong or [str(key) for key in report["mismatched_keys"]]:
+        raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {sorted(wrong)[0]}", cure=PAIR)
+    return network.eval()
 
 
 def is_classifier(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.errors import UserError
-from stillroom.models.classifier import CONFIG, WEIGHTS
+from stillroom.models.classifier import CONFIG, pretrained
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE
 from stillroom.models.mae import encode
@@ -57,8 +57,8 @@ class ImageEncoder:
         processor = {
             "image_processor_type": "ViTImageProcessor",
             "size": {"height": config.image_size, "width": config.image_size},
-            "image_mean": getattr(config, "image_mean", middle),
-            "image_std": getattr(config, "image_std", middle),
+            "image_mean": getattr(config, "image_mean", None) or middle,
+            "image_std": getattr(config, "image_std", None) or middle,
         }
         (folder / PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
         (folder / SIDE_FILE).write_text(json.dumps({"sampler": self.sampler.to_dict(), **extra}, indent=2) + "\n")
@@ -76,18 +76,7 @@ class ImageEncoder:
         if not is_encoder(folder):
             raise UserError(f"{folder} holds no image encoder", cure=f"known classes: {', '.join(ENCODERS)}")
         name = read_json(folder / CONFIG)["architectures"][0]
-        try:
-            network, report = getattr(transformers, name).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except Exception as error:  # the reader of safetensors has exceptions of its own
-            raise UserError(f"{folder / WEIGHTS} cannot be read: {error}", cure="copy the folder again") from error
-        missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
-        if missing or report["mismatched_keys"]:
-            raise UserError(
-                f"{folder / WEIGHTS} does not fit its {CONFIG}: {(missing or sorted(report['mismatched_keys']))[0]}",
-                cure="use the matching pair",
-            )
+        network: Any = pretrained(getattr(transformers, name), folder)
         if (folder / PROCESSOR).is_file() and not hasattr(network.config, "image_mean"):
             processor = read_json(folder / PROCESSOR)
             if processor.get("image_mean") is not None:
@@ -141,9 +130,6 @@ def make_vit_classifier(encoder: Any, classes: int, kind: str) -> nn.Module:
     settings: dict[str, Any] = {name: getattr(theirs, name) for name in names}
     settings["num_labels"] = classes
     network = getattr(transformers, kind)(transformers.DeiTConfig(**settings))
-    for name in ("image_mean", "image_std"):
-        if hasattr(theirs, name):
-            setattr(network.config, name, getattr(theirs, name))
     for name, head in network.named_children():
         if name.endswith("classifier"):
             nn.init.trunc_normal_(head.weight, std=2e-5)

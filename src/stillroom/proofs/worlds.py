@@ -28,7 +28,12 @@ from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
 from stillroom.models.lora import LoraDenoiser
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
-from stillroom.proofs.worlds_encoders import CanvasWorld, FashionEncodersWorld
+from stillroom.proofs.worlds_encoders import (
+    CanvasLabelsWorld,
+    CanvasWorld,
+    FashionEncodersLabelsWorld,
+    FashionEncodersWorld,
+)
 from stillroom.synthesis import synthesize
 
 Scores = dict[str, Any]
@@ -398,6 +403,8 @@ WORLDS: dict[str, type] = {
         FashionLabelsWorld,
         CanvasWorld,
         FashionEncodersWorld,
+        CanvasLabelsWorld,
+        FashionEncodersLabelsWorld,
     )
 }
 

@@ -49,7 +49,7 @@ class EncoderWorld:
             return (args[0].roll(1, 0), *args[1:])
 
         for teacher in taught(method):
-            teacher.register_forward_pre_hook(other)
+            encoder_of(teacher).register_forward_pre_hook(other)
         return data
 
     def worst(self, metric: str) -> float:
@@ -70,7 +70,8 @@ class EncoderWorld:
 
 def taught(method: Any) -> list[nn.Module]:
     """The teachers that a method holds."""
-    return list(getattr(method, "teachers", None) or [method.teacher])
+    single = [found for name in ("teacher", "tutor") if (found := getattr(method, name, None)) is not None]
+    return [*getattr(method, "teachers", ()), *single]
 
 
 class CanvasWorld(EncoderWorld):
@@ -82,10 +83,44 @@ class CanvasWorld(EncoderWorld):
         self.bench = CanvasBench()
 
 
+class LabelledEncoderWorld(EncoderWorld):
+    """The same with a classifier, the masked teacher fine-tuned, for students that end as classifiers: ``accuracy`` on
+    test images, ``accuracy_occluded`` on those with a third of their patches covered."""
+
+    metrics = (*PLAIN, "accuracy", "accuracy_occluded")
+
+    def teacher(self) -> tuple[nn.Module, ...]:
+        return (*super().teacher(), self.bench.tutor)
+
+    def network(self, **wanted: Any) -> nn.Module:
+        return self.bench.tutor
+
+    def score(self, generator: ImageEncoder, seed: int) -> dict[str, Any]:
+        return super().score(generator, seed) | self.bench.recognition(generator.network)
+
+
 class FashionEncodersWorld(EncoderWorld):
     """Fashion-MNIST."""
 
     name = "fashion-encoders"
+
+    def __init__(self) -> None:
+        self.bench = FashionEncodersBench()
+
+
+class CanvasLabelsWorld(LabelledEncoderWorld):
+    """Digits on a larger canvas, with labels."""
+
+    name = "canvas-labels"
+
+    def __init__(self) -> None:
+        self.bench = CanvasBench()
+
+
+class FashionEncodersLabelsWorld(LabelledEncoderWorld):
+    """Fashion-MNIST, with labels."""
+
+    name = "fashion-encoders-labels"
 
     def __init__(self) -> None:
         self.bench = FashionEncodersBench()

@@ -28,7 +28,6 @@ from stillroom.models.mae import (
     encode,
     learned,
     masking,
-    own_pixels,
     patch_count,
     patchify,
     require_decoder,
@@ -92,6 +91,7 @@ class G2SD(Method):
         if not (o.generic_share or o.specific_share):
             raise UserError("every stage of g2sd has share 0", cure="set options.generic_share to 1, for example")
         own = unfrozen(copy.deepcopy(require_decoder(student, "student")))
+        own.config.image_mean = None  # it learns from pixels in [-1, 1], as a classifier will see them
         self.student, self.decoder = own.vit, own.decoder  # with a specific stage, until prepare() knows the classes
         self.patch, self.patches = own.config.patch_size, patch_count(own)
         masking(torch.zeros(1, self.patches), o.mask_ratio)  # a ratio that leaves nothing is refused here
@@ -197,7 +197,7 @@ class G2SD(Method):
         latent = encode(self.pretrained, images, mask.ids_keep)
         if o.target == "pixels":
             predicted = decode(self.decoder, latent, mask.ids_restore)
-            patches = patchify(own_pixels(self.pretrained, images), self.patch)
+            patches = patchify(images, self.patch)
             return {"pixels": masked_pixel_loss(predicted, patches, mask.mask)}
         with self.taps.recording() as features:
             decode(self.decoder, latent, mask.ids_restore)
@@ -224,7 +224,7 @@ class G2SD(Method):
         images, soft = mix_images(images, soft, self.draw, o.mixup, o.cutmix)
         if o.specific == "labels":
             return {"label": soft_cross_entropy(class_logits(self.student, images), soft)}
-        output, decided = self.student(own_pixels(self.student, images)), self.told(images).argmax(-1)
+        output, decided = self.student(images), self.told(images).argmax(-1)
         self.note("teacher_agreement", (output.logits.argmax(-1) == decided).float().mean())
         return {
             "label": (1 - o.hard_weight) * soft_cross_entropy(output.cls_logits, soft),
