@@ -19,7 +19,15 @@ from stillroom.data.source import LABELS, ArrayData, load_data
 from stillroom.diffusion.sampling import class_logits
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer, mix
-from stillroom.evaluation.probes import accuracy, fine_tune, occluded, probe_scores
+from stillroom.evaluation.probes import (
+    accuracy,
+    attention_collapse,
+    dense_probe,
+    fine_tune,
+    occluded,
+    patch_targets,
+    probe_scores,
+)
 from stillroom.methods.masked.dmae import DMAE
 from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
 from stillroom.models.mae import make_encoder
@@ -34,6 +42,7 @@ class EncoderBench:
 
     name: str
     student = "mae-nano"
+    twin = "mae-mini"  # of a student that learns from two teachers, and of the supervised one
     architecture = "mae-micro"
     mask_ratio = 0.75
     steps = 1200
@@ -70,18 +79,18 @@ class EncoderBench:
 
     @cached_property
     def tutor(self) -> nn.Module:
-        """The teacher's encoder, fine-tuned on the labels of ``probe``."""
+        """The teacher's encoder, fine-tuned on the labels of ``train``."""
         return self._tuned(self.teacher, f"tutor {self.architecture} {self.mask_ratio} {self.steps}")
 
     def supervised(self, architecture: str) -> nn.Module:
-        """An encoder of this architecture, trained from nothing on the labels of ``probe``, with its head."""
+        """An encoder of this architecture, trained from nothing on the labels of ``train``, with its head."""
         return self._tuned(self.network(architecture, TEACHER_SEED), f"supervised {architecture}", 2)
 
     def _tuned(self, network: nn.Module, key: str, longer: int = 1) -> nn.Module:
         classes, steps = len(self.probe.classes), self.tuning * longer
 
         def make() -> dict[str, Tensor]:
-            tuned = fine_tune(network, self.probe.images(), self.probe.labels, classes, steps=steps, seed=TEACHER_SEED)
+            tuned = fine_tune(network, self.train.images(), self.train.labels, classes, steps=steps, seed=TEACHER_SEED)
             return dict(tuned.state_dict())
 
         empty = PooledClassifier(
@@ -118,6 +127,12 @@ class EncoderBench:
             "accuracy_occluded": accuracy(logits, occluded(images, patch), self.test.labels),
         }
 
+    def diversity(self, network: nn.Module) -> Scores:
+        """``collapse`` of the last layer's attention, and ``collapse_gap``, its distance from the masked teacher's."""
+        images = self.test.images(slice(200))
+        mine, theirs = (attention_collapse(encoder_of(n), images) for n in (network, self.teacher))
+        return {"collapse": mine, "collapse_gap": abs(mine - theirs)}
+
     def floor(self) -> dict[str, Any]:
         """The same scores of the masked teacher, and the number of test images."""
         found = probe_scores(ImageEncoder(encoder_of(self.teacher)), self.probe, self.test)
@@ -134,7 +149,7 @@ class CanvasBench(EncoderBench):
 
     name = "canvas"
     mask_ratio = 0.76  # 6 of 25 patches stay
-    steps = 1400
+    steps = 2400
     copies = 5
 
     def __init__(self) -> None:
@@ -156,6 +171,13 @@ class CanvasBench(EncoderBench):
 
         self.train = part(train.repeat(self.copies), 1, "training")
         self.probe, self.test = part(train, 2, "labelled"), part(test, 3, "test")
+
+    def dense_score(self, network: nn.Module) -> Scores:
+        """``dense``: the accuracy of a linear probe on single patches, what each belongs to."""
+        encoder = ImageEncoder(encoder_of(network))
+        patch = encoder.network.config.patch_size
+        seen, asked = (patch_targets(self.dense[what], patch) for what in ("labelled", "test"))
+        return {"dense": dense_probe(encoder, self.probe.images(), seen, self.test.images(), asked)}
 
 
 def painted(ink: Tensor, seed: int, side: int = 20) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
-from stillroom.losses.features import cka_loss
+from stillroom.losses.features import cka_loss, relation
 from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
-from stillroom.models.mae import learned, patchify
+from stillroom.models.mae import block, encode, learned, patchify, projection_path
+from stillroom.models.taps import Taps, split_heads
 
 NEIGHBOURS = 10
 OCCLUDED = 1 / 3
@@ -150,6 +151,32 @@ def probe_scores(
         (told,) = linear_probe(teacher.features(train.images()), train.labels, theirs)
         scores |= {"agreement": share(clean, told), "cka": 1 - float(cka_loss(features[0], theirs))}
     return scores
+
+
+def dense_probe(
+    encoder: ImageEncoder, images: Tensor, targets: Tensor, test: Tensor, truth: Tensor, rows: int = 5000
+) -> float:
+    """Accuracy of a linear probe on single tokens, which learns from ``rows`` of them at random; targets
+    ``[N, patches]``."""
+    seen, asked = (encoder.tokens(x).flatten(0, 1) for x in (images, test))
+    chosen = torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[:rows]
+    (found,) = linear_probe(seen[chosen], targets.flatten()[chosen], asked)
+    return float((found == truth.flatten()).float().mean())
+
+
+@torch.no_grad()
+def attention_collapse(network: Any, images: Tensor) -> float:
+    """Mean cosine of two heads' attention maps in the last layer, over images and pairs of heads: 1 where all heads
+    look alike. Maps are softmax of scaled products of queries and keys."""
+    last = block(network, -1)
+    taps = {part: projection_path(network, last, part) for part in ("query", "key")}
+    with Taps(network, taps) as reading, reading.recording() as features:
+        encode(network, images)
+    heads = network.config.num_attention_heads
+    maps = relation(*(split_heads(features[part], heads) for part in ("query", "key"))).softmax(-1)
+    unit = F.normalize(maps.flatten(2), dim=-1)
+    cosines = unit @ unit.transpose(1, 2)
+    return float(cosines[:, ~torch.eye(heads, dtype=torch.bool)].mean())
 
 
 def patch_targets(dense: Tensor, patch: int) -> Tensor:

@@ -30,9 +30,11 @@ from stillroom.models.lora import LoraDenoiser
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 from stillroom.proofs.worlds_encoders import (
     CanvasLabelsWorld,
+    CanvasTwoWorld,
     CanvasWorld,
     FashionEncodersLabelsWorld,
     FashionEncodersWorld,
+    FashionTwoWorld,
 )
 from stillroom.synthesis import synthesize
 
@@ -405,6 +407,8 @@ WORLDS: dict[str, type] = {
         FashionEncodersWorld,
         CanvasLabelsWorld,
         FashionEncodersLabelsWorld,
+        CanvasTwoWorld,
+        FashionTwoWorld,
     )
 }
 

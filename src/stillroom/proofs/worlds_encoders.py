@@ -99,6 +99,26 @@ class LabelledEncoderWorld(EncoderWorld):
         return super().score(generator, seed) | self.bench.recognition(generator.network)
 
 
+class TwoTeacherWorld(EncoderWorld):
+    """A supervised encoder beside the masked one. ``collapse``: how alike the heads of the last layer look;
+    ``collapse_gap``: how far that is from the masked teacher."""
+
+    metrics = (*PLAIN, "collapse", "collapse_gap")
+
+    def teacher(self) -> tuple[nn.Module, ...]:
+        seed = int(torch.randint(2**31, ()))
+        return self.bench.network(self.bench.twin, seed), self.bench.supervised(self.bench.twin), self.bench.teacher
+
+    def network(self, teacher: str = "masked") -> nn.Module:
+        return encoder_of(self.bench.supervised(self.bench.twin) if teacher == "supervised" else self.bench.teacher)
+
+    def worst(self, metric: str) -> float:
+        return float("inf") if metric.startswith("collapse") else 0.0
+
+    def score(self, generator: ImageEncoder, seed: int) -> dict[str, Any]:
+        return super().score(generator, seed) | self.bench.diversity(generator.network)
+
+
 class FashionEncodersWorld(EncoderWorld):
     """Fashion-MNIST."""
 
@@ -121,6 +141,29 @@ class FashionEncodersLabelsWorld(LabelledEncoderWorld):
     """Fashion-MNIST, with labels."""
 
     name = "fashion-encoders-labels"
+
+    def __init__(self) -> None:
+        self.bench = FashionEncodersBench()
+
+
+class CanvasTwoWorld(TwoTeacherWorld):
+    """Digits on a larger canvas; ``dense``: whether single patches know which quarter of a digit they belong to."""
+
+    name = "canvas-two"
+    metrics = (*TwoTeacherWorld.metrics, "dense")
+    bench: CanvasBench
+
+    def __init__(self) -> None:
+        self.bench = CanvasBench()
+
+    def score(self, generator: ImageEncoder, seed: int) -> dict[str, Any]:
+        return super().score(generator, seed) | self.bench.dense_score(generator.network)
+
+
+class FashionTwoWorld(TwoTeacherWorld):
+    """Fashion-MNIST."""
+
+    name = "fashion-two"
 
     def __init__(self) -> None:
         self.bench = FashionEncodersBench()

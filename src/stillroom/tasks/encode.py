@@ -28,7 +28,7 @@ from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 TRAINED = {
     "fashion-mae": lambda bench: bench.teacher,
     "fashion-mae-tuned": lambda bench: bench.tutor,
-    "fashion-supervised": lambda bench: bench.supervised(bench.student),
+    "fashion-supervised": lambda bench: bench.supervised(bench.twin),
 }
 """Teachers of the bench by name, trained on first use and kept in the cache."""
 PROBE = 3000
