@@ -175,7 +175,7 @@ class CanvasBench(EncoderBench):
     def dense_score(self, network: nn.Module) -> Scores:
         """``dense``: the accuracy of a linear probe on single patches, what each belongs to."""
         encoder = ImageEncoder(encoder_of(network))
-        patch = encoder.network.config.patch_size
+        patch = encoder_of(network).config.patch_size
         seen, asked = (patch_targets(self.dense[what], patch) for what in ("labelled", "test"))
         return {"dense": dense_probe(encoder, self.probe.images(), seen, self.test.images(), asked)}
 

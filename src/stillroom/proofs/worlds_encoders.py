@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.encoders import CanvasBench, EncoderBench, FashionEncodersBench
+from stillroom.bench.encoders import CanvasBench, FashionEncodersBench
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
@@ -21,8 +21,8 @@ class EncoderWorld:
     """Images without labels, a masked autoencoder trained on them, and probes."""
 
     name: str
-    metrics = PLAIN
-    bench: EncoderBench
+    metrics: tuple[str, ...] = PLAIN
+    bench: Any
 
     def at(self, seed: int) -> EncoderWorld:
         return self
@@ -87,7 +87,7 @@ class LabelledEncoderWorld(EncoderWorld):
     """The same with a classifier, the masked teacher fine-tuned, for students that end as classifiers: ``accuracy`` on
     test images, ``accuracy_occluded`` on those with a third of their patches covered."""
 
-    metrics = (*PLAIN, "accuracy", "accuracy_occluded")
+    metrics: tuple[str, ...] = (*PLAIN, "accuracy", "accuracy_occluded")
 
     def teacher(self) -> tuple[nn.Module, ...]:
         return (*super().teacher(), self.bench.tutor)
@@ -103,14 +103,15 @@ class TwoTeacherWorld(EncoderWorld):
     """A supervised encoder beside the masked one. ``collapse``: how alike the heads of the last layer look;
     ``collapse_gap``: how far that is from the masked teacher."""
 
-    metrics = (*PLAIN, "collapse", "collapse_gap")
+    metrics: tuple[str, ...] = (*PLAIN, "collapse", "collapse_gap")
 
     def teacher(self) -> tuple[nn.Module, ...]:
         seed = int(torch.randint(2**31, ()))
         return self.bench.network(self.bench.twin, seed), self.bench.supervised(self.bench.twin), self.bench.teacher
 
-    def network(self, teacher: str = "masked") -> nn.Module:
-        return encoder_of(self.bench.supervised(self.bench.twin) if teacher == "supervised" else self.bench.teacher)
+    def network(self, **wanted: Any) -> nn.Module:
+        """The masked teacher, or with ``teacher: supervised`` the other one."""
+        return encoder_of(self.bench.supervised(self.bench.twin) if wanted else self.bench.teacher)
 
     def worst(self, metric: str) -> float:
         return float("inf") if metric.startswith("collapse") else 0.0
@@ -150,8 +151,7 @@ class CanvasTwoWorld(TwoTeacherWorld):
     """Digits on a larger canvas; ``dense``: whether single patches know which quarter of a digit they belong to."""
 
     name = "canvas-two"
-    metrics = (*TwoTeacherWorld.metrics, "dense")
-    bench: CanvasBench
+    metrics: tuple[str, ...] = (*TwoTeacherWorld.metrics, "dense")
 
     def __init__(self) -> None:
         self.bench = CanvasBench()

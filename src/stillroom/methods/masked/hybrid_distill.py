@@ -78,7 +78,7 @@ class HybridDistill(Method):
                     f"the {who} {type(network).__name__} cannot leave patches out", cure="give a ViTMAEModel's folder"
                 )
         same_patches(self.student, *self.teachers)
-        mine, theirs = self.student.config, self.teachers[0].config
+        mine, theirs = self.student.config, encoder_of(self.teachers[0]).config
         self.projector = projector(mine.hidden_size, theirs.hidden_size, o.projector)
         self.heads = o.relation_heads or mine.num_attention_heads
         for network in (self.student, self.masked):
