@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import recipe_arm
 
-GENERIC, SPECIFIC, RATIO = 800, 300, 0.76
+GENERIC, SPECIFIC, RATIO = 1200, 300, 0.76
 
 
 def arm(name: str, steps: int, **options: Any) -> Arm:
@@ -60,6 +60,7 @@ STAGE_ONE = Proof(
             "probe", "control-shuffled", "Control: the decoder of another image does not", "generic",
             "shuffled-teacher", 0.05,
         ),
+        more("probe", "learns", "Training beats the untouched network", "generic", "untouched", 0.05),
     ),
 )  # fmt: skip
 
@@ -75,6 +76,7 @@ STAGE_TWO = Proof(
         both("generic-then-labels", specific="labels"),
         both("generic-then-nkd", specific="nkd"),
         WHOLE.with_("shuffled-teachers", teacher="shuffled"),
+        WHOLE.with_("untouched", engine={"steps": 0}),
     ),
     claims=(
         more(
@@ -106,6 +108,7 @@ IMAGE = Proof(
         MAIN,
         MAIN.with_("pixels-then-specific", options={"target": "pixels"}),
         MAIN.with_("specific-alone", options={"generic_share": 0.0}),
+        MAIN.with_("untouched", engine={"steps": 0}),
     ),
     claims=(
         more(
@@ -116,6 +119,7 @@ IMAGE = Proof(
             "accuracy", "both", "Both stages beat as many steps of the specific stage alone", "g2sd", "specific-alone",
             0.0, "abstract",
         ),
+        more("accuracy", "learns", "Training beats guessing", "g2sd", "untouched", 0.4),
     ),
 )  # fmt: skip
 

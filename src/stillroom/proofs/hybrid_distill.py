@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import recipe_arm
 
-ENGINE = {"steps": 600, "batch": 64, "warmup": 30, "schedule": "cosine", "log_every": 100}
+ENGINE = {"steps": 800, "batch": 64, "warmup": 30, "schedule": "cosine", "log_every": 100}
 
 
 def points(name: str, **options: Any) -> Arm:
