@@ -206,6 +206,11 @@ class Method(nn.Module):
         """Calibration after training (thresholds, mixing weights) of the network that becomes the student; called once,
         before :meth:`sampler`. Under several processes each calls it, with the same whole network. Default: nothing."""
 
+    def rate(self, turn: Turn, name: str) -> float:
+        """The factor on a turn's learning rate for the parameter of this name (layer-wise decay). Default: 1 for
+        all."""
+        return 1.0
+
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""
         raise NotImplementedError

@@ -62,12 +62,16 @@ class Player:
     def _make_optimizer(self, method: Method) -> torch.optim.Optimizer:
         o = self.optim
         shared: dict[str, Any] = {"lr": o.lr, "weight_decay": o.weight_decay, "fused": True}
-        groups: list[Any] = self.trained
-        spared = [p for name, p in self.parameters.items() if o.weight_decay and not method.decays(name, p)]
-        if spared:
-            ids = {id(p) for p in spared}
-            decayed = [p for p in self.trained if id(p) not in ids]
-            groups = [{"params": spared, "weight_decay": 0.0}, *([{"params": decayed}] if decayed else [])]
+        kinds: dict[
+            tuple[bool, float], list[nn.Parameter]
+        ] = {}  # (whether it is spared from decay, rate) -> parameters
+        for name, p in self.parameters.items():
+            spared = bool(o.weight_decay) and not method.decays(name, p)
+            kinds.setdefault((spared, method.rate(self.turn, name)), []).append(p)
+        groups: list[Any] = [
+            {"params": some, "rate": rate, **({"weight_decay": 0.0} if spared else {})}
+            for (spared, rate), some in kinds.items()
+        ]
         if o.name == "sgd":
             if any(hasattr(p, "full_tensor") for p in self.trained):
                 del shared["fused"]  # which torch has for Adam's sharded parameters only
@@ -91,7 +95,7 @@ class Player:
             if o.clip_norm > 0 or want_norm:
                 self.norm = clip_norm(gradients, o.clip_norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = o.lr * factor
+                group["lr"] = o.lr * factor * group["rate"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -117,3 +117,29 @@ def cutmix_shares(images: Tensor, draw: Draws, probability: float) -> tuple[Tens
     x = torch.arange(width, device=images.device) + 0.5
     inside = (y >= low[:, 0]) & (y < high[:, 0]) & (x >= low[:, 1]) & (x < high[:, 1])
     return torch.where(inside[:, None], images.roll(1, 0), images), inside.float().mean((1, 2))
+
+
+def mix_images(images: Tensor, targets: Tensor, draw: Draws, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Images ``[B, C, H, W]`` and their soft labels ``[B, classes]``, each mixed with its neighbour in the batch: by
+    mixup (arXiv 1710.09412), ``lambda`` from Beta(mixup, mixup), or by a rectangle (arXiv 1905.04899), ``lambda`` from
+    Beta(cutmix, cutmix) and then the share that is left outside it. Which of them is drawn for the batch where both
+    are above 0; labels are mixed as the images are."""
+    from scipy.stats import beta
+
+    if not (mixup or cutmix):
+        return images, targets
+    rectangle = bool(cutmix) and (not mixup or draw.index(2) == 1)
+    law = cutmix if rectangle else mixup
+    share = float(beta.ppf((draw.index(2**20) + 0.5) / 2**20, law, law))
+    if rectangle:
+        height, width = images.shape[-2:]
+        half_h, half_w = (side * (1 - share) ** 0.5 / 2 for side in (height, width))
+        y, x = draw.index(height), draw.index(width)
+        top, bottom = max(0, round(y - half_h)), min(height, round(y + half_h))
+        left, right = max(0, round(x - half_w)), min(width, round(x + half_w))
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = images.roll(1, 0)[..., top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    else:
+        mixed = share * images + (1 - share) * images.roll(1, 0)
+    return mixed, share * targets + (1 - share) * targets.roll(1, 0)

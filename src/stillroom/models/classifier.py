@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from stillroom.diffusion.sampling import ForwardPass, Sampler, sampler_from_dict
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
-from stillroom.models.folder import SIDE_FILE, load_weights
+from stillroom.models.folder import SIDE_FILE, read_shards
 from stillroom.models.prompts import is_text_image_model
 from stillroom.models.two_heads import restore, two_heads
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PAIR = "use the matching pair"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet-small": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
     "resnet-18": {
@@ -92,7 +93,7 @@ class ImageClassifier:
             network = AutoModelForImageClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
-        load_weights(network, folder / WEIGHTS)
+        network = pretrained(type(network), folder)
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
         classes = side.get("classes") or [str(name) for _, name in sorted(config.id2label.items())]
         if "heads" in side:
@@ -117,6 +118,24 @@ class Mixed(nn.Module):
 def asked(classifier: ImageClassifier) -> nn.Module:
     """The classifier as a network with one output for each class."""
     return Mixed(classifier) if two_heads(classifier.network) else classifier.network
+
+
+def pretrained(cls: Any, folder: Path) -> nn.Module:
+    """A model of a class of transformers from its folder, weights in safetensors only, in eval mode. Names of older
+    versions of transformers are understood. Raises UserError for weights that are missing, damaged or of another
+    shape."""
+    read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
+    try:
+        network, report = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        detail = str(error).strip().splitlines()[-1]
+        raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {detail}", cure=PAIR) from error
+    wrong = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if wrong := wrong or [str(key) for key in report["mismatched_keys"]]:
+        raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {sorted(wrong)[0]}", cure=PAIR)
+    return network.eval()
 
 
 def is_classifier(folder: Path) -> bool:

@@ -18,8 +18,8 @@ class Arm:
     method: slug; empty: nothing is trained and the teacher itself is run by ``sampler``.
     options, engine: of the method's ``Options`` and of ``EngineConfig``.
     lora: roles that become adapters.
-    teacher: ``bench``, the world's own; ``shuffled`` answers for the wrong class, the control that must fail; or the
-    name of another teacher that the world has.
+    teacher: ``bench``, the world's own; ``shuffled`` answers for the wrong class (or image), ``untrained`` has random
+    weights: controls that must fail; or the name of another teacher that the world has.
     data: what the arm learns from, in the words of its world; empty: the world's own data.
     after: the arm whose finished student this one starts from, trained first at the same seed.
     """

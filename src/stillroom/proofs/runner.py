@@ -27,6 +27,8 @@ from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.evaluation.cost import latency, parameters
 from stillroom.method import get_method
+from stillroom.models.initial import fresh_weights
+from stillroom.models.mae import learned
 from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.worlds import World, get_world
@@ -72,9 +74,11 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
     else:
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
-        chosen = () if arm.teacher in ("bench", "shuffled") else (arm.teacher,)
+        chosen = () if arm.teacher in ("bench", "shuffled", "untrained") else (arm.teacher,)
         given: Any = world.teacher(*chosen)
         method.build(*given if isinstance(given, tuple) else (given,))
+        if arm.teacher == "untrained":
+            forget(method, seed)
         network = method.role("student")
         if arm.after is not None:
             network.load_state_dict(finished_weights(arm.after, world, seed))
@@ -93,6 +97,13 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
                 facts = {"steps": steps, "health": health_curves(curves), "means": health_means(curves)}
         sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
     return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def forget(method: Any, seed: int) -> None:
+    """Give the teachers that ``method`` holds new weights, drawn as their classes draw them; fixed positions stay."""
+    for place, teacher in enumerate(getattr(method, "teachers", None) or [method.teacher]):
+        drawn = learned(fresh_weights(teacher, mix("forget", seed, place)))
+        teacher.load_state_dict({**teacher.state_dict(), **drawn})
 
 
 def finished_weights(arm: Arm, world: World, seed: int) -> dict[str, Tensor]:

@@ -27,6 +27,14 @@ from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
 from stillroom.models.lora import LoraDenoiser
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.proofs.worlds_encoders import (
+    CanvasLabelsWorld,
+    CanvasTwoWorld,
+    CanvasWorld,
+    FashionEncodersLabelsWorld,
+    FashionEncodersWorld,
+    FashionTwoWorld,
+)
 from stillroom.proofs.worlds_labels import DigitsWorld, FashionLabelsWorld, FashionSemiWorld, SemiDigitsWorld
 from stillroom.synthesis import synthesize
 
@@ -317,6 +325,12 @@ WORLDS: dict[str, type] = {
         FashionLabelsWorld,
         SemiDigitsWorld,
         FashionSemiWorld,
+        CanvasWorld,
+        FashionEncodersWorld,
+        CanvasLabelsWorld,
+        FashionEncodersLabelsWorld,
+        CanvasTwoWorld,
+        FashionTwoWorld,
     )
 }
 

@@ -13,6 +13,7 @@ ARROWS = {
     "sceneeval_colours": "↑", "sceneeval_position": "↑", "sceneeval_attribution": "↑",
     "fd": "↓", "kid": "↓", "precision": "↑", "recall": "↑", "density": "↑", "coverage": "↑", "class_agreement": "↑",
     "class_histogram_tv": "↓", "accuracy": "↑", "nll": "↓", "ece": "↓",
+    "probe": "↑", "knn": "↑", "tuned": "↑", "probe_occluded": "↑", "probe_noisy": "↑", "agreement": "↑", "cka": "↑",
 }  # fmt: skip
 """The scores that are shown, and which way is better."""
 PLAIN_NAMES = {"class_agreement": "Class agreement", "class_histogram_tv": "Class histogram, total variation"}
@@ -130,7 +131,12 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     """The four numbers at the top: ``value``, ``label``, ``note``."""
     tiles = []
     scores, student, names = result.get("scores", {}), result.get("student", {}), teachers(result)
-    for key, label in (("sceneeval", "SceneEval"), ("fd", "Fréchet distance"), ("accuracy", "Accuracy")):
+    for key, label in (
+        ("sceneeval", "SceneEval"),
+        ("fd", "Fréchet distance"),
+        ("accuracy", "Accuracy"),
+        ("probe", "Linear probe"),
+    ):
         if key in scores.get("student", {}):
             beside = [f"{who} {number(scores[who][key])}" for who in (*names, "floor") if key in scores.get(who, {})]
             tiles.append({"value": number(scores["student"][key]), "label": label, "note": ", ".join(beside)})

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     """Markdown with the front matter that model hubs read."""
     recognises = result.get("task") == "classify"
-    front: dict[str, Any] = {"library_name": "transformers" if recognises else "diffusers"}
+    describes = result.get("task") == "encode"
+    front: dict[str, Any] = {"library_name": "transformers" if recognises or describes else "diffusers"}
     front |= {"pipeline_tag": "image-classification"} if recognises else {}
+    front |= {"pipeline_tag": "image-feature-extraction"} if describes else {}
     front["tags"] = ["stillroom", "distillation", recipe.method]
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", ""]
     calls = result["student"]["nfe"]
@@ -26,16 +28,15 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     names = teachers(result)
     taught = " and ".join(f"`{name}`" for name in recipe.teacher.split(","))
     theirs = ", ".join(f"{who} takes {result[who]['nfe']}" for who in names)
-    makes = (
-        f"A classifier that began as {taught}"
-        if recognises
-        else f"A student of {taught} that makes an image in {steps} ({'the ' * (len(names) == 1)}{theirs})"
-    )
-    use = (
-        "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
-        if recognises
-        else f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]"
-    )
+    makes = f"A student of {taught} that makes an image in {steps} ({'the ' * (len(names) == 1)}{theirs})"
+    use = f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]"
+    if recognises:
+        makes = f"A classifier that began as {taught}"
+        use = "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
+    elif describes:
+        began, *known = taught.split(" and ")
+        makes = f"An image encoder that began as {began}" + (f", a student of {' and '.join(known)}" if known else "")
+        use = "x = student.features(images)  # [N, C, H, W] in [-1, 1] to [N, D]"
     lines += [
         f"{makes}, distilled by [stillroom](https://pypi.org/project/stillroom/).",
         "",

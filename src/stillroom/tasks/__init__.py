@@ -25,17 +25,25 @@ def make_task(name: str) -> Task:
         from stillroom.tasks.classify import Classification
 
         return Classification()
+    if name == "encode":
+        from stillroom.tasks.encode import Encoding
+
+        return Encoding()
     from stillroom.tasks.class_images import ClassImages
 
     return ClassImages()
 
 
 def load_model(folder: Path) -> Generator:
-    """The model in a folder: a classifier, or a generator, asked in words if it has a text encoder, else by class."""
+    """The model in a folder: an encoder, a classifier, or a generator, asked in words if it has a text encoder, else
+    by class."""
     from stillroom.models.classifier import ImageClassifier, is_classifier
+    from stillroom.models.encoder import ImageEncoder, is_encoder
     from stillroom.models.folder import ImageGenerator
     from stillroom.models.text_image import TextImageGenerator, is_text_model
 
+    if is_encoder(folder):
+        return ImageEncoder.load(folder)
     if is_classifier(folder):
         return ImageClassifier.load(folder)
     return TextImageGenerator.load(folder) if is_text_model(folder) else ImageGenerator.load(folder)
@@ -46,8 +54,11 @@ def sample_rows(
 ) -> tuple[list[str], Tensor]:
     """``n`` samples for each label or caption, by default for one of each kind: ``(names, [rows, n, C, H, W])``."""
     from stillroom.models.classifier import ImageClassifier
+    from stillroom.models.encoder import ImageEncoder
     from stillroom.models.folder import ImageGenerator
 
+    if isinstance(generator, ImageEncoder):
+        raise UserError("this model describes images, it draws none", cure="stillroom.load(DIR).features(images)")
     if isinstance(generator, ImageClassifier):
         raise UserError("this model recognises images, it draws none", cure="stillroom.load(DIR).classify(images)")
     if isinstance(generator, ImageGenerator):

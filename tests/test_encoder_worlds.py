@@ -1,0 +1,89 @@
+"""The encoders' worlds: what is on the canvas, teachers that are made once, and arms that run and are scored."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillroom.bench import encoders
+from stillroom.bench.encoders import CanvasBench, painted
+from stillroom.evaluation.probes import probe_scores
+from stillroom.proofs import get_proofs
+from stillroom.proofs.runner import run_arm
+from stillroom.proofs.worlds import get_world
+
+
+def test_a_digit_lies_where_its_quarters_are() -> None:
+    ink = torch.ones(30, 1, 16, 16)
+    images, belongs = painted(ink, 0)
+    inside = belongs > 0
+    assert images[:, 0][inside].min() > images[:, 0][~inside].max() - 0.5
+    assert images[:, 0][~inside].mean() == pytest.approx(-1, abs=0.02)
+    assert inside.sum((1, 2)).tolist() == [256] * 30
+    assert all((belongs == quarter).sum((1, 2)).tolist() == [64] * 30 for quarter in (1, 2, 3, 4))
+    rows = (belongs == 1).any(2).float().argmax(1), (belongs == 3).any(2).float().argmax(1)
+    assert (rows[1] - rows[0]).tolist() == [8] * 30
+    assert len(set(rows[0].tolist())) == 5
+    contrast = (images[:, 0] * inside).sum((1, 2)) / 256
+    assert float(contrast.min()) > 0.1
+    assert float(contrast.max()) < 1.9
+    assert torch.equal(painted(ink, 0)[0], images)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Teachers of two steps in a cache of their own; what was trained is noted."""
+    made: list[str] = []
+
+    class Counting(encoders.Trainer):
+        def fit(self) -> None:
+            made.append(self.method.slug)
+            super().fit()
+
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(encoders, "Trainer", Counting)
+    monkeypatch.setattr(encoders, "probe_scores", partial(probe_scores, tuning=1))
+    for name, value in {"steps": 2, "tuning": 1, "copies": 1}.items():
+        monkeypatch.setattr(CanvasBench, name, value)
+    return made
+
+
+def test_a_teacher_is_made_once(small: list[str]) -> None:
+    first, again = CanvasBench(), CanvasBench()
+    assert small == []
+    teacher = first.teacher
+    assert small == ["dmae"]
+    state = again.teacher.state_dict()
+    assert small == ["dmae"]
+    assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+    fresh: Any = again.network("mae-micro")
+    assert not torch.equal(state["vit.layers.0.mlp.fc1.weight"], fresh.vit.layers[0].mlp.fc1.weight)
+    tutor, twin = first.tutor, first.supervised("mae-mini")
+    assert tutor.encoder.config.hidden_size == 96  # type: ignore[union-attr]
+    assert twin.encoder.config.hidden_size == 64  # type: ignore[union-attr]
+    assert tutor(first.test.images(slice(2))).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("slug", "names"),
+    [
+        ("dmae", {"dmae", "random-teacher"}),
+        ("g2sd", {"both-stages", "untouched"}),
+        ("hybrid-distill", {"shuffled-teachers"}),
+    ],
+)
+def test_arms_run_and_have_every_score(small: list[str], slug: str, names: set[str]) -> None:
+    *_, proof = (p for p in get_proofs(slug) if p.level == "mechanism")
+    world = get_world(proof.world)
+    for arm in proof.arms:
+        if arm.name in names:
+            options = {"generic_share": 1, "specific_share": 1} if arm.name == "both-stages" else {}
+            steps = 0 if arm.name == "untouched" else 2
+            result = run_arm(arm.with_(arm.name, options=options, engine={"steps": steps, "batch": 8}), world, 100)
+            assert set(result["scores"]) == set(world.metrics)
+            assert all(0 <= value <= 1 for value in result["scores"].values())
+            assert "diverged" not in result
