@@ -157,7 +157,7 @@ class Method(nn.Module):
     slug: ClassVar[str]
     paper: ClassVar[Paper]
     wing: ClassVar[str]
-    task: ClassVar[str] = "class-image"  # or "text-image": what a run reads, gives to build() and scores (tasks/)
+    task: ClassVar[str] = "class-image"  # "text-image", "classify", "classify-text": what a run reads, gives to build() and scores (tasks/)
 
     @dataclass
     class Options:

@@ -103,7 +103,8 @@ def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: G
     names: list[str] = []
     for who, generator in (*task.teachers().items(), ("student", student)):
         names, images = task.rows(generator, recipe.evaluate.seed)
-        save_grid(images, run_dir / "samples" / f"{who}.png")
+        if images is not None:
+            save_grid(images, run_dir / "samples" / f"{who}.png")
 
     result: dict[str, Any] = {
         "name": run_dir.name,

@@ -28,6 +28,7 @@ from stillroom.errors import UserError
 from stillroom.models.folder import ImageGenerator, load_denoiser
 from stillroom.models.lora import LoraDenoiser
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.proofs.worlds_language import GlossesTaskWorld, GlossesWorld
 from stillroom.synthesis import synthesize
 
 Scores = dict[str, Any]
@@ -43,7 +44,7 @@ class World(Protocol):
         """The world as arms of this seed find it; itself, where the data are the same for all seeds."""
 
     def teacher(self) -> Any:
-        """What a method's ``build`` is given."""
+        """What a method's ``build`` is given: a tuple, where it is given several networks."""
 
     def network(self, **wanted: Any) -> Any:
         """What an arm without a method runs: a teacher's own network."""
@@ -387,7 +388,10 @@ PAIRS_SEED = 77
 
 WORLDS: dict[str, type] = {
     world.name: world
-    for world in (RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld, FashionLabelsWorld)
+    for world in (
+        RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld, FashionLabelsWorld, GlossesWorld,
+        GlossesTaskWorld,
+    )
 }
 
 

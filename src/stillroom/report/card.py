@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from stillroom.recipe import Recipe
 
 
+PIPELINES = {"classify": "image-classification", "classify-text": "text-classification"}
+"""Tasks whose students name classes, and what model hubs call them."""
+
+
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     """Markdown with the front matter that model hubs read."""
-    recognises = result.get("task") == "classify"
+    task = result.get("task")
+    recognises = task in PIPELINES
     front: dict[str, Any] = {"library_name": "transformers" if recognises else "diffusers"}
-    front |= {"pipeline_tag": "image-classification"} if recognises else {}
+    front |= {"pipeline_tag": PIPELINES[task]} if recognises else {}
     front["tags"] = ["stillroom", "distillation", recipe.method]
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", ""]
     calls = result["student"]["nfe"]
@@ -32,7 +37,9 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         else f"A student of {taught} that makes an image in {steps} ({'the ' * (len(names) == 1)}{theirs})"
     )
     use = (
-        "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
+        "names = student.classify(texts)  # a list of strings"
+        if task == "classify-text"
+        else "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
         if recognises
         else f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]"
     )

@@ -55,8 +55,8 @@ class Task:
         """The trained network as a :class:`Generator`."""
         raise NotImplementedError
 
-    def rows(self, generator: Any, seed: int) -> tuple[list[str], Tensor]:
-        """Samples to look at: ``(names of the rows, [rows, COLUMNS, C, H, W])``."""
+    def rows(self, generator: Any, seed: int) -> tuple[list[str], Tensor | None]:
+        """Samples to look at: ``(names of the rows, [rows, COLUMNS, C, H, W])``; None where there are no pictures."""
         raise NotImplementedError
 
     def measure(self, recipe: Recipe, student: Any) -> dict[str, Any]:
