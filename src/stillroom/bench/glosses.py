@@ -6,6 +6,7 @@ The teacher is made here, once, and kept in the cache: a small BERT learns to fi
 
 from __future__ import annotations
 
+import copy
 import fcntl
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -27,7 +28,7 @@ from stillroom.models.text_classifier import encoder_config, load_tokenizer, mak
 
 LENGTH = 32
 TEACHER, STUDENT = "bert-4x128", "bert-2x64"
-PRETRAINING = {"steps": 2000, "batch": 64, "lr": 1e-3}
+PRETRAINING = {"steps": 1000, "batch": 64, "lr": 1e-3}
 TUNING = {"steps": 300, "batch": 32, "lr": 5e-4}
 LABELLED = 2000
 """Texts whose labels are seen; all 40,000 are seen without."""
@@ -144,7 +145,9 @@ def pretrain(network: Any, data: TextData) -> None:
     """Masked-word prediction (arXiv 1810.04805): 15% of the tokens, of which 80% are masked, 10% replaced, 10% kept."""
     from transformers import BertForMaskedLM
 
-    language = BertForMaskedLM(network.config)
+    config = copy.deepcopy(network.config)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # one pass over much text
+    language = BertForMaskedLM(config)
     language.bert.load_state_dict(network.base_model.state_dict(), strict=False)  # it has no pooler
     draw, tokenizer = torch.Generator().manual_seed(0), data.tokenizer
     special = torch.tensor(tokenizer.all_special_ids)

@@ -52,7 +52,7 @@ class EncoderReader:
         self.taps = Taps(network, taps) if taps else None
 
     def __call__(self, batch: Mapping[str, Any]) -> Reading:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
+        inputs = text_inputs(batch)
         if self.taps is None:
             return Reading(class_logits(self.network, inputs))
         with self.taps.recording() as found:
@@ -70,6 +70,11 @@ class EncoderReader:
             return {}
         ids = torch.ones(1, 2, dtype=torch.long, device=next(self.network.parameters()).device)
         return self.taps.shapes(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def text_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a text encoder is called with."""
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
 
 
 def depth(network: nn.Module) -> int:

@@ -16,7 +16,7 @@ from stillroom.losses.features import attention_mse, mse
 from stillroom.losses.layer_maps import layer_map
 from stillroom.losses.soft_labels import soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.encoder_reader import EncoderReader, Reading, copy_layers, depth
+from stillroom.models.encoder_reader import EncoderReader, Reading, copy_layers, depth, text_inputs
 from stillroom.models.projectors import Projectors
 
 LOSSES = ("latent", "soft", "hard")
@@ -157,7 +157,7 @@ class ERNIETiny(Method):
     @turn(trains="tuned", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
     def tune(self, batch: Batch) -> Terms:
         """The fine-tuned teacher, where none was given."""
-        logits = class_logits(self.tuned, inputs_of(batch))
+        logits = class_logits(self.tuned, text_inputs(batch))
         return {"label": F.cross_entropy(logits, batch["cond"]["label"])}
 
     @turn(trains=("student", "projectors"), optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
@@ -198,10 +198,6 @@ class ERNIETiny(Method):
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()
-
-
-def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].long()}
 
 
 def mean_map(scores: Tensor, keep: Tensor) -> Tensor:
