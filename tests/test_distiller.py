@@ -263,9 +263,7 @@ def test_edited_copies_are_answered_by_the_teacher_and_have_no_label() -> None:
     assert set(terms) == {"intermediate", "prediction", "label", "augmented_intermediate", "augmented_prediction"}
     torch.testing.assert_close(terms["label"], built(intermediate="mi").distil(batch)["label"])
     special = set(tokenizer().all_special_ids)
-    ids, keep = random_edits(
-        batch["input_ids"], batch["attention_mask"], draws(), 0.5, method.neighbours, special, 0
-    )
+    ids, keep = random_edits(batch["input_ids"], batch["attention_mask"], draws(), 0.5, method.neighbours, special, 0)
     edited = {"input_ids": ids, "attention_mask": keep}
     z, t = states(method.student, edited)[0], states(method.teacher, edited)[0]
     torch.testing.assert_close(terms["augmented_prediction"], -(t.softmax(-1) * z.log_softmax(-1)).sum() / 6)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer
 
 from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES, definitions
 from stillroom.models.shipped import ASSETS
@@ -35,7 +35,7 @@ def main(source: Path, out: Path = ASSETS / "glosses") -> None:
         (out / f"{split}.csv.gz").write_bytes(gzip.compress(table.getvalue().encode(), 9, mtime=0))
     words = BertWordPieceTokenizer(lowercase=True)
     words.train_from_iterator((rows[i][0] for i in order[TEST:]), vocab_size=VOCABULARY, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=words._tokenizer, model_max_length=64)
+    tokenizer = BertTokenizer(tokenizer_object=words._tokenizer, model_max_length=64)
     tokenizer.save_pretrained(out / "tokenizer")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stillroom.method import Method
     from stillroom.models.classifier import ImageClassifier
     from stillroom.models.folder import ImageGenerator
+    from stillroom.models.text_classifier import TextClassifier
     from stillroom.models.text_image import TextImageGenerator
 
 try:
@@ -36,7 +37,7 @@ def distill(
     run_dir: str | Path | None = None,
     resume: bool = False,
     **options: Any,
-) -> ImageGenerator | TextImageGenerator | ImageClassifier:
+) -> ImageGenerator | TextImageGenerator | ImageClassifier | TextClassifier:
     """Distil a teacher and return the finished student.
 
     method: slug of a method or shipped recipe, or a recipe file.
@@ -64,10 +65,10 @@ def distill(
     return run(recipe, folder, resume, **objects).student
 
 
-def load(folder: str | Path) -> ImageGenerator | TextImageGenerator | ImageClassifier:
+def load(folder: str | Path) -> ImageGenerator | TextImageGenerator | ImageClassifier | TextClassifier:
     """A finished student or a teacher, from its folder or a shipped one by name; ``.sample(labels)``, or
     ``.sample(captions)`` where it understands words, gives images in [-1, 1]. A classifier has
-    ``.classify(images)``."""
+    ``.classify(images)`` or ``.classify(texts)``."""
     from stillroom.run import load_generator
 
     return load_generator(folder)

@@ -99,7 +99,9 @@ def search(
         study_name=name, storage=f"sqlite:///{path.absolute()}", direction="maximize", load_if_exists=True
     )
     if found.user_attrs.get("space", choices) != choices:
-        raise UserError(f"study {name!r} in {path} searches another space", cure="give it another name, or another file")
+        raise UserError(
+            f"study {name!r} in {path} searches another space", cure="give it another name, or another file"
+        )
     found.set_user_attr("space", choices)
     if features is not None:
         found.set_user_attr("features", dict(features))

@@ -157,7 +157,7 @@ class Method(nn.Module):
     slug: ClassVar[str]
     paper: ClassVar[Paper]
     wing: ClassVar[str]
-    task: ClassVar[str] = "class-image"  # "text-image", "classify", "classify-text": what a run reads, gives to build() and scores (tasks/)
+    task: ClassVar[str] = "class-image"  # what a run reads, gives to build() and scores: a name of tasks/
 
     @dataclass
     class Options:
@@ -197,6 +197,10 @@ class Method(nn.Module):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an optimizer's weight decay acts on this parameter. Default: on all."""
         return True
+
+    def own_teachers(self) -> Mapping[str, nn.Module]:
+        """Teachers that the method itself has trained, by name, to be scored in place of those it was given."""
+        return {}
 
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""

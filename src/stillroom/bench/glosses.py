@@ -1,4 +1,4 @@
-"""Definitions of words, to be sorted into WordNet's 45 lexicographer classes: a text task with few labels and much text.
+"""Definitions of words, to be sorted into WordNet's 45 lexicographer classes: few labels, much text.
 
 The teacher is made here, once, and kept in the cache: a small BERT learns to fill in masked words of all training texts
 (MLM), and is then fine-tuned on the labelled ones.
@@ -24,7 +24,7 @@ from stillroom.diffusion.sampling import class_logits
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import classification_scores, pair_scores
-from stillroom.models.text_classifier import encoder_config, load_tokenizer, make_encoder
+from stillroom.models.text_classifier import load_tokenizer, make_encoder
 
 LENGTH = 32
 TEACHER, STUDENT = "bert-4x128", "bert-2x64"
@@ -102,7 +102,7 @@ class GlossesBench:
     # --- scores -------------------------------------------------------------------------------------------------------
     def logits(self, network: nn.Module) -> Tensor:
         """Of the test texts, ``[N, classes]``."""
-        return test_logits(network, self.test)
+        return logits_of(network, self.test)
 
     def score(self, network: nn.Module, teacher: nn.Module | None = None) -> dict[str, float]:
         """``accuracy``, ``nll``, ``ece`` on the test texts; with a teacher also ``agreement`` and ``kl``."""
@@ -129,7 +129,7 @@ def kept(network: nn.Module, name: str, make: Callable[[nn.Module], None]) -> nn
 
 
 @torch.no_grad()
-def test_logits(network: nn.Module, data: TextData, batch: int = 250) -> Tensor:
+def logits_of(network: nn.Module, data: TextData, batch: int = 250) -> Tensor:
     """Short texts first, so that little is padded; rows come back in their order."""
     order = data.lengths.argsort(stable=True)
     parts = []
@@ -141,7 +141,7 @@ def test_logits(network: nn.Module, data: TextData, batch: int = 250) -> Tensor:
 
 
 # --- making the teachers ----------------------------------------------------------------------------------------------
-def pretrain(network: Any, data: TextData) -> None:
+def pretrain(network: Any, data: Any) -> None:
     """Masked-word prediction (arXiv 1810.04805): 15% of the tokens, of which 80% are masked, 10% replaced, 10% kept."""
     from transformers import BertForMaskedLM
 

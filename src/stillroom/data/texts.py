@@ -58,9 +58,7 @@ class Texts:
         """The chosen rows as data of their own, with all general texts."""
         texts = [self.texts[i] for i in index.tolist()]
         labels = self.labels[index] if self.labels is not None else None
-        return Texts(
-            texts, labels, self.classes, self.name, origin or f"{len(texts):,} of {self.origin}", self.general
-        )
+        return Texts(texts, labels, self.classes, self.name, origin or f"{len(texts):,} of {self.origin}", self.general)
 
     def tokenised(self, tokenizer: Any, length: int = LENGTH) -> TextData:
         """As token ids, cut after ``length`` tokens. Part ``general``: the general texts, or these, without labels."""

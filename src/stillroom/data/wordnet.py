@@ -43,7 +43,9 @@ def definitions(folder: Path) -> Iterator[tuple[str, int]]:
             head, separator, gloss = line.partition(" | ")
             fields = head.split()
             if not separator or len(fields) < 2 or not fields[1].isdigit():
-                raise UserError(f"{folder / name}, line {number} is no synset", cure="the file is damaged: copy it again")
+                raise UserError(
+                    f"{folder / name}, line {number} is no synset", cure="the file is damaged: copy it again"
+                )
             text = gloss.split('"')[0].strip().strip(";:").strip()
             if text and text not in seen:
                 seen.add(text)

@@ -1,4 +1,4 @@
-"""Augmentation of texts as token ids: random edits, and the weights of mixup. All randomness comes from the turn's draws."""
+"""Texts changed as token ids: random edits, and the weights of mixup. All randomness comes from a turn's draws."""
 
 from __future__ import annotations
 

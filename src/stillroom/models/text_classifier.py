@@ -38,10 +38,11 @@ def encoder_config(name: str, vocabulary: int, classes: int) -> Any:
             cure=f"give a model's folder, or one of: {', '.join((*ENCODERS, MINILM))}",
         )
     shape = ENCODERS[name]
-    return BertConfig(
-        vocab_size=vocabulary, hidden_size=shape["width"], num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"], intermediate_size=shape["inner"], num_labels=classes,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": shape["width"], "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"], "intermediate_size": shape["inner"], "num_labels": classes,
+    }  # fmt: skip
+    return BertConfig(**settings)
 
 
 def make_encoder(name: str, vocabulary: int, classes: int) -> nn.Module:
@@ -60,8 +61,8 @@ def minilm_folder() -> Path:
 
 
 def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
-    """``(network for classification, tokenizer)`` of a folder of transformers. An encoder without a head (``BertModel``,
-    ``BertForMaskedLM``) is given a new one for ``classes`` classes, drawn from torch's generator.
+    """``(network for classification, tokenizer)`` of a folder of transformers. An encoder without a head
+    (``BertModel``, ``BertForMaskedLM``) is given a new one for ``classes`` classes, drawn from torch's generator.
 
     Raises UserError for what is missing, damaged, or no text encoder.
     """
@@ -79,7 +80,8 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
             network.base_model.load_state_dict(body.state_dict())
     except (OSError, ValueError, RuntimeError, AttributeError) as problem:
         raise UserError(
-            f"{folder / CONFIG} describes no text encoder ({str(problem)[:200]})", cure="give a BERT-like model's folder"
+            f"{folder / CONFIG} describes no text encoder ({str(problem)[:200]})",
+            cure="give a BERT-like model's folder",
         ) from None
     return network, load_tokenizer(folder)
 

@@ -12,7 +12,7 @@ ROWS = {str(row["name"]): row for row in TABLE}
 
 
 def plan(name: str, shares: dict[str, int], losses: dict[str, list[str]] | None = None, **options: Any) -> Arm:
-    """An arm whose stages are rows of the paper's table, in this order, for these steps; ``losses`` replaces a row's."""
+    """Stages are rows of the paper's table, in this order, for these steps; ``losses`` replaces a row's."""
     rows = [
         {**ROWS[stage], "share": float(steps)} | ({"losses": losses[stage]} if losses and stage in losses else {})
         for stage, steps in shares.items()
@@ -55,21 +55,53 @@ PROOFS = (
                 "enhanced-kl",
                 "General text under the fine-tuned teacher brings the student nearer to it than as much under the "
                 "pretrained one",
-                "kl", "<=", "no-GED", "abstract", factor=0.93,
+                "kl",
+                "<=",
+                "no-GED",
+                "abstract",
+                factor=0.93,
             ),
             claim("enhanced", "And it raises the accuracy", "accuracy", ">=", "no-GED", "abstract", offset=0.005),
-            claim("stages", "Four stages beat the last one alone", "accuracy", ">=", "TSD-alone", "abstract", offset=0.04),
-            claim("order", "From general to specific is no worse than another order", "accuracy", ">=", "another-order",
-                  "abstract", offset=0.0),
-            claim("latent-at-the-end", "States beside both label losses in the last stage are no worse than none",
-                  "accuracy", ">=", "no-latent-at-the-end", "abstract", offset=0.0),
-            claim("teacher", "It beats the same student on the labels alone, for as many steps", "accuracy", ">=",
-                  "labels-alone", offset=0.02),
+            claim(
+                "stages", "Four stages beat the last one alone", "accuracy", ">=", "TSD-alone", "abstract", offset=0.04
+            ),
+            claim(
+                "order",
+                "From general to specific is no worse than another order",
+                "accuracy",
+                ">=",
+                "another-order",
+                "abstract",
+                offset=0.0,
+            ),
+            claim(
+                "latent-at-the-end",
+                "States beside both label losses in the last stage are no worse than none",
+                "accuracy",
+                ">=",
+                "no-latent-at-the-end",
+                "abstract",
+                offset=0.0,
+            ),
+            claim(
+                "teacher",
+                "It beats the same student on the labels alone, for as many steps",
+                "accuracy",
+                ">=",
+                "labels-alone",
+                offset=0.02,
+            ),
             claim("learns", "Training beats the untouched network", "accuracy", ">=", "untouched", offset=0.1),
-            claim("control-shuffled", "Control: teachers that read other texts bring the student less near",
-                  "kl", "<=", "shuffled-teachers", factor=0.8),
+            claim(
+                "control-shuffled",
+                "Control: teachers that read other texts bring the student less near",
+                "kl",
+                "<=",
+                "shuffled-teachers",
+                factor=0.8,
+            ),
         ),
         note="The teacher has 4 layers x 128 and was pretrained for minutes on 40,000 definitions; the student has 2 "
         "layers x 64. 2,000 definitions are labelled. All arms take 900 steps of 32 texts.",
     ),
-)  # fmt: skip
+)

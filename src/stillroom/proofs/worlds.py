@@ -389,7 +389,14 @@ PAIRS_SEED = 77
 WORLDS: dict[str, type] = {
     world.name: world
     for world in (
-        RingWorld, PairWorld, FashionWorld, TilesWorld, ScenesWorld, DigitsWorld, FashionLabelsWorld, GlossesWorld,
+        RingWorld,
+        PairWorld,
+        FashionWorld,
+        TilesWorld,
+        ScenesWorld,
+        DigitsWorld,
+        FashionLabelsWorld,
+        GlossesWorld,
         GlossesTaskWorld,
     )
 }

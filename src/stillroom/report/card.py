@@ -20,7 +20,7 @@ PIPELINES = {"classify": "image-classification", "classify-text": "text-classifi
 
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     """Markdown with the front matter that model hubs read."""
-    task = result.get("task")
+    task = str(result.get("task"))
     recognises = task in PIPELINES
     front: dict[str, Any] = {"library_name": "transformers" if recognises else "diffusers"}
     front |= {"pipeline_tag": PIPELINES[task]} if recognises else {}

@@ -35,7 +35,8 @@ def make_task(name: str) -> Task:
 
 
 def load_model(folder: Path) -> Generator:
-    """The model in a folder: a classifier of images or texts, or a generator, asked in words if it has a text encoder, else by class."""
+    """The model in a folder: a classifier of images or texts, or a generator, asked in
+    words if it has a text encoder, else by class."""
     from stillroom.models.classifier import ImageClassifier, is_classifier
     from stillroom.models.folder import ImageGenerator
     from stillroom.models.text_classifier import TextClassifier, is_text_classifier

@@ -39,7 +39,9 @@ class Recognition(Task):
         return self._networks
 
     def teachers(self) -> Mapping[str, Any]:
-        """Those that were named; a method may make its own."""
+        """Those that were named, or those that the method has made instead."""
+        if self.made:
+            return {name: self.student(network, ForwardPass()) for name, network in self.made.items()}
         names = [f"teacher-{i}" for i in range(1, len(self._networks))]
         taught = [self.student(network, ForwardPass()) for network in self._networks[1:]]
         return dict(zip(names, taught, strict=True))
@@ -73,7 +75,7 @@ class Recognition(Task):
         if len(found) > 1:
             last = list(found)[-1]
             scores["student"] |= pair_scores(found["student"], found[last])
-            names |= {"agreement": f"Agreement with {last}", "kl": f"KL({last} || student), nats"}
+            names |= {"agreement": "Agreement with the teacher", "kl": "KL(teacher || student), nats"}
         bench = {"n": n, "reference": f"{n:,} test {self.things} ({self.test.origin})"}
         return facts | {"bench": bench, "score_names": names, "scores": scores}
 

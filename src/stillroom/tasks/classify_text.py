@@ -14,7 +14,12 @@ from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.models.encoder_reader import token_table
 from stillroom.models.text_classifier import (
-    MINILM, TextClassifier, load_text_network, load_tokenizer, make_encoder, minilm_folder,
+    MINILM,
+    TextClassifier,
+    load_text_network,
+    load_tokenizer,
+    make_encoder,
+    minilm_folder,
 )  # fmt: skip
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import IN_MEMORY
@@ -145,7 +150,7 @@ class TextClassification(Recognition):
     def measure(self, recipe: Recipe, student: TextClassifier) -> dict[str, Any]:
         """With ``examples``: held-out texts, their class, and what each network calls them."""
         facts = super().measure(recipe, student)
-        held_out = self.data.parts["heldout"]
+        held_out: Any = self.data.parts["heldout"]
         chosen = torch.randperm(held_out.n, generator=torch.Generator().manual_seed(recipe.evaluate.seed))[:EXAMPLES]
         texts = [held_out.texts[i] for i in chosen.tolist()]
         answers = {who: c.classify(texts) for who, c in {"student": student, **self.teachers()}.items()}

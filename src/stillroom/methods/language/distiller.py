@@ -1,4 +1,4 @@
-"""Distiller: a pipeline of four choices - augmentation, layer map, intermediate and prediction loss (arXiv 2109.11105)."""
+"""Distiller: augmentation, layer map, intermediate and prediction loss, each a choice (arXiv 2109.11105)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ class Distiller(Method):
                 cure="name the student's network and then a fine-tuned teacher, such as bert-4x312,./tuned",
             )
         if o.intermediate == o.prediction == "none" and not o.label_weight:
-            raise UserError("distiller has nothing to learn from", cure="choose a loss, or set options.label_weight to 1")
+            raise UserError(
+                "distiller has nothing to learn from", cure="choose a loss, or set options.label_weight to 1"
+            )
         if o.critic_width % o.critic_heads:
             raise UserError(
                 f"options.critic_width {o.critic_width} does not divide into {o.critic_heads} heads",
@@ -240,6 +242,9 @@ class Distiller(Method):
         """7. The same step for the critics: they raise the same bound, on the states that the student had."""
         total = torch.stack([mapped_loss(p.plan, self.losses(without_gradients(p))) for p in self.shared["passes"]])
         return {"bound": total.sum()}
+
+    def own_teachers(self) -> dict[str, nn.Module]:
+        return {"teacher-tuned": self.teacher} if self.options.tune_share else {}
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()

@@ -104,9 +104,7 @@ class ERNIETiny(Method):
         attention = range(1, len(self.target)) if o.attention != "none" else ()
         self.mine = EncoderReader(self.student, range(len(self.target)), attention)
         theirs = tuple(self.target[layer] for layer in attention)
-        self.readers = {
-            name: EncoderReader(self.role(name), self.target, theirs) for name in ("pretrained", "tuned")
-        }
+        self.readers = {name: EncoderReader(self.role(name), self.target, theirs) for name in ("pretrained", "tuned")}
         heads = self.mine.heads, self.readers["pretrained"].heads
         if o.attention == "scores" and heads[0] != heads[1]:
             raise UserError(
@@ -196,6 +194,9 @@ class ERNIETiny(Method):
             terms["attention"] = torch.stack([attention_mse(s, t, keep=keep) for s, t in pairs]).sum()
         return terms
 
+    def own_teachers(self) -> dict[str, nn.Module]:
+        return {"teacher-tuned": self.tuned} if any(stage.name == "tune" for stage in self.stages()) else {}
+
     def sampler(self) -> ForwardPass:
         return ForwardPass()
 
@@ -219,9 +220,9 @@ def read_records(rows: list[dict[str, Any]]) -> dict[str, Record]:
         for key in ("name", "teacher", "data"):
             if key not in row:
                 raise UserError(f"{where} lacks {key!r}", cure="a stage has name, teacher, data, losses, share, lr")
-        for key, values in allowed.items():
-            if row[key] not in values:
-                raise UserError(f"{where}.{key} is {row[key]!r}", cure=f"one of: {', '.join(values)}")
+        for key, choices in allowed.items():
+            if row[key] not in choices:
+                raise UserError(f"{where}.{key} is {row[key]!r}", cure=f"one of: {', '.join(choices)}")
         losses = tuple(row.get("losses", ("latent",)))
         if not losses or not set(losses) <= set(LOSSES):
             raise UserError(f"{where}.losses is {list(losses)}", cure=f"some of: {', '.join(LOSSES)}")
@@ -236,7 +237,8 @@ def read_records(rows: list[dict[str, Any]]) -> dict[str, Record]:
         name = str(row["name"])
         if name in found or name == "tune":
             raise UserError(f"{where}: the name {name!r} is taken", cure="give every stage a name of its own")
-        found[name] = Record(**{**row, "name": name, "losses": losses})
+        values: dict[str, Any] = {**row, "name": name, "losses": losses}
+        found[name] = Record(**values)
     if not found:
         raise UserError("options.stages is empty", cure="give at least one stage")
     return found
