@@ -76,7 +76,7 @@ def test_distances_are_summed_over_mapped_layers_and_averaged_over_real_tokens(
         s, t = (mine[j + 1] @ adapter.weight.T + adapter.bias).detach(), theirs[i + 1].detach()
         values = [by_hand(kind, s[b, k], t[b, k]) for b in range(6) for k in range(mask.shape[1]) if mask[b, k]]
         expected += sum(values) / len(values)
-    assert float(term) == pytest.approx(0.5 * expected, rel=1e-4)
+    assert float(term.detach()) == pytest.approx(0.5 * expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("anchor", ["student", "teacher"])
@@ -128,7 +128,7 @@ def test_the_transport_plan_is_optimal_and_carries_no_gradient(kind: str) -> Non
     sums = [[float(i // 2 == row) for i in range(8)] for row in range(4)]
     sums += [[float(i % 2 == column) for i in range(8)] for column in range(2)]
     best = linprog(cost.detach().flatten().numpy(), A_eq=sums, b_eq=[0.25] * 4 + [0.5] * 2)
-    assert float(total) == pytest.approx(best.fun, rel=1e-4)
+    assert float(total.detach()) == pytest.approx(best.fun, rel=1e-4)
     found = torch.autograd.grad(total, list(method.student.parameters()), allow_unused=True, retain_graph=True)
     fixed = torch.autograd.grad((plan * cost).sum(), list(method.student.parameters()), allow_unused=True)
     for a, b in zip(found, fixed, strict=True):

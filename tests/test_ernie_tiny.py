@@ -60,7 +60,7 @@ def scores(network: Any, batch: dict[str, Any], layer: int, heads: int = 2) -> l
 def test_the_latent_loss_is_the_sum_over_mapped_layers_of_real_tokens_only() -> None:
     method, batch = built("GED"), data().batch(0, 0, 5)
     assert not bool(batch["attention_mask"].all())
-    terms = method.distil(batch)
+    terms = {name: value.detach() for name, value in method.distil(batch).items()}
     assert set(terms) == {"hidden", "attention"}
     mask = batch["attention_mask"]
     _, mine = states(method.student, batch)
@@ -69,7 +69,7 @@ def test_the_latent_loss_is_the_sum_over_mapped_layers_of_real_tokens_only() -> 
     for j, g in enumerate((0, 2, 4)):
         projector: Any = method.projectors[f"h{j}"]
         gap = (mine[j] @ projector.weight.T + projector.bias - theirs[g]) ** 2
-        values = [float(gap[b, i].mean()) for b in range(5) for i in range(mask.shape[1]) if mask[b, i]]
+        values = [float(gap[b, i].detach().mean()) for b in range(5) for i in range(mask.shape[1]) if mask[b, i]]
         expected += sum(values) / len(values)
     assert float(terms["hidden"]) == pytest.approx(expected, rel=1e-4)
     expected = 0.0
@@ -96,7 +96,7 @@ def test_padding_changes_nothing() -> None:
 def test_the_last_stage_adds_soft_and_hard_labels_with_their_weights() -> None:
     method = built("TSD", temperature=2.0, soft_weight=0.7, hard_weight=0.3, latent_weight=0.5)
     batch = data().batch(0, 0, 5)
-    terms = method.distil(batch)
+    terms = {name: value.detach() for name, value in method.distil(batch).items()}
     assert set(terms) == {"hidden", "attention", "soft", "hard"}
     mine, theirs = states(method.student, batch)[0], states(method.tuned, batch)[0]
     log_p = mine.log_softmax(-1)

@@ -25,6 +25,7 @@ import numpy as np
 
 from stillroom.data.texts import TextData, Texts
 from stillroom.errors import TrainingDiverged, UserError, nearest
+from stillroom.method import get_method
 from stillroom.recipe import Recipe
 
 Pipeline = dict[str, Any]
@@ -137,6 +138,10 @@ def run_pipeline(recipe: Recipe, folder: str | Path, score: str = "accuracy") ->
         number = len(list(place.iterdir())) if place.is_dir() else 0
         tree = recipe.to_dict()
         tree["options"] = {**tree["options"], **options_of(pipeline)}
+        method = get_method(recipe.method)
+        turns = [turn.name for turn in method(method.Options(**tree["options"])).turns()]
+        optim = tree["engine"]["optim"]  # of a turn that this pipeline does not have: left out
+        tree["engine"]["optim"] = {name: optim[name] for name in optim if name in ("all", *turns)}
         scores = run(Recipe.from_dict(tree), place / f"{number:04}").scores
         if not scores:
             raise UserError(f"data {recipe.data!r} give no test scores", cure="give data with a test split")
@@ -195,7 +200,11 @@ class Recommender:
         from sklearn.ensemble import GradientBoostingRegressor
 
         self.space = {key: list(values) for key, values in space.items()}
-        self.model = GradientBoostingRegressor(n_estimators=200, max_depth=3, learning_rate=0.05, random_state=seed)
+        # Rows and columns are sampled for each tree: greedy trees on all of them never split on a feature and a choice
+        # that matter only together.
+        self.model = GradientBoostingRegressor(
+            n_estimators=300, max_depth=4, learning_rate=0.05, subsample=0.7, max_features=0.7, random_state=seed
+        )
         self.keys: list[str] = []
 
     def fit(self, rows: Sequence[Result]) -> Recommender:

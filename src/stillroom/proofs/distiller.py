@@ -11,13 +11,14 @@ STEPS = 400
 
 def pipeline(name: str, labelled: int = 2000, **options: Any) -> Arm:
     """A student of 2 layers x 64, all arms for as many steps of as many labelled texts (augmented copies beside)."""
+    turns = ("distil", "critic") if options.get("intermediate", "mi") == "mi" else ("distil",)
     return Arm(
         name,
         "distiller",
         options={"critic_width": 64, **options},
         engine={
             "steps": STEPS, "batch": 32, "warmup": 20, "schedule": "linear", "log_every": 50,
-            "optim": {"distil": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+            "optim": {turn: {"lr": 1e-3} for turn in turns},
         },
         data={"labelled": labelled},
     )  # fmt: skip
