@@ -50,8 +50,14 @@ class GlossesBench:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self.train, self.test = tokenised()
-        self.order = torch.randperm(self.train.n, generator=torch.Generator().manual_seed(seed))
+
+    @property
+    def train(self) -> TextData:
+        return tokenised()[0]
+
+    @property
+    def test(self) -> TextData:
+        return tokenised()[1]
 
     @property
     def classes(self) -> int:
@@ -65,7 +71,8 @@ class GlossesBench:
         """``labelled`` texts with labels; all texts without, as the part ``general``. Raises UserError for too many."""
         if not 1 <= labelled <= self.train.n:
             raise UserError(f"there are {self.train.n:,} texts, not {labelled:,}", cure="ask for fewer")
-        found = self.train.take(self.order[:labelled])
+        order = torch.randperm(self.train.n, generator=torch.Generator().manual_seed(self.seed))
+        found = self.train.take(order[:labelled])
         found.parts[GENERAL] = self.train.parts[GENERAL]
         return found
 

@@ -73,7 +73,7 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
         given = world.teacher()
-        method.build(*given if isinstance(given, tuple) else (given,))
+        method.build(*(given if isinstance(given, tuple) else (given,)))
         network = method.role("student")
         if arm.after is not None:
             network.load_state_dict(finished_weights(arm.after, world, seed))
