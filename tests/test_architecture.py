@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "synthesis": BELOW_BENCH | {"bench"},
     "tasks": BELOW_BENCH | {"bench", "synthesis"},
     "demo": BELOW_BENCH | {"bench", "tasks", "run"},
+    "auto": BELOW_BENCH | {"run"},
     "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
     "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "__init__"},
     "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks"},

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stillroom.models.classifier import ImageClassifier
     from stillroom.models.encoder import ImageEncoder
     from stillroom.models.folder import ImageGenerator
+    from stillroom.models.text_classifier import TextClassifier
     from stillroom.models.text_image import TextImageGenerator
 
 try:
@@ -37,7 +38,7 @@ def distill(
     run_dir: str | Path | None = None,
     resume: bool = False,
     **options: Any,
-) -> ImageGenerator | TextImageGenerator | ImageClassifier | ImageEncoder:
+) -> ImageGenerator | TextImageGenerator | ImageClassifier | ImageEncoder | TextClassifier:
     """Distil a teacher and return the finished student.
 
     method: slug of a method or shipped recipe, or a recipe file.
@@ -65,10 +66,12 @@ def distill(
     return run(recipe, folder, resume, **objects).student
 
 
-def load(folder: str | Path) -> ImageGenerator | TextImageGenerator | ImageClassifier | ImageEncoder:
+def load(
+    folder: str | Path,
+) -> ImageGenerator | TextImageGenerator | ImageClassifier | ImageEncoder | TextClassifier:
     """A finished student or a teacher, from its folder or a shipped one by name; ``.sample(labels)``, or
     ``.sample(captions)`` where it understands words, gives images in [-1, 1]. A classifier has
-    ``.classify(images)``, an encoder ``.features(images)``."""
+    ``.classify(images)`` or ``.classify(texts)``, an encoder ``.features(images)``."""
     from stillroom.run import load_generator
 
     return load_generator(folder)

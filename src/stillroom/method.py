@@ -161,7 +161,7 @@ class Method(nn.Module):
     slug: ClassVar[str]
     paper: ClassVar[Paper]
     wing: ClassVar[str]
-    task: ClassVar[str] = "class-image"  # or "text-image": what a run reads, gives to build() and scores (tasks/)
+    task: ClassVar[str] = "class-image"  # what a run reads, gives to build() and scores: a name of tasks/
 
     @dataclass
     class Options:
@@ -210,6 +210,10 @@ class Method(nn.Module):
         """The factor on a turn's learning rate for the parameter of this name (layer-wise decay). Default: 1 for
         all."""
         return 1.0
+
+    def own_teachers(self) -> Mapping[str, nn.Module]:
+        """Teachers that the method itself has trained, by name, to be scored in place of those it was given."""
+        return {}
 
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""

@@ -94,6 +94,8 @@ def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: G
     from stillroom.report.card import model_card
     from stillroom.report.images import save_grid
 
+    if recipe.engine.parallel != "fsdp":  # else one process has a part of their weights only
+        task.made = method.own_teachers()
     part = run_dir / "student.part"
     shutil.rmtree(part, ignore_errors=True)
     student.save(part, method=recipe.method, recipe_hash=recipe.hash())
@@ -104,7 +106,8 @@ def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: G
     names: list[str] = []
     for who, generator in (*task.teachers().items(), ("student", student)):
         names, images = task.rows(generator, recipe.evaluate.seed)
-        save_grid(images, run_dir / "samples" / f"{who}.png")
+        if images is not None:
+            save_grid(images, run_dir / "samples" / f"{who}.png")
 
     result: dict[str, Any] = {
         "name": run_dir.name,

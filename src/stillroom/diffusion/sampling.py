@@ -7,6 +7,7 @@ sigma)``: regular at both ends for every process, and there Euler is exactly DDI
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -216,9 +217,10 @@ class TwoHeadPass(Sampler):
         return mix_heads(label, taught, self.alpha, self.temperature).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def class_logits(network: nn.Module, images: Tensor) -> Tensor:
-    """``[B, classes]`` of a plain module, or of a transformers model for image classification."""
-    output = network(images)
+def class_logits(network: nn.Module, inputs: Any) -> Tensor:
+    """``[B, classes]`` of a plain module, or of a transformers model for classification. Inputs are images, or the
+    network's arguments by name (texts: ``input_ids`` and ``attention_mask``)."""
+    output = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
     return output if isinstance(output, Tensor) else output.logits
 
 

@@ -137,8 +137,10 @@ def shortened(text: str, limit: int = 60) -> str:
     return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
 
 
-def load_pretrained(cls: Any, folder: Path) -> nn.Module:
+def load_pretrained(cls: Any, folder: Path, may_lack: tuple[str, ...] = ()) -> nn.Module:
     """``cls.from_pretrained`` of a local folder of diffusers or transformers: safetensors only, complete, float32.
+
+    may_lack: weights whose names begin so may be missing; they are drawn anew.
 
     Raises UserError naming the folder when weights are missing, damaged, or not those of its config.json.
     """
@@ -162,7 +164,8 @@ def load_pretrained(cls: Any, folder: Path) -> nn.Module:
     finally:
         if bars:
             logging.enable_progress_bar()
-    odd = [*report["missing_keys"], *report["mismatched_keys"], *report.get("error_msgs", ())]
+    missing = [key for key in report["missing_keys"] if not key.startswith(may_lack)]
+    odd = [*missing, *report["mismatched_keys"], *report.get("error_msgs", ())]
     if odd:
         raise UserError(f"the weights in {folder} do not fit their config.json: {odd[0]}", cure="use the matching pair")
     return network.float()

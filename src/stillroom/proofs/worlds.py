@@ -36,6 +36,7 @@ from stillroom.proofs.worlds_encoders import (
     FashionTwoWorld,
 )
 from stillroom.proofs.worlds_labels import DigitsWorld, FashionLabelsWorld, FashionSemiWorld, SemiDigitsWorld
+from stillroom.proofs.worlds_language import GlossesTaskWorld, GlossesWorld
 from stillroom.synthesis import synthesize
 
 Scores = dict[str, Any]
@@ -331,6 +332,8 @@ WORLDS: dict[str, type] = {
         FashionEncodersLabelsWorld,
         CanvasTwoWorld,
         FashionTwoWorld,
+        GlossesWorld,
+        GlossesTaskWorld,
     )
 }
 

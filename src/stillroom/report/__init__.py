@@ -14,6 +14,7 @@ ARROWS = {
     "fd": "↓", "kid": "↓", "precision": "↑", "recall": "↑", "density": "↑", "coverage": "↑", "class_agreement": "↑",
     "class_histogram_tv": "↓", "accuracy": "↑", "nll": "↓", "ece": "↓",
     "probe": "↑", "knn": "↑", "tuned": "↑", "probe_occluded": "↑", "probe_noisy": "↑", "agreement": "↑", "cka": "↑",
+    "kl": "↓",
 }  # fmt: skip
 """The scores that are shown, and which way is better."""
 PLAIN_NAMES = {"class_agreement": "Class agreement", "class_histogram_tv": "Class histogram, total variation"}
@@ -99,7 +100,8 @@ def speed_rows(result: dict[str, Any]) -> list[dict[str, str]]:
 
 def training_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     cost = result.get("cost", {})
-    rows = [("Steps", number(cost.get("step"))), ("Images seen", number(cost.get("images")))]
+    seen = "Texts seen" if result.get("task") == "classify-text" else "Images seen"
+    rows = [("Steps", number(cost.get("step"))), (seen, number(cost.get("images")))]
     rows += [("Training time", duration(cost.get("seconds"))), ("Seed", str(result.get("seed", "–")))]
     return rows
 

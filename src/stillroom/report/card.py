@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from stillroom.recipe import Recipe
 
 
+PIPELINES = {
+    "classify": "image-classification",
+    "classify-text": "text-classification",
+    "encode": "image-feature-extraction",
+}
+"""Tasks whose students are models of transformers, and what model hubs call them."""
+
+
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     """Markdown with the front matter that model hubs read."""
-    recognises = result.get("task") == "classify"
-    describes = result.get("task") == "encode"
-    front: dict[str, Any] = {"library_name": "transformers" if recognises or describes else "diffusers"}
-    front |= {"pipeline_tag": "image-classification"} if recognises else {}
-    front |= {"pipeline_tag": "image-feature-extraction"} if describes else {}
+    task = str(result.get("task"))
+    front: dict[str, Any] = {"library_name": "transformers" if task in PIPELINES else "diffusers"}
+    front |= {"pipeline_tag": PIPELINES[task]} if task in PIPELINES else {}
     front["tags"] = ["stillroom", "distillation", recipe.method]
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", ""]
     calls = result["student"]["nfe"]
@@ -30,13 +36,14 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     theirs = ", ".join(f"{who} takes {result[who]['nfe']}" for who in names)
     makes = f"A student of {taught} that makes an image in {steps} ({'the ' * (len(names) == 1)}{theirs})"
     use = f"images = student.sample({example(result)}, seed=0)  # [N, C, H, W] in [-1, 1]"
-    if recognises:
-        makes = f"A classifier that began as {taught}"
-        use = "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
-    elif describes:
+    if task == "encode":
         began, *known = taught.split(" and ")
         makes = f"An image encoder that began as {began}" + (f", a student of {' and '.join(known)}" if known else "")
         use = "x = student.features(images)  # [N, C, H, W] in [-1, 1] to [N, D]"
+    elif task in PIPELINES:
+        makes = f"A classifier that began as {taught}"
+        texts = "names = student.classify(texts)  # a list of strings"
+        use = texts if task == "classify-text" else "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
     lines += [
         f"{makes}, distilled by [stillroom](https://pypi.org/project/stillroom/).",
         "",

@@ -29,21 +29,28 @@ def make_task(name: str) -> Task:
         from stillroom.tasks.encode import Encoding
 
         return Encoding()
+    if name == "classify-text":
+        from stillroom.tasks.classify_text import TextClassification
+
+        return TextClassification()
     from stillroom.tasks.class_images import ClassImages
 
     return ClassImages()
 
 
 def load_model(folder: Path) -> Generator:
-    """The model in a folder: an encoder, a classifier, or a generator, asked in words if it has a text encoder, else
-    by class."""
+    """The model in a folder: an encoder, a classifier of images or texts, or a generator, asked in words if it has a
+    text encoder, else by class."""
     from stillroom.models.classifier import ImageClassifier, is_classifier
     from stillroom.models.encoder import ImageEncoder, is_encoder
     from stillroom.models.folder import ImageGenerator
+    from stillroom.models.text_classifier import TextClassifier, is_text_classifier
     from stillroom.models.text_image import TextImageGenerator, is_text_model
 
     if is_encoder(folder):
         return ImageEncoder.load(folder)
+    if is_text_classifier(folder):
+        return TextClassifier.load(folder)
     if is_classifier(folder):
         return ImageClassifier.load(folder)
     return TextImageGenerator.load(folder) if is_text_model(folder) else ImageGenerator.load(folder)
@@ -56,9 +63,12 @@ def sample_rows(
     from stillroom.models.classifier import ImageClassifier
     from stillroom.models.encoder import ImageEncoder
     from stillroom.models.folder import ImageGenerator
+    from stillroom.models.text_classifier import TextClassifier
 
     if isinstance(generator, ImageEncoder):
         raise UserError("this model describes images, it draws none", cure="stillroom.load(DIR).features(images)")
+    if isinstance(generator, TextClassifier):
+        raise UserError("this model sorts texts, it draws nothing", cure="stillroom.load(DIR).classify(texts)")
     if isinstance(generator, ImageClassifier):
         raise UserError("this model recognises images, it draws none", cure="stillroom.load(DIR).classify(images)")
     if isinstance(generator, ImageGenerator):

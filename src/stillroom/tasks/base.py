@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -30,11 +31,13 @@ class Generator(Protocol):
 class Task:
     """Base of all tasks. One object serves one run; :meth:`load` comes first.
 
-    ``data``: what the trainer reads. ``origin``: where it came from, in words.
+    ``data``: what the trainer reads. ``origin``: where it came from, in words. ``made``: teachers that the
+    method itself trained, set when it has.
     """
 
     data: Any
     origin: str
+    made: Mapping[str, nn.Module] = MappingProxyType({})
 
     def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
         """Read teachers and data and check that they fit together. Writes nothing into the run's folder.
@@ -55,8 +58,8 @@ class Task:
         """The trained network as a :class:`Generator`."""
         raise NotImplementedError
 
-    def rows(self, generator: Any, seed: int) -> tuple[list[str], Tensor]:
-        """Samples to look at: ``(names of the rows, [rows, COLUMNS, C, H, W])``."""
+    def rows(self, generator: Any, seed: int) -> tuple[list[str], Tensor | None]:
+        """Samples to look at: ``(names of the rows, [rows, COLUMNS, C, H, W])``; None where there are no pictures."""
         raise NotImplementedError
 
     def measure(self, recipe: Recipe, student: Any) -> dict[str, Any]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillroom.data.source import HOLDOUT, ArrayData, load_data
 from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
-from stillroom.evaluation.metrics import calibration_error
+from stillroom.evaluation.classifiers import classification_scores, pair_scores
 from stillroom.models.classifier import ImageClassifier, asked, config_of, make_classifier
 from stillroom.models.families import parameter_count
 from stillroom.models.prompts import PromptClassifier, is_text_image_model
@@ -24,11 +23,77 @@ from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
 
-class Classification(Task):
+class Recognition(Task):
+    """What classifiers of images and of texts share: the networks' roles, costs and scores.
+
+    The first network is the student's, the others are teachers that were named beside it; the last of them is the one
+    that the pair's scores compare the student with.
+    """
+
+    data: Any
+    test: Any
+    things: ClassVar[str]
+    kind: ClassVar[str]
+    _networks: tuple[nn.Module, ...]
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The student's, then those of teachers that were named beside it."""
+        return self._networks
+
+    def teachers(self) -> Mapping[str, Any]:
+        """Those that were named, or those that the method has made instead."""
+        if self.made:
+            return {name: self.student(network, ForwardPass()) for name, network in self.made.items()}
+        names = [f"teacher-{i}" for i in range(1, len(self._networks))]
+        taught = [self.student(network, ForwardPass()) for network in self._networks[1:]]
+        return dict(zip(names, taught, strict=True))
+
+    def ask(self, classifier: Any, data: Any, rows: slice) -> Tensor:
+        """The classifier's probabilities on these rows of the data, ``[N, classes]``."""
+        raise NotImplementedError
+
+    def copies(self, classifier: Any, batch: int) -> Tensor:
+        """The same of ``batch`` copies of the first training row, to be timed."""
+        raise NotImplementedError
+
+    def measure(self, recipe: Recipe, student: Any) -> dict[str, Any]:
+        everyone = {"student": student, **self.teachers()}
+        measured: dict[str, Any] = {
+            who: {"nfe": 1, "params": parameter_count(c.network)} for who, c in everyone.items()
+        }
+        facts = {"task": self.kind, **measured}
+        if recipe.evaluate.n == 0:
+            return facts
+        say("timing the networks")
+        for who, classifier in everyone.items():
+            measured[who] |= sampling_cost(classifier, partial(self.copies, classifier))
+        if self.test is None:
+            return facts
+        n = min(recipe.evaluate.n, self.test.n)
+        say(f"classifying {n:,} test {self.things}")
+        found = {who: self.ask(classifier, self.test, slice(n)) for who, classifier in everyone.items()}
+        scores = {who: classification_scores(p, self.test.labels[:n]) for who, p in found.items()}
+        names = {"accuracy": "Accuracy", "nll": "Log loss", "ece": "Calibration error, 15 bins"}
+        if len(found) > 1:
+            last = list(found)[-1]
+            scores["student"] |= pair_scores(found["student"], found[last])
+            names |= {"agreement": "Agreement with the teacher", "kl": "KL(teacher || student), nats"}
+        bench = {"n": n, "reference": f"{n:,} test {self.things} ({self.test.origin})"}
+        return facts | {"bench": bench, "score_names": names, "scores": scores}
+
+
+def split_rows(n: int) -> tuple[Tensor, Tensor]:
+    """Row numbers that train, and those held out: every fifth."""
+    held_out = torch.arange(n) % HOLDOUT == HOLDOUT - 1
+    return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+class Classification(Recognition):
     """Labelled images. Every fifth of them trains nothing: it is the part ``heldout``, to choose by. The test split is
     used for scores only."""
 
     data: ArrayData
+    things, kind = "images", "classify"
 
     def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
         source = load_data(recipe.data, "train") if data is None else data
@@ -37,9 +102,9 @@ class Classification(Task):
                 f"data {recipe.data!r} has no classes to tell apart",
                 cure="put the images into one sub-folder per class",
             )
-        held_out = torch.arange(source.n) % HOLDOUT == HOLDOUT - 1
-        self.data = source.take(torch.nonzero(~held_out)[:, 0])
-        self.data.parts["heldout"] = source.take(torch.nonzero(held_out)[:, 0])
+        training, held_out = split_rows(source.n)
+        self.data = source.take(training)
+        self.data.parts["heldout"] = source.take(held_out)
         self.origin = source.origin
         self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
         if teacher is not None:
@@ -73,16 +138,6 @@ class Classification(Task):
                     cure=f"choose a network with {mine} {what}",
                 )
 
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The student's, then those of teachers that were named beside it."""
-        return self._networks
-
-    def teachers(self) -> Mapping[str, Any]:
-        """Those that were named; a method may make its own."""
-        names = [f"teacher-{i}" for i in range(1, len(self._networks))]
-        taught = [self.student(network, ForwardPass()) for network in self._networks[1:]]
-        return dict(zip(names, taught, strict=True))
-
     def student(self, network: nn.Module, sampler: Sampler) -> ImageClassifier:
         return ImageClassifier(network, self.data.classes, sampler)
 
@@ -97,41 +152,8 @@ class Classification(Task):
             grid[number, : len(chosen)] = chosen
         return list(self.data.classes), grid
 
-    def measure(self, recipe: Recipe, student: ImageClassifier) -> dict[str, Any]:
-        everyone = {"student": student, **self.teachers()}
-        measured: dict[str, Any] = {
-            who: {"nfe": 1, "params": parameter_count(c.network)} for who, c in everyone.items()
-        }
-        facts = {"task": "classify", **measured}
-        if recipe.evaluate.n == 0:
-            return facts
-        say("timing the networks")
-        row = self.data.images(slice(1))
-        for who, classifier in everyone.items():
-            draw = partial(self._classify_copies, classifier, row)
-            measured[who] |= sampling_cost(classifier, draw)
-        if self.test is None:
-            return facts
-        n = min(recipe.evaluate.n, self.test.n)
-        say(f"classifying {n:,} test images")
-        chosen = self.test.take(torch.arange(n))
-        scores = {
-            who: classification_scores(classifier.probabilities(chosen.images()), chosen.labels)
-            for who, classifier in everyone.items()
-        }
-        names = {"accuracy": "Accuracy", "nll": "Log loss", "ece": "Calibration error, 15 bins"}
-        bench = {"n": n, "reference": f"{n:,} test images ({self.test.origin})"}
-        return facts | {"bench": bench, "score_names": names, "scores": scores}
+    def ask(self, classifier: ImageClassifier, data: ArrayData, rows: slice) -> Tensor:
+        return classifier.probabilities(data.images(rows))
 
-    @staticmethod
-    def _classify_copies(classifier: ImageClassifier, row: Tensor, batch: int) -> Tensor:
-        return classifier.probabilities(row.expand(batch, -1, -1, -1))
-
-
-def classification_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy``, ``nll`` (nats) and ``ece`` of ``[N, classes]`` and ``[N]``."""
-    return {
-        "accuracy": float((probabilities.argmax(-1) == labels).float().mean()),
-        "nll": float(F.nll_loss(probabilities.clamp_min(1e-12).log(), labels)),
-        "ece": calibration_error(probabilities, labels),
-    }
+    def copies(self, classifier: ImageClassifier, batch: int) -> Tensor:
+        return classifier.probabilities(self.data.images(slice(1)).expand(batch, -1, -1, -1))

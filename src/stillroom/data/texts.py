@@ -1,0 +1,257 @@
+"""Texts in memory, with or without labels: by name, from CSV, JSONL or text files, from folders, from WordNet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.data.source import HOLDOUT, LABELS, SPLITS, ArrayData
+from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES, definitions, is_wordnet
+from stillroom.errors import UserError, nearest
+from stillroom.models.shipped import ASSETS
+
+GENERAL = "general"
+"""The part that holds texts without labels."""
+LENGTH = 64
+"""Tokens of a text where nobody asks for another limit."""
+NAMED = {"glosses": ASSETS / "glosses"}
+TABLES = (".csv", ".tsv", ".jsonl")
+
+
+@dataclass
+class Texts:
+    """Texts as they are read. labels: int64 ``[N]``, or None; classes: their names. general: texts without labels."""
+
+    texts: list[str]
+    labels: Tensor | None = None
+    classes: list[str] = field(default_factory=list)
+    name: str = "texts"
+    origin: str = ""
+    general: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise UserError(f"data {self.name!r} hold no texts", cure="give at least one")
+        self.origin = self.origin or f"{self.name}: {len(self.texts):,} texts in memory"
+        if self.labels is not None and len(self.labels) != len(self.texts):
+            raise UserError(
+                f"data {self.name!r} have {len(self.texts)} texts but {len(self.labels)} labels",
+                cure="give one label per text",
+            )
+
+    @property
+    def n(self) -> int:
+        return len(self.texts)
+
+    def take(self, index: Tensor, origin: str = "") -> Texts:
+        """The chosen rows as data of their own, with all general texts."""
+        texts = [self.texts[i] for i in index.tolist()]
+        labels = self.labels[index] if self.labels is not None else None
+        return Texts(texts, labels, self.classes, self.name, origin or f"{len(texts):,} of {self.origin}", self.general)
+
+    def tokenised(self, tokenizer: Any, length: int = LENGTH) -> TextData:
+        """As token ids, cut after ``length`` tokens. Part ``general``: the general texts, or these, without labels."""
+        ids, cond = token_ids(tokenizer, self.texts, length), {} if self.labels is None else {LABELS: self.labels}
+        general = self.general or self.texts
+        found = TextData(ids, cond, self.classes, self.name, self.origin, texts=self.texts, tokenizer=tokenizer)
+        found.parts[GENERAL] = TextData(
+            token_ids(tokenizer, general, length) if self.general else ids, None, (), self.name,
+            f"{self.name}: {len(general):,} texts without labels", texts=general, tokenizer=tokenizer,
+        )  # fmt: skip
+        return found
+
+
+class TextData(ArrayData):
+    """Token ids ``[N, L]`` (int64, padded at the end) beside the texts they were made of.
+
+    A batch is ``{"input_ids": [B, l], "attention_mask": bool [B, l], "cond": {...}}``; ``l`` is the length of the
+    longest row of the *global* batch, so that it does not depend on the number of processes.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        cond: Mapping[str, Tensor] | None = None,
+        classes: Sequence[str] = (),
+        name: str = "texts",
+        origin: str = "",
+        parts: Mapping[str, ArrayData] | None = None,
+        *,
+        texts: Sequence[str],
+        tokenizer: Any,
+    ) -> None:
+        super().__init__(ids, cond, classes, name, origin, parts)
+        self.texts, self.tokenizer = list(texts), tokenizer
+        self.mask = ids != tokenizer.pad_token_id
+        self.lengths = self.mask.sum(1)
+
+    def take(self, index: Tensor, origin: str = "") -> TextData:
+        kept = {key: value[index] for key, value in self.cond.items()}
+        return TextData(
+            self.array[index], kept, self.classes, self.name, origin or f"{len(index):,} of {self.origin}",
+            texts=[self.texts[i] for i in index.tolist()], tokenizer=self.tokenizer,
+        )  # fmt: skip
+
+    def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
+        index = self.indices(seed, step, size)
+        longest = int(self.lengths[index].max())
+        index = index[rows if rows is not None else slice(None)]
+        cond = {key: value[index] for key, value in self.cond.items()}
+        return {"input_ids": self.array[index, :longest], "attention_mask": self.mask[index, :longest], "cond": cond}
+
+    @cached_property
+    def vocabulary(self) -> str:
+        return vocabulary_hash(self.tokenizer)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+    """int64 ``[N, l]``, l <= length, padded at the end."""
+    found = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=length, padding_side="right", return_tensors="pt"
+    )
+    return found["input_ids"]
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Eight hex digits of SHA-256 over the tokens in the order of their numbers: equal vocabularies, equal hashes."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
+
+
+# --- by name, file or folder ------------------------------------------------------------------------------------------
+def load_texts(source: str | Path, split: str = "train", classes: Sequence[str] = ()) -> Texts:
+    """Labelled texts.
+
+    source: ``glosses`` (shipped: WordNet's definitions in 45 classes); a ``.csv``, ``.tsv`` or ``.jsonl`` file with the
+    columns ``text`` and ``label`` (all also as ``.gz``); a folder with such files named ``train`` and, if there is one,
+    ``test``; a folder with one sub-folder of ``.txt`` files per class, directly or under ``train/`` and ``test/``; or
+    the folder of WordNet's dictionary files (its first 5 definitions in 100 hold the test split).
+    Beside the labelled texts a folder may hold ``general.txt``: texts without labels, one a line.
+    split: ``train``, ``test`` or ``all``. A set without a test split holds out every fifth text of each class.
+    classes: the names that labels may have, in order; empty: those that occur, sorted.
+
+    Raises UserError for anything missing, empty or malformed, naming file and line.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}{nearest(split, SPLITS)}", cure=f"use one of {', '.join(SPLITS)}")
+    path = NAMED.get(str(source)) or Path(source).expanduser()
+    name = str(source) if str(source) in NAMED else path.name.split(".")[0]
+    if not path.exists():
+        raise UserError(
+            f"no texts at {str(source)!r}{nearest(str(source), NAMED)}",
+            cure=f"give a CSV or JSONL file, a folder, or one of: {', '.join(NAMED)}",
+        )
+    if path.is_file():
+        parts = {"all": _table(path)}
+    elif is_wordnet(path):
+        parts = {"all": [(text, LEXICOGRAPHER_CLASSES[label]) for text, label in definitions(path)]}
+    else:
+        parts = _folder(path)
+    general_file = path / "general.txt"
+    general = _lines(general_file) if path.is_dir() and general_file.is_file() else []
+    if str(source) in NAMED or (path.is_dir() and is_wordnet(path)):
+        classes = classes or LEXICOGRAPHER_CLASSES
+    names = list(classes) or sorted({label for rows in parts.values() for _, label in rows})
+    rows = _chosen(parts, split, path)
+    number = {label: i for i, label in enumerate(names)}
+    for _, label in rows:
+        if label not in number:
+            raise UserError(
+                f"{path}: label {label!r}{nearest(label, names)} is none of the {len(names)} classes",
+                cure=f"they are {', '.join(names[:20])}",
+            )
+    labels = torch.tensor([number[label] for _, label in rows])
+    return Texts([text for text, _ in rows], labels, names, name, f"{name}: {len(rows):,} {split} texts", general)
+
+
+def _chosen(parts: dict[str, list[tuple[str, str]]], split: str, path: Path) -> list[tuple[str, str]]:
+    if "test" in parts:
+        return [*parts["train"], *parts["test"]] if split == "all" else parts[split]
+    every = parts.get("all") or parts["train"]
+    if split == "all":
+        return every
+    seen: dict[str, int] = {}
+    chosen = []
+    for text, label in every:
+        held = seen.get(label, 0) % HOLDOUT == HOLDOUT - 1
+        seen[label] = seen.get(label, 0) + 1
+        if held == (split == "test"):
+            chosen.append((text, label))
+    if not chosen:
+        raise UserError(f"{path}: {len(every)} texts are too few for a test split", cure="give 5 per class or more")
+    return chosen
+
+
+def _folder(path: Path) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for split in ("train", "test"):
+        files = [f for kind in TABLES for f in (path / f"{split}{kind}", path / f"{split}{kind}.gz") if f.is_file()]
+        if len(files) > 1:
+            raise UserError(f"{path} has several {split} files", cure=f"keep one of {', '.join(f.name for f in files)}")
+        if files:
+            found[split] = _table(files[0])
+        elif (path / split).is_dir():
+            found[split] = _class_folders(path / split)
+    if not found:
+        found["all"] = _class_folders(path)
+    if "test" in found and "train" not in found:
+        raise UserError(f"{path} has a test split only", cure="give train.csv as well")
+    return found
+
+
+def _class_folders(path: Path) -> list[tuple[str, str]]:
+    folders = sorted(d for d in path.iterdir() if d.is_dir() and any(d.glob("*.txt")))
+    if len(folders) < 2:
+        raise UserError(
+            f"{path} holds no labelled texts",
+            cure="give train.csv (or .jsonl) with columns text and label, or one sub-folder of .txt files per class",
+        )
+    return [(" ".join(_text(file).split()), folder.name) for folder in folders for file in sorted(folder.glob("*.txt"))]
+
+
+def _text(file: Path) -> str:
+    try:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as problem:
+        raise UserError(f"cannot read {file}: {problem}", cure="give UTF-8 text, gzipped or not") from None
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for line in _text(file).splitlines() if line.strip()]
+
+
+def _table(file: Path) -> list[tuple[str, str]]:
+    kind = next((kind for kind in TABLES if file.name.endswith((kind, f"{kind}.gz"))), "")
+    if not kind:
+        raise UserError(f"{file} is no table of texts", cure=f"give one of {', '.join(TABLES)} (or .gz of it)")
+    rows: list[Mapping[str, Any]]
+    if kind == ".jsonl":
+        rows = []
+        for number, line in enumerate(_lines(file), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as problem:
+                raise UserError(f"{file}, line {number} is not JSON ({problem})", cure="one object a line") from None
+    else:
+        rows = list(csv.DictReader(io.StringIO(_text(file)), delimiter="," if kind == ".csv" else "\t"))
+    found = []
+    for number, row in enumerate(rows, 1):
+        text, label = (row.get(key) if isinstance(row, Mapping) else None for key in ("text", "label"))
+        if not isinstance(text, str) or not text.strip() or label is None or str(label) == "":
+            raise UserError(f"{file}, row {number} has no text or no label", cure="columns: text, label; none empty")
+        found.append((text, str(label)))
+    if not found:
+        raise UserError(f"{file} holds no rows", cure="columns: text, label")
+    return found

@@ -1,0 +1,1 @@
+"""Language: text encoders and language models taught by larger ones."""

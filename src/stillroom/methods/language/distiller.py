@@ -1,0 +1,265 @@
+"""Distiller: augmentation, layer map, intermediate and prediction loss, each a choice (arXiv 2109.11105)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stillroom.diffusion.sampling import ForwardPass, class_logits
+from stillroom.errors import UserError
+from stillroom.losses import features
+from stillroom.losses.layer_maps import as_weights, emd, layer_map, mapped_loss
+from stillroom.losses.mutual_information import i_alpha
+from stillroom.losses.soft_labels import soft_cross_entropy
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.models.critics import MICritic
+from stillroom.models.encoder_reader import EncoderReader, Reading, depth, mixed_inputs, text_inputs, token_table
+from stillroom.models.projectors import Projectors
+from stillroom.models.text_augment import mixup_weights, nearest_tokens, random_edits
+
+
+@dataclass
+class Pass:
+    """What student and teacher made of one version of a batch; what the critics' turn needs of it."""
+
+    found: Reading
+    taught: Reading
+    keep: Tensor
+    distinct: Tensor
+    plan: Tensor | None = None
+
+
+@register(
+    "distiller",
+    Paper(
+        title="Distiller: A Systematic Study of Model Distillation Methods in Natural Language Processing",
+        arxiv="2109.11105",
+        year=2021,
+        venue="SustaiNLP 2021",
+    ),
+)
+class Distiller(Method):
+    """A student learns a fine-tuned teacher's states by way of mutual information or a distance, its answers, and the
+    labels. Student and critics climb the same bound: there is no game between them.
+
+    The networks are the student's and the teacher's.
+
+    The critic's layout, the weights and the values of alpha are not in the paper's public text. Here the critic is
+    separable, and it and the baseline are small transformers, as the paper prefers; the anchor is the student. Back-
+    translation and replacement by a masked language model are left out of the augmentations. A synonym is one of the
+    eight tokens nearest in the teacher's embeddings.
+    """
+
+    task = "classify-text"
+
+    @dataclass
+    class Options:
+        augmentation: Literal["none", "edits", "mixup"] = "none"  # of a copy that the teacher answers, without labels
+        edit_rate: float = field(default=0.2, metadata={"min": 0, "max": 1})  # share of tokens edited
+        mixup: float = field(default=0.4, metadata={"min": 1e-3})  # a of Beta(a, a)
+        layer_map: Literal["skip", "uniform", "last", "emd"] = "skip"
+        intermediate: Literal["none", "ce", "mse", "l2", "cosine", "pkd", "mi"] = "mi"
+        alpha: float = field(default=0.5, metadata={"min": 0, "max": 1})  # of MI-alpha; 1: InfoNCE, 0: TUBA
+        anchor: Literal["student", "teacher"] = "student"  # whose baseline; the other holds the keys
+        critic: Literal["transformer", "mlp"] = "transformer"
+        critics: Literal["per-pair", "shared"] = "per-pair"
+        critic_width: int = field(default=128, metadata={"min": 1})
+        critic_heads: int = field(default=4, metadata={"min": 1})
+        prediction: Literal["none", "ce", "mse"] = "ce"
+        temperature: float = field(default=1.0, metadata={"min": 1e-6})
+        intermediate_weight: float = field(default=1.0, metadata={"min": 0})
+        prediction_weight: float = field(default=1.0, metadata={"min": 0})
+        label_weight: float = field(default=1.0, metadata={"min": 0})
+        augmented_weight: float = field(default=1.0, metadata={"min": 0})  # of the augmented copy's losses
+
+        # Steps of the teacher's fine-tuning, as a share of the student's; 0: it is fine-tuned already.
+        tune_share: float = field(default=0.0, metadata={"min": 0})
+
+    options: Options
+
+    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+        o = self.options
+        if len(teachers) != 1:
+            raise UserError(
+                f"distiller has {len(teachers)} teachers, it wants one",
+                cure="name the student's network and then a fine-tuned teacher, such as bert-4x312,./tuned",
+            )
+        if o.intermediate == o.prediction == "none" and not o.label_weight:
+            raise UserError(
+                "distiller has nothing to learn from", cure="choose a loss, or set options.label_weight to 1"
+            )
+        if o.critic_width % o.critic_heads:
+            raise UserError(
+                f"options.critic_width {o.critic_width} does not divide into {o.critic_heads} heads",
+                cure="choose a multiple",
+            )
+        self.student = unfrozen(copy.deepcopy(student))
+        self.teacher = (unfrozen if o.tune_share else frozen)(copy.deepcopy(teachers[0]))
+        m, n = depth(self.teacher), depth(self.student)
+        layers = None if o.layer_map == "emd" else layer_map(o.layer_map, m, n)
+        self.fixed = as_weights(layers, m) if layers else None
+        # Teacher and student layers, from 0, that are compared: all where the plan follows from the costs.
+        self.pairs = [(i, j) for i in range(m) for j in range(n) if layers is None or layers[j] == i]
+        self.depths = m, n
+        read = o.intermediate != "none"
+        self.mine = EncoderReader(self.student, range(1, n + 1) if read else ())
+        self.theirs = EncoderReader(self.teacher, range(1, m + 1) if read else ())
+        self.adapters, self.critics = nn.ModuleDict(), nn.ModuleDict()
+        mine, theirs = self.mine.shapes(), self.theirs.shapes()
+        if o.intermediate == "mi":
+            for i, j in self.pairs:
+                x, y = theirs[f"h{i + 1}"][-1], mine[f"h{j + 1}"][-1]
+                if o.anchor == "teacher":
+                    x, y = y, x
+                key = self.critic_of(i, j)
+                if key not in self.critics:
+                    self.critics[key] = MICritic(x, y, o.critic_width, o.critic_heads, o.critic)
+        elif read:
+            self.adapters = Projectors(mine, theirs, {f"h{j + 1}": f"h{i + 1}" for i, j in self.pairs})
+
+    def critic_of(self, i: int, j: int) -> str:
+        return "shared" if self.options.critics == "shared" else f"{i}-{j}"
+
+    def prepare(self, data: Any) -> None:
+        if self.options.augmentation == "edits":
+            self.special, self.pad = set(data.tokenizer.all_special_ids), int(data.tokenizer.pad_token_id)
+            self.neighbours = nearest_tokens(token_table(self.teacher).weight, self.special)
+
+    def turns(self) -> tuple[Turn, ...]:
+        o = self.options
+        idle = {"critic"} if o.intermediate != "mi" else set()
+        idle |= {"tune"} if not o.tune_share else set()
+        return tuple(t for t in super().turns() if t.name not in idle)
+
+    def stages(self) -> tuple[Stage, ...]:
+        distil = Stage("distil", tuple(t.name for t in self.turns() if t.name != "tune"), own_schedule=True)
+        tune = Stage("tune", ("tune",), self.options.tune_share, own_schedule=True)
+        return (tune, distil) if self.options.tune_share else (distil,)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 1
+
+    @turn(trains="teacher", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
+    def tune(self, batch: Batch) -> Terms:
+        """The teacher, where it is not fine-tuned yet."""
+        return {"label": F.cross_entropy(class_logits(self.teacher, text_inputs(batch)), batch["cond"]["label"])}
+
+    # --- the student --------------------------------------------------------------------------------------------------
+    @turn(trains=("student", "adapters"), optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
+    def distil(self, batch: Batch) -> Terms:
+        """``beta_inter sum_ij m_ij l_inter(H_i^T, H_j^S) + beta_pred l_pred + beta_hard CE``, and the same without
+        labels on an augmented copy."""
+        o = self.options
+        seen = self.look(batch)
+        passes = [seen]
+        terms = self.compare(seen)
+        if o.label_weight:
+            terms["label"] = o.label_weight * F.cross_entropy(seen.found.logits, batch["cond"]["label"])
+        if o.augmentation != "none":
+            passes.append(again := self.augmented(batch))
+            terms |= {f"augmented_{name}": o.augmented_weight * loss for name, loss in self.compare(again).items()}
+        self.shared["passes"] = passes
+        same = seen.found.logits.argmax(-1) == seen.taught.logits.argmax(-1)
+        self.note("teacher_agreement", same.float().mean())
+        return terms
+
+    def look(self, batch: Batch, mix: tuple[Tensor, Tensor] | None = None) -> Pass:
+        """Both networks on one batch; ``mix``: mixup's row order and weights, the same for both."""
+        with ExitStack() as stack:
+            for network in (self.student, self.teacher) if mix is not None else ():
+                stack.enter_context(mixed_inputs(network, *mix))  # type: ignore[misc]
+            with torch.no_grad():
+                taught = self.theirs(batch)
+            found = self.mine(batch)
+        ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+        shown = ids.masked_fill(~keep, -1)
+        distinct = (shown[:, None] != shown[None]).any(-1)  # equal texts are no negatives of one another
+        return Pass(found, taught, keep, distinct)
+
+    def augmented(self, batch: Batch) -> Pass:
+        """6. Random edits, or mixup: each row's embeddings mixed with those of the row before it."""
+        ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+        if self.options.augmentation == "edits":
+            ids, keep = random_edits(
+                ids, keep, self.draw, self.options.edit_rate, self.neighbours, self.special, self.pad
+            )
+            return self.look({"input_ids": ids, "attention_mask": keep})
+        weight = mixup_weights(len(ids), self.draw, self.options.mixup).to(ids.device)
+        order = torch.arange(len(ids), device=ids.device).roll(1)
+        return self.look({"input_ids": ids, "attention_mask": keep | keep[order]}, (order, weight))
+
+    def compare(self, seen: Pass) -> Terms:
+        o = self.options
+        terms: Terms = {}
+        if o.intermediate != "none":
+            terms["intermediate"] = o.intermediate_weight * self.intermediate(seen)
+        if o.prediction == "ce":
+            p = (seen.taught.logits.float() / o.temperature).softmax(-1)
+            terms["prediction"] = o.prediction_weight * soft_cross_entropy(
+                seen.found.logits, p, temperature=o.temperature
+            )
+        elif o.prediction == "mse":
+            terms["prediction"] = o.prediction_weight * F.mse_loss(seen.found.logits, seen.taught.logits)
+        return terms
+
+    # --- intermediate states ------------------------------------------------------------------------------------------
+    def intermediate(self, seen: Pass) -> Tensor:
+        """1. ``sum_ij m_ij l_ij``; m is the fixed map, or the optimal transport plan for the costs of this batch,
+        without gradients."""
+        losses = self.losses(seen)
+        seen.plan = emd(losses - losses.min()) if self.fixed is None else self.fixed  # a constant changes no plan
+        total = mapped_loss(seen.plan, losses)
+        if self.options.intermediate == "mi":
+            self.note("mutual_information", -total / seen.plan.sum().to(total))
+        return total
+
+    def losses(self, seen: Pass) -> Tensor:
+        """``l_inter`` of every compared pair, ``[M, N]``; 0 elsewhere."""
+        m, n = self.depths
+        zero = seen.found.logits.new_zeros(())
+        found = {pair: self.loss(seen, *pair) for pair in self.pairs}
+        return torch.stack([torch.stack([found.get((i, j), zero) for j in range(n)]) for i in range(m)])
+
+    def loss(self, seen: Pass, i: int, j: int) -> Tensor:
+        """2. One pair's loss; 3. for MI-alpha minus the bound."""
+        o = self.options
+        theirs, mine, keep = seen.taught.hidden[i + 1], seen.found.hidden[j + 1], seen.keep
+        if o.intermediate == "mi":
+            x, y = (theirs, mine) if o.anchor == "student" else (mine, theirs)
+            scores, log_q = self.critics[self.critic_of(i, j)](x, y, keep, keep)
+            return -i_alpha(scores, log_q, o.alpha, seen.distinct)
+        return distance(o.intermediate, self.adapters.project(f"h{j + 1}", mine), theirs, keep)  # type: ignore[operator]
+
+    @turn(trains="critics", optim=Optim(lr=1e-4, clip_norm=1.0))
+    def critic(self, batch: Batch) -> Terms:
+        """7. The same step for the critics: they raise the same bound, on the states that the student had."""
+        total = torch.stack([mapped_loss(p.plan, self.losses(without_gradients(p))) for p in self.shared["passes"]])
+        return {"bound": total.sum()}
+
+    def own_teachers(self) -> dict[str, nn.Module]:
+        return {"teacher-tuned": self.teacher} if self.options.tune_share else {}
+
+    def sampler(self) -> ForwardPass:
+        return ForwardPass()
+
+
+def distance(kind: str, mine: Tensor, theirs: Tensor, keep: Tensor) -> Tensor:
+    """CE: cross-entropy of the channels' softmax; PKD: squared distance of states of length 1."""
+    if kind == "ce":
+        return soft_cross_entropy(mine, theirs.float().softmax(-1), keep=keep)
+    plain: Mapping[str, Any] = {"mse": features.mse, "l2": features.l2, "cosine": features.cosine}
+    if kind == "pkd":
+        return features.l2(mine, theirs, normalise="l2", keep=keep)
+    return plain[kind](mine, theirs, keep=keep)
+
+
+def without_gradients(seen: Pass) -> Pass:
+    hidden = {layer: state.detach() for layer, state in seen.found.hidden.items()}
+    return Pass(Reading(seen.found.logits.detach(), hidden), seen.taught, seen.keep, seen.distinct, seen.plan)
