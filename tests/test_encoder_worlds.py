@@ -36,7 +36,7 @@ def test_a_digit_lies_where_its_quarters_are() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Teachers of two steps in a cache of their own; what was trained is noted."""
+    """Few images, and teachers of two steps in a cache of their own; what was trained is noted."""
     made: list[str] = []
 
     class Counting(encoders.Trainer):
@@ -47,6 +47,15 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
     monkeypatch.setattr(encoders, "Trainer", Counting)
     monkeypatch.setattr(encoders, "probe_scores", partial(probe_scores, tuning=1))
+    whole = CanvasBench.__init__
+
+    def few(self: Any) -> None:
+        whole(self)
+        for part, what, n in (("probe", "labelled", 300), ("test", "test", 60)):
+            setattr(self, part, getattr(self, part).take(torch.arange(n)))
+            self.dense[what] = self.dense[what][:n]
+
+    monkeypatch.setattr(CanvasBench, "__init__", few)
     for name, value in {"steps": 2, "tuning": 1, "copies": 1}.items():
         monkeypatch.setattr(CanvasBench, name, value)
     return made
@@ -71,7 +80,7 @@ def test_a_teacher_is_made_once(small: list[str]) -> None:
 @pytest.mark.parametrize(
     ("slug", "names"),
     [
-        ("dmae", {"dmae", "random-teacher"}),
+        ("dmae", {"random-teacher"}),
         ("g2sd", {"both-stages", "untouched"}),
         ("hybrid-distill", {"shuffled-teachers"}),
     ],
