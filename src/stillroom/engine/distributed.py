@@ -196,9 +196,13 @@ def shard(method: Method, world: World) -> None:
         ):
             network = getattr(whole, "network", None)
             units += [network, whole] if isinstance(network, nn.Module) else [whole]
+    # FSDP2 shards no scalars; those that never train (a CLIP model's temperature) stay whole
+    frozen = [part for part in method.modules() if getattr(part, "is_frozen", False)]
+    scalars = {p for part in frozen for p in part.parameters(recurse=False) if p.ndim == 0}
+    ignored: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
     for unit in [*units, method]:
         if not isinstance(unit, FSDPModule):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True, **ignored)
             for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
                 register_fsdp_forward_method(unit, entry)
     for name in ("enter", *(turn.name for turn in method.turns())):
