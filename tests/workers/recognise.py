@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stillroom.bench.semi import tiny_clip
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import World
@@ -19,6 +20,7 @@ from stillroom.method import Method
 from stillroom.methods.classifier.dho import DHO
 from stillroom.methods.classifier.gt_self_distill import GTSelfDistill
 from stillroom.methods.classifier.meal_v2 import MEALV2
+from stillroom.models.prompts import PromptClassifier
 
 # Networks without batch normalisation, and SGD: what then differs between one process and two is rounding.
 CASES: dict[str, tuple[type[Method], dict[str, Any], int]] = {
@@ -30,6 +32,8 @@ CASES: dict[str, tuple[type[Method], dict[str, Any], int]] = {
     "meal-given": (MEALV2, {"gt_weight": 0.3}, 3),
     "dho": (DHO, {"labelled": 2, "shift": 1, "flip": 0.5}, 2),
 }
+
+CASES["captions"] = (DHO, {"labelled": 2, "prompts": ("the {}.",), "zeta": 0.1}, 2)
 
 
 def network(seed: int) -> nn.Module:
@@ -48,7 +52,11 @@ def trained(case: str, **settings: Any) -> dict[str, Tensor]:
     """The finished student, and the mixture that it was given."""
     cls, options, networks = CASES[case]
     method = cls(cls.Options(**options))
-    method.build(*(network(seed) for seed in range(networks)))
+    given = [network(seed) for seed in range(networks)]
+    if case == "captions":
+        torch.manual_seed(1)
+        given[1] = PromptClassifier(*tiny_clip("abc", ["the {}."], 4, 2, width=8), "abc")
+    method.build(*given)
     optim = {"all": {"name": "sgd", "lr": 0.05, "betas": (0.9, 0.0)}}
     run = Trainer(method, data(), EngineConfig(steps=8, batch=8, log_every=2, optim=optim, **settings), show=False)
     run.fit()
