@@ -13,7 +13,6 @@ import yaml
 import stillroom as sr
 from stillroom import cli
 from stillroom import run as run_module
-from stillroom.recipe import DEFAULT
 from stillroom.tasks import sample_rows
 from tiny import CLASSES, FAST, SIZE, make_data, make_teacher
 
@@ -125,7 +124,10 @@ def test_divergence_is_one_line_and_exit_code_1(place: Path, capsys: pytest.Capt
     assert "diverged" in error[0]
 
 
-def test_overrides_may_stand_anywhere(place: Path) -> None:
+def test_overrides_may_stand_anywhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stillroom.recipe as recipes
+
+    monkeypatch.setattr(recipes, "DEFAULT", "dmd2")
     arguments = [
         "run",
         "options.gan_weight=0",
@@ -140,7 +142,7 @@ def test_overrides_may_stand_anywhere(place: Path) -> None:
     ]
     assert cli.main(arguments) == 0
     recipe = yaml.safe_load((place / "runs/x/recipe.yaml").read_text())
-    assert (recipe["method"], recipe["options"]["gan_weight"], recipe["engine"]["steps"]) == (DEFAULT, 0, 2)
+    assert (recipe["method"], recipe["options"]["gan_weight"], recipe["engine"]["steps"]) == ("dmd2", 0, 2)
 
 
 def test_sample_draws_the_labels_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

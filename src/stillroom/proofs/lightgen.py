@@ -214,7 +214,7 @@ PRETRAINED = recipe_arm("lightgen").with_(
     options={"start": "lightgen-base", "pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
     engine={"steps": 0},
 )
-STEPS = 300
+STEPS = 200
 
 
 def preferred(name: str, after: Arm = PRETRAINED, **options: Any) -> Arm:
@@ -353,7 +353,7 @@ IMAGE = Proof(
         ),
     ),
     note=(
-        "All arms start from the one shipped student before preferences (lightgen-base): seeds vary what comes after it. "
+        "All arms start from the one shipped student before preferences (lightgen-base): seeds vary what comes after. "
         "Claims about captions, data size and several teachers need a pre-training for every arm: they are shown at "
         "mechanism level."
     ),
