@@ -316,8 +316,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
-    """Write an adapter as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads (or, where
-    a pipeline has none, its network's ``load_lora_adapter``)."""
+    """Write an adapter as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads, and as
+    ``adapter_model.safetensors`` with ``adapter_config.json``, which peft puts on the network alone."""
+    from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
@@ -328,14 +329,22 @@ def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
             alphas.add(float(module.lora_alpha[role]))
             targets.append(name)
     state = {
-        f"{prefix}.{name.replace(f'.{role}.', '.')}": p.detach().cpu().contiguous()
+        name.replace(f".{role}.", "."): p.detach().cpu().contiguous()
         for name, p in denoiser.network.named_parameters()
         if f".{role}." in name
     }
-    settings = {"r": ranks.pop(), "lora_alpha": alphas.pop(), "target_modules": sorted(targets), "peft_type": "LORA"}
-    about = json.dumps({f"{prefix}.{key}": value for key, value in settings.items()})
+    settings: dict[str, Any] = {"r": ranks.pop(), "lora_alpha": alphas.pop(), "target_modules": sorted(targets)}
+    about = json.dumps({f"{prefix}.{key}": value for key, value in (settings | {"peft_type": "LORA"}).items()})
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / LORA_WEIGHTS, metadata={"format": "pt", "lora_adapter_metadata": about})
+    save_file(
+        {f"{prefix}.{name}": value for name, value in state.items()}, folder / LORA_WEIGHTS,
+        metadata={"format": "pt", "lora_adapter_metadata": about},
+    )  # fmt: skip
+    save_file(
+        {f"base_model.model.{name}": value for name, value in state.items()}, folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )  # fmt: skip
+    LoraConfig(**settings).save_pretrained(str(folder))
 
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
@@ -366,6 +375,7 @@ def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: st
     if not isinstance(process, VP):
         raise UserError(f"students of the {process.name} process cannot be pipelines", cure="use a VP or flow teacher")
     config = {k: v for k, v in scheduler_config(process, prediction).items() if k != "_class_name"}
+    config["steps_offset"] = 1  # unused here, but Stable Diffusion's pipelines insist on it
     top = torch.tensor(t_init * process.t_max, dtype=torch.float64)
     if n == 1:  # one "karras" step lies at sigma_max; its noise is scaled as in training, its time need not be whole
         sigma = float(process.sigma(top) / process.alpha(top))

@@ -25,7 +25,8 @@ class Family:
     """A family of pipelines.
 
     title: what people call it. pipelines: diffusers' class names. encode: ``(pipeline, prompts, size)`` to the
-    conditions ``[B, ...]`` that ``call`` passes to the network. null: the prompt of the unconditional branch.
+    conditions ``[B, ...]`` that ``call`` passes to the network. null: the prompt of the unconditional branch;
+    encode_null: how that one is encoded, where it is another way than ``encode``.
     zero_null: under which config entry of the pipeline the unconditional text is zeros instead (SDXL).
     factor: ``(pipeline)`` to pixels per latent position. patch: latent positions per token along each side, where
     latents are packed outside the network. arguments: of the pipeline's own call, for a picture without guidance.
@@ -38,6 +39,7 @@ class Family:
     encode: Callable[[Any, list[str], Size], dict[str, Tensor]]
     call: NetworkCall = diffusers_call
     null: str = ""
+    encode_null: Callable[[Any, list[str], Size], dict[str, Tensor]] | None = None
     zero_null: str = ""
     patch: int = 1
     packed: bool = False
@@ -101,10 +103,9 @@ class Family:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """``(conditions [B, ...], unconditional values)`` in float32 on the CPU. Texts of several lengths are padded at
         the end to the longest."""
-        texts, parts = [*prompts, self.null], []
-        for start in range(0, len(texts), batch):
-            found = self.encode(pipeline, texts[start : start + batch], size)
-            parts.append({k: v.detach().cpu() for k, v in found.items()})
+        parts = [self.encode(pipeline, list(prompts[i : i + batch]), size) for i in range(0, len(prompts), batch)]
+        parts.append((self.encode_null or self.encode)(pipeline, [self.null], size))
+        parts = [{key: value.detach().cpu() for key, value in part.items()} for part in parts]
         every = {key: _padded([part[key] for part in parts]) for key in parts[0]}
         every = {k: v.float() if v.is_floating_point() else v for k, v in every.items()}
         null = {key: value[-1] for key, value in every.items()}
@@ -212,6 +213,12 @@ def _sana(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask.bool()}
 
 
+def _sana_null(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:
+    length = call_default(pipeline, "max_sequence_length")
+    states, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask.bool()}
+
+
 def _sana_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     return diffusers_call(network, x, time * float(network.config.timestep_scale), cond)  # type: ignore[union-attr,arg-type]
 
@@ -315,6 +322,7 @@ FAMILIES: dict[str, Family] = {
         ("SanaPipeline",),
         _sana,
         call=_sana_call,
+        encode_null=_sana_null,
         arguments={"guidance_scale": 1.0, "use_resolution_binning": False},
         checks=(("an embedding of the guidance scale (guidance_embeds)",
                  lambda p: bool(p.transformer.config.get("guidance_embeds"))),),

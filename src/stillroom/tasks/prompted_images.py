@@ -15,7 +15,7 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Sampler
 from stillroom.errors import UserError
 from stillroom.models.families import parameter_count
-from stillroom.models.pipeline import OwnScheduler, PipelineGenerator, few_step_scheduler, fingerprint, sized
+from stillroom.models.pipeline import PipelineGenerator, few_step_scheduler, fingerprint, sized
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import Task, say
 
@@ -95,7 +95,6 @@ def prompt_rows(generator: PipelineGenerator, prompts: list[str], n: int, seed: 
 
 def facts(teacher: PipelineGenerator, student: PipelineGenerator) -> dict[str, Any]:
     """What a model card says about a pipeline: class, scheduler, call arguments, size, and the teacher's licence."""
-    own = isinstance(teacher.sampler, OwnScheduler)
     return {
         "class": type(student.pipeline).__name__,
         "family": student.family.title,
@@ -103,7 +102,8 @@ def facts(teacher: PipelineGenerator, student: PipelineGenerator) -> dict[str, A
         "timesteps": timesteps(student),
         "arguments": student.arguments,
         "size": list(student.size),
-        "licence": licence(teacher.folder) if own else "",
+        "licence": licence(teacher.folder),
+        "random": bool(student.pipeline.scheduler.config.get("stochastic_sampling")),
         "lora": student.denoiser.adapter is not None,
     }
 
