@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tiny_pipelines import make_pipeline
 
 from stillroom.data.prompted import PromptedData, encode_prompts
 from stillroom.data.prompts import PromptSource
@@ -19,6 +18,7 @@ from stillroom.method import get_method
 from stillroom.models.pipeline import OwnScheduler, PipelineGenerator
 from stillroom.recipe import Recipe
 from stillroom.tasks.prompted_images import PromptedImages
+from tiny_pipelines import make_pipeline
 
 METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct")
 STEPS = 2

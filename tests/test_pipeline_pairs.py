@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from pipeline_pairs import METHODS, STEPS, try_pair
-from tiny_pipelines import PIPELINES
 
+from pipeline_pairs import METHODS, STEPS, try_pair
 from stillroom.models.pipeline_families import FAMILIES
+from tiny_pipelines import PIPELINES
 
 RECORD = Path(__file__).resolve().parents[1] / "results" / "pipelines" / "pairs.json"
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines
 import torch
-from tiny_pipelines import PIPELINES, SIDE, make_pipeline
 from torch import Tensor
 
+import tiny_pipelines
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
@@ -31,6 +30,7 @@ from stillroom.models.pipeline import (
     sized,
 )
 from stillroom.models.pipeline_families import FAMILIES, network_of, pack, unpack
+from tiny_pipelines import PIPELINES, SIDE, make_pipeline
 
 PROMPTS = ["a red cat", "the boat of a dog"]
 ONE = FewStepSampler((1.0,))
@@ -195,7 +195,8 @@ def call(pipeline: Any, side: dict[str, Any], seeds: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [*((name, 1) for name in PIPELINES), ("sd", 2), ("sdxl", 4), ("pixart", 3), ("sd3", 2), ("flux", 3)]
+    ("name", "steps"),
+    [*((name, 1) for name in PIPELINES), ("sd", 2), ("sdxl", 4), ("pixart", 3), ("sd3", 2), ("flux", 3)],
 )
 def test_a_student_s_folder_is_a_pipeline_bit_for_bit(
     name: str, steps: int, loaded: Callable[[str], PipelineGenerator], tmp_path: Path
@@ -243,9 +244,7 @@ torch.save(images.detach(), {str(tmp_path / "images.pt")!r})
     "name",
     [name if name in ("sd", "sd3", "pixart") else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES],
 )
-def test_a_lora_student_is_written_as_an_adapter_too(
-    name: str, saved: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_lora_student_is_written_as_an_adapter_too(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     import diffusers
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer

@@ -1,4 +1,4 @@
-"""Complete text-to-image pipelines of every supported family, built from configs: no download, a few thousand weights."""
+"""Complete, tiny text-to-image pipelines of every supported family, built from configs, without a download."""
 
 from __future__ import annotations
 

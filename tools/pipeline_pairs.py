@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def main() -> None:
     from pipeline_pairs import METHODS, STEPS, try_pair
-
     from stillroom.models.pipeline_families import FAMILIES
 
     families = {}

@@ -21,7 +21,7 @@ _LARGEST = 6e4  # what float16 can hold, with a margin
 
 
 class Encoder(Protocol):
-    """What turns prompts and pictures into what a network sees: :class:`~stillroom.models.pipeline.PipelineGenerator`"""
+    """What turns prompts and pictures into what a network sees, a pipeline's generator for one."""
 
     size: tuple[int, int]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stillroom.data.pairs import FolderTeacher, check_caption, read_captions
 from stillroom.errors import UserError
+from stillroom.models.families import read_json
 
 CAPTION_KEYS = ("caption", "text", "prompt")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -120,35 +121,45 @@ class Parquet(PromptSource):
 
 
 class SavedDataset(PromptSource):
-    """A dataset of Hugging Face's ``datasets``, as ``save_to_disk`` wrote it: ``caption`` (or ``text``, ``prompt``) and,
-    for pictures, ``image``. Of several splits ``train`` is read."""
+    """A dataset of Hugging Face's ``datasets``, as ``save_to_disk`` wrote it: ``caption`` (or ``text``, ``prompt``) and, for
+    pictures, ``image``. Of several splits ``train`` is read. Its Arrow files are read a batch of rows at a time."""
 
     def __init__(self, folder: Path) -> None:
         try:
-            import datasets
+            import pyarrow
         except ImportError:
-            raise UserError(
-                f"{folder} is read by the package datasets", cure="pip install 'stillroom[data]'"
-            ) from None
-        found: Any = datasets.load_from_disk(str(folder))
-        if isinstance(found, datasets.DatasetDict):
-            if "train" not in found:
+            raise UserError(f"{folder} is read by pyarrow", cure="pip install 'stillroom[data]'") from None
+        if (folder / "dataset_dict.json").is_file():
+            splits = read_json(folder / "dataset_dict.json").get("splits", [])
+            if "train" not in splits:
                 raise UserError(
-                    f"{folder} has the splits {', '.join(found)}, none of them train", cure="give a split's own folder"
+                    f"{folder} has the splits {', '.join(splits)}, none of them train", cure="give a split's own folder"
                 )
-            found = found["train"]
-        self.caption = _caption_key(found.column_names, str(folder))
-        self.pictures = "image" in found.column_names
-        if self.pictures:
-            found = found.cast_column("image", datasets.Image(decode=False))
-        self.found, self.folder = found, folder
-        super().__init__(sorted(p for p in folder.rglob("*") if p.is_file()), f"{len(found):,} rows of {folder}")
+            folder = folder / "train"
+        named = [entry["filename"] for entry in read_json(folder / "state.json").get("_data_files", [])]
+        files = [folder / name for name in named if (folder / name).resolve().is_relative_to(folder.resolve())]
+        if not files or not all(file.is_file() for file in files):
+            raise UserError(f"{folder} lacks data files that its state.json names", cure="save it again")
+        self.folder = folder
+        with pyarrow.memory_map(str(files[0])) as opened:
+            names = pyarrow.ipc.open_stream(opened).schema.names
+        self.caption = _caption_key(names, str(folder))
+        self.pictures = "image" in names
+        super().__init__([folder / "state.json", *files], f"dataset {folder}")
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
-        for number, row in enumerate(self.found, 1):
-            place = f"{self.folder}, row {number}"
-            text = check_caption(row[self.caption], place)
-            yield text, _stored_picture(row["image"], self.folder, place) if self.pictures else None
+        import pyarrow
+
+        number = 0
+        for file in self.files[1:]:
+            with pyarrow.memory_map(str(file)) as opened:
+                for batch in pyarrow.ipc.open_stream(opened):
+                    for i in range(batch.num_rows):
+                        number += 1
+                        place = f"{self.folder}, row {number}"
+                        text = check_caption(batch.column(self.caption)[i].as_py(), place)
+                        image = batch.column("image")[i].as_py() if self.pictures else None
+                        yield text, _stored_picture(image, self.folder, place) if self.pictures else None
 
 
 class Tars(PromptSource):

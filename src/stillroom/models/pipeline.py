@@ -43,15 +43,16 @@ _SIZED = re.compile(r"(?P<folder>.+)@(?P<height>[0-9]+)(x(?P<width>[0-9]+))?")
 
 @dataclass(frozen=True)
 class OwnScheduler(Sampler):
-    """A pipeline's own scheduler, as its class runs it. guidance: the scale that is asked for; 1 is none."""
+    """A pipeline's own scheduler, as its class runs it. steps: 0 is 25. guidance: the scale that is
+    asked for; 1 is none."""
 
     name: ClassVar[str] = "scheduler"
-    steps: int = TEACHER_STEPS
+    steps: int = 0
     guidance: float = 1.0
 
     @property
     def nfe(self) -> int:
-        return self.steps * (1 if self.guidance in (0.0, 1.0) else 2)
+        return (self.steps or TEACHER_STEPS) * (1 if self.guidance in (0.0, 1.0) else 2)
 
     def sample(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
@@ -107,7 +108,9 @@ class PipelineGenerator:
 
     @property
     def steps(self) -> int:
-        return len(self.sampler.times) if isinstance(self.sampler, FewStepSampler) else int(self.sampler.steps)  # type: ignore[attr-defined]
+        return (
+            len(self.sampler.times) if isinstance(self.sampler, FewStepSampler) else self.sampler.steps or TEACHER_STEPS
+        )  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def sample(
@@ -268,7 +271,6 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def _from_pretrained(class_name: str, folder: Path) -> Any:
     import diffusers
     from safetensors import SafetensorError
-
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -370,7 +372,9 @@ def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: st
             )
         # The same even steps, whether a pipeline gives the scheduler its sigmas (1 .. 1/n) or leaves them to it.
         return diffusers.FlowMatchEulerDiscreteScheduler(
-            shift=1.0, shift_terminal=None if n == 1 else 1 / n, stochastic_sampling=n > 1 and sampler.renoise == "fresh"
+            shift=1.0,
+            shift_terminal=None if n == 1 else 1 / n,
+            stochastic_sampling=n > 1 and sampler.renoise == "fresh",
         )
     if not isinstance(process, VP):
         raise UserError(f"students of the {process.name} process cannot be pipelines", cure="use a VP or flow teacher")

@@ -26,12 +26,12 @@ class Family:
 
     title: what people call it. pipelines: diffusers' class names. encode: ``(pipeline, prompts, size)`` to the
     conditions ``[B, ...]`` that ``call`` passes to the network. null: the prompt of the unconditional branch;
-    encode_null: how that one is encoded, where it is another way than ``encode``.
-    zero_null: under which config entry of the pipeline the unconditional text is zeros instead (SDXL).
-    factor: ``(pipeline)`` to pixels per latent position. patch: latent positions per token along each side, where
-    latents are packed outside the network. arguments: of the pipeline's own call, for a picture without guidance.
-    guided: the name of the guidance scale among them; offset: what it lacks of ours, where 1 is none. size: of a picture, where the network's config does not say.
-    frames: latents are clips ``[C, 1, h, w]`` of one frame. checks: ``(what is unsupported, test of the pipeline)``.
+    encode_null: how that one is encoded, where it is another way than ``encode``. zero_null: under which config entry
+    of the pipeline the unconditional text is zeros instead (SDXL). patch: latent positions per token along each side,
+    where latents are packed outside the network (packed). arguments: of the pipeline's own call, for a picture without
+    guidance. guided: the name of the guidance scale among them; offset: what it lacks of ours, where 1 is none. size:
+    of a picture, where the network's config does not say. frames: latents are clips ``[C, 1, h, w]`` of one frame.
+    checks: ``(what is unsupported, test of the pipeline)``.
     """
 
     title: str
@@ -402,5 +402,3 @@ def check_pipeline(pipeline: Any, family: Family, where: str) -> None:
         )
     if config.get("encoder_hid_dim_type") or config.get("class_embed_type"):
         raise UserError(f"{where}: its UNet is conditioned on more than text", cure="give a plain base model")
-
-

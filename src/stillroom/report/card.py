@@ -86,7 +86,11 @@ def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     front["license"] = about["licence"] or "other"
     if not about["licence"]:
         front["license_name"] = "licence-of-the-teacher"
-    front |= {"base_model": Path(recipe.teacher.rpartition("@")[0] or recipe.teacher).name, "tags": ["stillroom", "distillation", "text-to-image", recipe.method]}
+    front |= {
+        "base_model": Path(recipe.teacher.rpartition("@")[0] or recipe.teacher).name,
+        "tags": ["stillroom", "distillation", "text-to-image", recipe.method],
+    }
+    steps = f"{len(about['timesteps'])} step{'s' if len(about['timesteps']) > 1 else ''}"
     asked = {"height": about["size"][0], "width": about["size"][1], **about["arguments"]}
     times = ", ".join(f"{time:g}" for time in about["timesteps"])
     scores = score_rows(result)
@@ -107,25 +111,25 @@ def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         "import diffusers",
         "",
         f'pipeline = diffusers.DiffusionPipeline.from_pretrained("{folder}")',
-        f"image = pipeline({', '.join([repr('a red cat'), *(f'{key}={value!r}' for key, value in asked.items())])})[0][0]",
+        f"image = pipeline('a red cat', {', '.join(f'{key}={value!r}' for key, value in asked.items())})[0][0]",
         "```",
         "",
-        f"The scheduler in this folder, {about['scheduler']}, asks the network at the timesteps {times} when it is asked "
-        f"for {len(about['timesteps'])} step{'s' if len(about['timesteps']) > 1 else ''}. The student was trained for these "
-        "and with the arguments above: with other numbers of steps, or another guidance scale, it is another model.",
+        f"The scheduler in this folder, {about['scheduler']}, asks the network at the timesteps {times} when it is "
+        f"asked for {steps}. The student was trained for these and with the arguments above: with other numbers of "
+        "steps, or another guidance scale, it is another model.",
         "",
     ]  # fmt: skip
     if about["random"]:
         lines += [
-            "Between two steps this scheduler draws noise from torch's global generator: call `torch.manual_seed` before "
-            "the pipeline to get the same image again.",
+            "Between two steps this scheduler draws noise from torch's global generator: call `torch.manual_seed` "
+            "before the pipeline to get the same image again.",
             "",
         ]
     if about["lora"]:
         lines += [
             "The network here has its adapter merged. `lora/` holds the adapter alone, for the teacher's own weights: "
-            "`pytorch_lora_weights.safetensors` (diffusers' `load_lora_weights`) and `adapter_model.safetensors` (peft). "
-            "Take the scheduler of this folder with it.",
+            "`pytorch_lora_weights.safetensors` (diffusers' `load_lora_weights`) and `adapter_model.safetensors` "
+            "(peft). Take the scheduler of this folder with it.",
             "",
         ]
     lines += ["## Scores", ""]
