@@ -215,6 +215,33 @@ def test_a_student_s_folder_is_a_pipeline_bit_for_bit(
     assert not torch.equal(again.sample(PROMPTS, seed=3), teacher.sample(PROMPTS, seed=3, num_inference_steps=2))
 
 
+def test_a_pipeline_that_was_never_a_folder_becomes_one(tmp_path: Path) -> None:
+    student = changed(PipelineGenerator(make_pipeline("sdxl")), ONE)
+    student.save(tmp_path)
+    side = json.loads((tmp_path / "stillroom.json").read_text())
+    assert torch.equal(by_diffusers(tmp_path, [1, 2]), call(student.pipeline, side, [1, 2]))
+    half = tmp_path / "half"
+    student.save(half, dtype=torch.float16)
+    assert (half / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 0.6 * (
+        tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    ).stat().st_size
+
+
+def test_pickles_and_code_are_not_copied(loaded: Callable[[str], PipelineGenerator], tmp_path: Path) -> None:
+    teacher = loaded("sd")
+    assert teacher.folder is not None
+    for name in ("pytorch_model.bin", "code.py"):
+        (teacher.folder / "text_encoder" / name).write_bytes(b"x")
+    try:
+        teacher.student(teacher.denoiser, ONE).save(tmp_path)
+    finally:
+        for name in ("pytorch_model.bin", "code.py"):
+            (teacher.folder / "text_encoder" / name).unlink()
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert not names & {"pytorch_model.bin", "code.py"}
+    assert "model.safetensors" in names
+
+
 @pytest.mark.slow
 def test_diffusers_alone_reads_it(loaded: Callable[[str], PipelineGenerator], tmp_path: Path) -> None:
     """In a process that cannot import stillroom."""

@@ -92,7 +92,7 @@ class Parquet(PromptSource):
 
     def __init__(self, files: Sequence[Path]) -> None:
         try:
-            import pyarrow.parquet as parquet
+            import pyarrow.parquet as parquet  # type: ignore[import-not-found]
         except ImportError:
             raise UserError("parquet files are read by pyarrow", cure="pip install 'stillroom[data]'") from None
         self.opened = {}
@@ -121,12 +121,12 @@ class Parquet(PromptSource):
 
 
 class SavedDataset(PromptSource):
-    """A dataset of Hugging Face's ``datasets``, as ``save_to_disk`` wrote it: ``caption`` (or ``text``, ``prompt``) and, for
-    pictures, ``image``. Of several splits ``train`` is read. Its Arrow files are read a batch of rows at a time."""
+    """A dataset of Hugging Face's ``datasets``, as ``save_to_disk`` wrote it: ``caption`` (or ``text``, ``prompt``),
+    and ``image`` for pictures. Of several splits ``train`` is read; the Arrow files a batch of rows at a time."""
 
     def __init__(self, folder: Path) -> None:
         try:
-            import pyarrow
+            import pyarrow  # type: ignore[import-not-found]
         except ImportError:
             raise UserError(f"{folder} is read by pyarrow", cure="pip install 'stillroom[data]'") from None
         if (folder / "dataset_dict.json").is_file():
@@ -148,7 +148,7 @@ class SavedDataset(PromptSource):
         super().__init__([folder / "state.json", *files], f"dataset {folder}")
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
-        import pyarrow
+        import pyarrow  # type: ignore[import-not-found]
 
         number = 0
         for file in self.files[1:]:

@@ -108,9 +108,10 @@ class PipelineGenerator:
 
     @property
     def steps(self) -> int:
-        return (
-            len(self.sampler.times) if isinstance(self.sampler, FewStepSampler) else self.sampler.steps or TEACHER_STEPS
-        )  # type: ignore[attr-defined]
+        """Of the scheduler."""
+        if isinstance(self.sampler, FewStepSampler):
+            return len(self.sampler.times)
+        return getattr(self.sampler, "steps", 0) or TEACHER_STEPS
 
     @torch.no_grad()
     def sample(
