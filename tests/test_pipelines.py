@@ -219,7 +219,9 @@ def test_a_pipeline_that_was_never_a_folder_becomes_one(tmp_path: Path) -> None:
     student = changed(PipelineGenerator(make_pipeline("sdxl")), ONE)
     student.save(tmp_path)
     side = json.loads((tmp_path / "stillroom.json").read_text())
-    assert torch.equal(by_diffusers(tmp_path, [1, 2]), call(student.pipeline, side, [1, 2]))
+    # Modules made in memory and those mapped from a file were seen to differ in the last bit of a picture.
+    torch.testing.assert_close(by_diffusers(tmp_path, [1, 2]), call(student.pipeline, side, [1, 2]), rtol=0, atol=1e-5)
+    assert torch.equal(by_diffusers(tmp_path, [1, 2]), by_diffusers(tmp_path, [1, 2]))
     half = tmp_path / "half"
     student.save(half, dtype=torch.float16)
     assert (half / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 0.6 * (

@@ -333,7 +333,7 @@ def test_a_whole_run_on_captioned_images(tmp_path: Path, monkeypatch: pytest.Mon
     states = [one.denoiser.network.state_dict() for one in (loaded, result.student)]
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
-    # Memory-mapped weights lie elsewhere in memory, which may change the last bit of a product.
+    # The weights are equal; modules in memory and those mapped from a file still differ in the last bit of a picture.
     torch.testing.assert_close(
         loaded.sample(TEXTS[:1], seed=3), result.student.sample(TEXTS[:1], seed=3), rtol=1e-5, atol=1e-5
     )
