@@ -269,10 +269,28 @@ def arm_table(claims: list[dict[str, Any]], floor: dict[str, Any]) -> str:
     return table(["arm", *(metric_name(metric, floor) for metric in metrics), *costs], rows)
 
 
+def block_pipelines(sources: Sources) -> str:
+    """Which method runs on which family of pipelines, as tools/pipeline_pairs.py found it."""
+    record = json.loads((sources.root / "results" / "pipelines" / "pairs.json").read_text(encoding="utf-8"))
+    methods = list(next(iter(record["families"].values()))["methods"])
+    rows = [
+        [
+            entry["title"],
+            ", ".join(f"`{name}`" for name in entry["pipelines"]),
+            *("✅" if entry["methods"][method] == "runs" else entry["methods"][method] for method in methods),
+        ]
+        for entry in record["families"].values()
+    ]
+    head = ["family", "diffusers' class", *(f"`{method}`" for method in methods)]
+    said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
+    return f"{table(head, rows)}\n\n{said} {where(record)}"
+
+
 BLOCKS: dict[str, Callable[[Sources], str]] = {
     "methods": block_methods,
     "count": block_count,
     "benchmarks": block_benchmarks,
+    "pipelines": block_pipelines,
     "method-pages": block_method_pages,
 }
 

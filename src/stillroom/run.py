@@ -53,7 +53,7 @@ def run(
     if first:
         check_folder(run_dir, resume)
     cls = get_method(recipe.method)
-    task = make_task(cls.task)
+    task = make_task(cls.task, recipe.teacher if teacher is None else teacher)
     task.load(recipe, teacher, data)
     method = cls(recipe.method_options(), recipe.lora)
     try:
@@ -69,6 +69,7 @@ def run(
                 f"recipe key 'lora.{role}': {recipe.method!r} makes no LoRA of that name{nearest(role, roles)}",
                 cure=f"its networks: {', '.join(roles)}",
             )
+    task.check(method)
     trainer = Trainer(method, task.data, recipe.engine, run_dir, resume, recipe_hash=recipe.hash())
     if not first:
         return RunResult(run_dir, _train(trainer, task))

@@ -15,8 +15,9 @@ from stillroom.tasks.base import IN_MEMORY, Generator, Task
 __all__ = ["IN_MEMORY", "Generator", "Task", "bench_card", "load_model", "make_task", "model_folder", "sample_rows"]
 
 
-def make_task(name: str) -> Task:
-    """The task of a method, by the name that its class declares (``Method.task``)."""
+def make_task(name: str, teacher: Any = "") -> Task:
+    """The task of a method, by the name that its class declares (``Method.task``). A method that asks for a denoiser
+    gets that of a pipeline where the teacher is one, by its folder or as an object."""
     if name == "text-image":
         from stillroom.tasks.text_images import TextImages
 
@@ -33,9 +34,21 @@ def make_task(name: str) -> Task:
         from stillroom.tasks.classify_text import TextClassification
 
         return TextClassification()
+    if name == "class-image" and _of_prompts(teacher):
+        from stillroom.tasks.prompted_images import PromptedImages
+
+        return PromptedImages()
     from stillroom.tasks.class_images import ClassImages
 
     return ClassImages()
+
+
+def _of_prompts(teacher: Any) -> bool:
+    from stillroom.models.pipeline import PipelineGenerator, is_pipeline
+
+    if isinstance(teacher, str):
+        return is_pipeline(teacher)
+    return isinstance(teacher, PipelineGenerator) or hasattr(teacher, "register_modules")
 
 
 def load_model(folder: Path) -> Generator:
@@ -44,9 +57,12 @@ def load_model(folder: Path) -> Generator:
     from stillroom.models.classifier import ImageClassifier, is_classifier
     from stillroom.models.encoder import ImageEncoder, is_encoder
     from stillroom.models.folder import ImageGenerator
+    from stillroom.models.pipeline import PipelineGenerator, is_pipeline
     from stillroom.models.text_classifier import TextClassifier, is_text_classifier
     from stillroom.models.text_image import TextImageGenerator, is_text_model
 
+    if is_pipeline(folder):
+        return PipelineGenerator.load(folder)
     if is_encoder(folder):
         return ImageEncoder.load(folder)
     if is_text_classifier(folder):
@@ -77,10 +93,15 @@ def sample_rows(
         if captions:
             raise UserError("this model draws classes, not captions", cure="give --labels")
         return class_rows(generator, labels, n, seed)
+    from stillroom.models.pipeline import PipelineGenerator
     from stillroom.tasks.text_images import caption_rows
 
     if labels:
         raise UserError("this model draws captions, not classes", cure='give --captions "a red three"')
+    if isinstance(generator, PipelineGenerator):
+        from stillroom.tasks.prompted_images import prompt_rows
+
+        return prompt_rows(generator, list(captions), n, seed)
     return caption_rows(generator, captions, n, seed)
 
 

@@ -46,6 +46,9 @@ class Task:
         """
         raise NotImplementedError
 
+    def check(self, method: Any) -> None:
+        """Raises UserError where the built method does not fit this task. Default: it does."""
+
     def networks(self) -> tuple[Any, ...]:
         """What the method's ``build`` is given."""
         raise NotImplementedError

@@ -1,0 +1,73 @@
+"""Every score method on every family of pipelines, for two steps: what the table in docs/models.md says."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from stillroom.data.prompted import PromptedData, encode_prompts
+from stillroom.data.prompts import PromptSource
+from stillroom.diffusion.process import RectifiedFlow
+from stillroom.engine.trainer import Trainer
+from stillroom.errors import UserError
+from stillroom.method import get_method
+from stillroom.models.pipeline import OwnScheduler, PipelineGenerator
+from stillroom.recipe import Recipe
+from stillroom.tasks.prompted_images import PromptedImages
+from tiny_pipelines import make_pipeline
+
+METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct")
+STEPS = 2
+PROMPTS = ("a red cat", "the boat of the dog", "a house")
+
+
+class Pictures(PromptSource):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        return ((text, torch.rand(3, 24, 20, generator=generator) * 2 - 1) for text in PROMPTS)
+
+
+@cache
+def teacher_of(family: str) -> tuple[PipelineGenerator, PromptedData]:
+    side = 32 if family == "sana" else 16
+    teacher = PipelineGenerator(make_pipeline(family), size=(side, side))
+    return teacher, encode_prompts(Pictures([], "three pictures"), teacher, report=lambda _: None)
+
+
+def recipe_of(family: str, method: str) -> Recipe:
+    changes = ["engine.batch=2", f"engine.steps={STEPS}", "engine.warmup=0", "evaluate.n=0", "options.t_init=1.0"]
+    if method == "swiftbrush":
+        changes.append("options.targets=[to_q, to_k, to_v]")
+    return Recipe.load(method, changes, teacher=family, data="pictures")
+
+
+def try_pair(family: str, method: str) -> str:
+    """``runs``, or why not. Raises AssertionError where it runs and does nothing."""
+    first, data = teacher_of(family)
+    teacher = PipelineGenerator(first.pipeline, OwnScheduler(2), copy.deepcopy(first.denoiser), first.size)
+    recipe, task = recipe_of(family, method), PromptedImages()
+    try:
+        task.load(recipe, teacher, data)
+        built = get_method(method)(recipe.method_options(), recipe.lora)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            built.build(*task.networks())
+        task.check(built)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(built, task.data, recipe.engine, Path(folder), False, recipe_hash=recipe.hash())
+            before = {name: p.detach().clone() for name, p in built.trained_parameters("student").items()}
+            trainer.fit()
+            moved = [not torch.equal(p, before[name]) for name, p in built.trained_parameters("student").items()]
+            student = task.student(trainer.export_role(), built.sampler())
+    except UserError as error:
+        return str(error)
+    assert any(moved), f"{method} did not move its student"
+    images = student.sample(list(PROMPTS[:2]))
+    assert images.shape == (2, 3, *teacher.size)
+    assert bool(torch.isfinite(images).all())
+    assert isinstance(teacher.denoiser.process, RectifiedFlow) or student.pipeline.scheduler.config.use_karras_sigmas
+    return "runs"

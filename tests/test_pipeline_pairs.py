@@ -1,0 +1,38 @@
+"""The table of methods and families in docs/models.md says what happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline_pairs import METHODS, STEPS, try_pair
+from stillroom.models.pipeline_families import FAMILIES
+from tiny_pipelines import PIPELINES
+
+RECORD = Path(__file__).resolve().parents[1] / "results" / "pipelines" / "pairs.json"
+
+
+def test_the_record_is_of_all_families_and_methods() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert record["steps"] == STEPS
+    assert list(record["families"]) == list(FAMILIES) == list(PIPELINES)
+    for name, entry in record["families"].items():
+        assert list(entry["methods"]) == list(METHODS)
+        assert entry["pipelines"] == list(FAMILIES[name].pipelines)
+        assert PIPELINES[name][0] in entry["pipelines"]
+
+
+# One row and one column of the table; the others are marked slow.
+PAIRS = [
+    pytest.param(family, method, marks=() if method == "dmd2" or family == "sd3" else pytest.mark.slow)
+    for family in PIPELINES
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_a_pair_does_what_the_table_says(family: str, method: str) -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert try_pair(family, method) == record["families"][family]["methods"][method]

@@ -1,0 +1,503 @@
+"""diffusers' text-to-image pipelines as teachers, and students that diffusers loads by itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_pipelines
+from stillroom.diffusion.process import EDM, VP, RectifiedFlow
+from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.errors import UserError
+from stillroom.models.lora import lora_role
+from stillroom.models.pipeline import (
+    INDEX,
+    LORA,
+    OwnScheduler,
+    PipelineGenerator,
+    few_step_scheduler,
+    is_pipeline,
+    sized,
+)
+from stillroom.models.pipeline_families import FAMILIES, network_of, pack, unpack
+from tiny_pipelines import PIPELINES, SIDE, make_pipeline
+
+PROMPTS = ["a red cat", "the boat of a dog"]
+ONE = FewStepSampler((1.0,))
+
+
+def size_of(name: str) -> tuple[int, int]:
+    return (32, 32) if name == "sana" else (SIDE, SIDE)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of each family's tiny pipeline, written once."""
+    root = tmp_path_factory.mktemp("pipelines")
+
+    def folder(name: str) -> Path:
+        if not (root / name).is_dir():
+            tiny_pipelines.save_pipeline(name, root / name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: Callable[[str], Path]) -> Callable[[str], PipelineGenerator]:
+    known: dict[str, PipelineGenerator] = {}
+
+    def generator(name: str) -> PipelineGenerator:
+        if name not in known:
+            known[name] = PipelineGenerator.load(f"{saved(name)}@{size_of(name)[0]}")
+        return known[name]
+
+    return generator
+
+
+@pytest.fixture(params=PIPELINES)
+def teacher(request: pytest.FixtureRequest, loaded: Callable[[str], PipelineGenerator]) -> PipelineGenerator:
+    return loaded(request.param)
+
+
+def noise_of(generator: PipelineGenerator, seeds: list[int]) -> Tensor:
+    shape = generator.denoiser.shape
+    return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def drawn_latents(generator: PipelineGenerator) -> tuple[Tensor, Tensor]:
+    """``(by the pipeline, by our own sampler)`` from the same noise: two independent ways to the same latents."""
+    pipeline, denoiser = generator.pipeline, generator.denoiser
+    arguments = dict(generator.arguments)
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
+    theirs = pipeline(
+        prompt=list(PROMPTS), height=generator.size[0], width=generator.size[1], output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], **arguments,
+    )[0].detach()  # fmt: skip
+    cond, denoiser.null = generator.conditions(PROMPTS)
+    ours = generator.sampler.sample(denoiser, noise_of(generator, [3, 4]), cond)
+    return theirs, (pack(ours) if generator.family.packed else ours)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_denoiser_answers_as_its_pipeline_does(teacher: PipelineGenerator, guidance: float) -> None:
+    """Conditions, unconditional values, time, packing, micro-conditions and signs, all in one: a one-step sample."""
+    student = teacher.student(teacher.denoiser, FewStepSampler((1.0,), guidance=guidance))
+    theirs, ours = drawn_latents(student)
+    assert theirs.shape == ours.shape
+    if guidance > 1 and teacher.family.title == "Qwen-Image":
+        # Its pipeline scales each guided token back to the length of the unguided one; our guidance does not.
+        noise = pack(noise_of(teacher, [3, 4]))
+        cond, _ = teacher.conditions(PROMPTS)
+        with torch.no_grad():
+            plain = pack(teacher.denoiser(noise_of(teacher, [3, 4]), 1.0, cond).value)
+        guided = noise - ours
+        ours = noise - guided * plain.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+    scale = float(theirs.std())
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * scale)
+
+
+def test_several_steps_ask_at_the_right_times(teacher: PipelineGenerator) -> None:
+    student = teacher.student(teacher.denoiser, FewStepSampler((1.0, 0.75, 0.5, 0.25), "ddim"))
+    theirs, ours = drawn_latents(student)
+    # whole timesteps against fractions of them
+    tolerance = 2e-2 if isinstance(student.denoiser.process, VP) else 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.std()))
+
+
+def test_prompts_and_guidance_reach_the_picture(teacher: PipelineGenerator) -> None:
+    cond, null = teacher.conditions(PROMPTS)
+    teacher.denoiser.null = null
+    x, t = noise_of(teacher, [1]).expand(2, *teacher.denoiser.shape), 0.5 * teacher.denoiser.process.t_max
+    with torch.no_grad():
+        plain = teacher.denoiser(x, t, cond).value
+        uncond = teacher.denoiser(x, t, cond, 0.0).value
+    assert not torch.allclose(plain[0], plain[1], atol=1e-5)
+    assert not torch.allclose(plain, uncond, atol=1e-5)
+    torch.testing.assert_close(uncond[0], uncond[1])
+
+
+def test_latents_come_back_as_pictures(teacher: PipelineGenerator) -> None:
+    """The latents that we encode are in the units that the pipeline decodes from."""
+    images = torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = teacher.latents(images)
+    assert latents.shape[1:] == teacher.denoiser.shape
+    vae, captured = teacher.pipeline.vae, {}
+
+    class Seen(Exception):
+        pass
+
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        captured["z"] = z
+        raise Seen
+
+    # a scheduler step that ends at our latents, so that the pipeline decodes exactly these
+    student = teacher.student(teacher.denoiser, ONE)
+    scheduler = student.pipeline.scheduler
+    target = pack(latents) if teacher.family.packed else latents
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("return_dict", True):
+            return type("Output", (), {"pred_original_sample": target, "prev_sample": target})()
+        return (target, target)
+
+    real, scheduler.step, vae.decode = vae.decode, step, decode
+    try:
+        with pytest.raises(Seen):
+            student.sample(PROMPTS)
+    finally:
+        vae.decode = real
+    with torch.no_grad():
+        encoded = vae.encode(images if captured["z"].ndim == 4 else images.unsqueeze(2))
+    raw = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    torch.testing.assert_close(captured["z"], raw, rtol=1e-4, atol=1e-4)
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+def changed(teacher: PipelineGenerator, sampler: FewStepSampler) -> PipelineGenerator:
+    """A student: the teacher's network, every weight moved."""
+    denoiser = copy.deepcopy(teacher.denoiser)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    return teacher.student(denoiser, sampler)
+
+
+def by_diffusers(folder: Path, seeds: list[int]) -> Tensor:
+    """Pictures of a folder, drawn by diffusers with the arguments that its card names."""
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return call(pipeline, json.loads((folder / "stillroom.json").read_text()), seeds)
+
+
+def call(pipeline: Any, side: dict[str, Any], seeds: list[int]) -> Tensor:
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(7)
+        images = pipeline(
+            prompt=list(PROMPTS), height=side["size"][0], width=side["size"][1], output_type="pt",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], **side["arguments"],
+        )[0]  # fmt: skip
+    return images[:, 0] if images.ndim == 5 else images
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [*((name, 1) for name in PIPELINES), ("sd", 2), ("sdxl", 4), ("pixart", 3), ("sd3", 2), ("flux", 3)],
+)
+def test_a_student_s_folder_is_a_pipeline_bit_for_bit(
+    name: str, steps: int, loaded: Callable[[str], PipelineGenerator], tmp_path: Path
+) -> None:
+    teacher = loaded(name)
+    student = changed(teacher, FewStepSampler(tuple(1 - k / steps for k in range(steps))))
+    student.save(tmp_path)
+    side = json.loads((tmp_path / "stillroom.json").read_text())
+    before = call(student.pipeline, side, [1, 2])
+    assert torch.equal(by_diffusers(tmp_path, [1, 2]), before)
+    assert before.std() > 0
+    again = PipelineGenerator.load(tmp_path)
+    assert torch.equal(again.sample(PROMPTS, seed=3), student.sample(PROMPTS, seed=3))
+    assert again.denoiser.process == student.denoiser.process
+    assert again.sampler == student.sampler
+    assert not torch.equal(again.sample(PROMPTS, seed=3), teacher.sample(PROMPTS, seed=3, num_inference_steps=2))
+
+
+def test_a_pipeline_that_was_never_a_folder_becomes_one(tmp_path: Path) -> None:
+    student = changed(PipelineGenerator(make_pipeline("sdxl")), ONE)
+    student.save(tmp_path)
+    side = json.loads((tmp_path / "stillroom.json").read_text())
+    # Modules made in memory and those mapped from a file were seen to differ in the last bit of a picture.
+    torch.testing.assert_close(by_diffusers(tmp_path, [1, 2]), call(student.pipeline, side, [1, 2]), rtol=0, atol=1e-5)
+    assert torch.equal(by_diffusers(tmp_path, [1, 2]), by_diffusers(tmp_path, [1, 2]))
+    half = tmp_path / "half"
+    student.save(half, dtype=torch.float16)
+    assert (half / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 0.6 * (
+        tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    ).stat().st_size
+
+
+def test_pickles_and_code_are_not_copied(loaded: Callable[[str], PipelineGenerator], tmp_path: Path) -> None:
+    teacher = loaded("sd")
+    assert teacher.folder is not None
+    for name in ("pytorch_model.bin", "code.py"):
+        (teacher.folder / "text_encoder" / name).write_bytes(b"x")
+    try:
+        teacher.student(teacher.denoiser, ONE).save(tmp_path)
+    finally:
+        for name in ("pytorch_model.bin", "code.py"):
+            (teacher.folder / "text_encoder" / name).unlink()
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert not names & {"pytorch_model.bin", "code.py"}
+    assert "model.safetensors" in names
+
+
+@pytest.mark.slow
+def test_diffusers_alone_reads_it(loaded: Callable[[str], PipelineGenerator], tmp_path: Path) -> None:
+    """In a process that cannot import stillroom."""
+    student = changed(loaded("sd3"), FewStepSampler((1.0, 0.5)))
+    student.save(tmp_path)
+    side = json.loads((tmp_path / "stillroom.json").read_text())
+    script = f"""
+import importlib.util, torch, diffusers
+try:
+    import stillroom
+    raise SystemExit("stillroom can be imported here")
+except ImportError:
+    pass
+pipeline = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r}, local_files_only=True)
+torch.manual_seed(7)
+images = pipeline({PROMPTS!r}, height={side["size"][0]}, width={side["size"][1]}, output_type="pt",
+                  generator=[torch.Generator().manual_seed(s) for s in (1, 2)], **{side["arguments"]!r})[0]
+torch.save(images.detach(), {str(tmp_path / "images.pt")!r})
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    blocked = ["-c", f"import sys; sys.modules['stillroom'] = None\n{script}"]
+    subprocess.run([sys.executable, *blocked], check=True, env=environment, capture_output=True, timeout=120)
+    assert torch.equal(torch.load(tmp_path / "images.pt", weights_only=True), call(student.pipeline, side, [1, 2]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("sd", "sd3", "pixart") else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES],
+)
+def test_a_lora_student_is_written_as_an_adapter_too(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    import diffusers
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    teacher = PipelineGenerator.load(f"{saved(name)}@{size_of(name)[0]}")
+    role = lora_role(teacher.denoiser, "student", rank=2, alpha=3.0, targets=("to_q", "to_v"))
+    for module in role.network.modules():
+        if isinstance(module, LoraLayer):
+            torch.nn.init.normal_(module.lora_B["student"].weight, std=0.2)  # type: ignore[arg-type]
+    student = teacher.student(role, ONE)
+    with role.adapter_scope():
+        side = {"size": student.size, "arguments": student.arguments}
+        unmerged = call(student.pipeline, side, [1, 2])
+    untouched = call(student.pipeline, side, [1, 2])
+    assert not torch.equal(unmerged, untouched)
+    student.save(tmp_path)
+    torch.testing.assert_close(by_diffusers(tmp_path, [1, 2]), unmerged, rtol=1e-3, atol=1e-3)
+    assert not any("lora" in key.lower() for key in _keys(tmp_path))
+    plain = diffusers.DiffusionPipeline.from_pretrained(str(saved(name)), local_files_only=True)
+    plain.set_progress_bar_config(disable=True)
+    plain.register_modules(scheduler=student.pipeline.scheduler)
+    if hasattr(plain, "load_lora_weights"):  # diffusers has none for PixArt
+        plain.load_lora_weights(str(tmp_path / LORA))
+        assert torch.equal(call(plain, side, [1, 2]), unmerged)
+        plain.unload_lora_weights()
+    network = PeftModel.from_pretrained(network_of(plain), str(tmp_path / LORA))
+    torch.testing.assert_close(call(plain, side, [1, 2]), unmerged, rtol=1e-4, atol=1e-4)
+    assert network.peft_config["default"].r == 2
+
+
+def _keys(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    found = []
+    for file in [*folder.glob("unet/*.safetensors"), *folder.glob("transformer/*.safetensors")]:
+        with safe_open(file, "pt") as opened:
+            found += list(opened.keys())
+    assert found
+    return found
+
+
+# --- schedulers -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("process", "sampler", "expected"),
+    [
+        (VP(), FewStepSampler((1.0,)), [999.0]),
+        (VP(), FewStepSampler((0.625,)), [624.375]),
+        (VP(), FewStepSampler((1.0, 0.75, 0.5, 0.25)), [999, 749, 499, 249]),
+        (VP(), FewStepSampler((0.6, 0.3), "ddim"), [599, 299]),
+        (VP("squaredcos_cap_v2"), FewStepSampler((0.6, 0.3), "ddim"), [599, 299]),
+        (RectifiedFlow(3.0), FewStepSampler((1.0,)), [1000.0]),
+        (RectifiedFlow(3.0), FewStepSampler((1.0, 0.5)), [1000.0, 500.0]),
+    ],
+)
+def test_a_scheduler_asks_when_the_student_learnt_to_answer(
+    process: Any, sampler: FewStepSampler, expected: list[float]
+) -> None:
+    scheduler = few_step_scheduler(sampler, process, "eps" if isinstance(process, VP) else "v")
+    scheduler.set_timesteps(len(sampler.times))
+    torch.testing.assert_close(
+        torch.as_tensor(scheduler.timesteps).double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0.02
+    )
+    if isinstance(process, VP):
+        noise = process.sigma(torch.tensor(sampler.times[0] * process.t_max))
+        start = scheduler.scale_model_input(scheduler.init_noise_sigma * torch.ones(1), scheduler.timesteps[0])
+        torch.testing.assert_close(start, noise.reshape(1), rtol=6e-3, atol=0)
+
+
+def test_fresh_noise_is_fresh() -> None:
+    """The second step of a few-step student starts from its first answer, noised anew."""
+    for process, kind in ((VP(), "eps"), (RectifiedFlow(), "v")):
+        scheduler = few_step_scheduler(FewStepSampler((1.0, 0.5)), process, kind)
+        scheduler.set_timesteps(2)
+        x0 = torch.full((1, 4, 64, 64), 2.0)
+        eps = torch.randn(x0.shape)
+        t = torch.tensor(process.t_max)
+        x = process.add_noise(x0, eps, t)
+        value = eps if kind == "eps" else eps - x0
+        torch.manual_seed(11)
+        after = scheduler.step(value, scheduler.timesteps[0], x, return_dict=False)[0]
+        s = torch.tensor(499.0 if kind == "eps" else 0.5)
+        left = (after - process.alpha(s) * x0) / process.sigma(s)
+        assert abs(float(left.mean())) < 0.05
+        assert abs(float(left.std()) - 1) < 0.05
+        assert abs(float((left * eps).mean())) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("process", "sampler", "named"),
+    [
+        (RectifiedFlow(), FewStepSampler((0.8,)), "t_init=1.0"),
+        (VP(), FewStepSampler((0.6, 0.3)), "renoise=ddim"),
+        (VP(), FewStepSampler((1.0, 0.9)), "evenly spaced"),
+        (VP(), FewStepSampler((1.0, 0.5), "fixed"), "renoise=fresh"),
+        (EDM(), FewStepSampler((1.0,)), "edm"),
+    ],
+)
+def test_samplers_that_no_scheduler_reproduces_are_refused(process: Any, sampler: FewStepSampler, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        few_step_scheduler(sampler, process, "eps")
+
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+def test_packing_is_undone() -> None:
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(unpack(pack(x), 4, 6), x)
+    import diffusers
+
+    theirs = diffusers.FluxPipeline._pack_latents(x, 2, 3, 4, 6)
+    assert torch.equal(pack(x), theirs)
+
+
+def test_a_size_is_part_of_the_name(saved: Callable[[str], Path]) -> None:
+    folder = saved("flux")
+    assert sized(f"{folder}@64") == (folder, (64, 64))
+    assert sized(f"{folder}@64x32") == (folder, (64, 32))
+    assert sized(str(folder)) == (folder, None)
+    assert is_pipeline(f"{folder}@64")
+    wide = PipelineGenerator.load(f"{folder}@16x32")
+    assert wide.denoiser.shape == (4, 8, 16)
+    assert wide.sample(["a cat"], num_inference_steps=1).shape == (1, 3, 16, 32)
+    with pytest.raises(UserError, match="multiples of 4"):
+        PipelineGenerator.load(f"{folder}@18")
+
+
+def test_own_sizes() -> None:
+    assert PipelineGenerator(make_pipeline("sd")).size == (SIDE, SIDE)
+    assert FAMILIES["flux"].own_size(make_pipeline("flux")) == (1024, 1024)
+
+
+def test_a_flow_s_shift_is_that_of_its_resolution(loaded: Callable[[str], PipelineGenerator]) -> None:
+    """Flux moves its times with the number of tokens; the process carries the shift that its scheduler would apply."""
+    import numpy as np
+
+    teacher = loaded("flux")
+    scheduler = copy.deepcopy(teacher.pipeline.scheduler)
+    mu = 0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=np.array([1.0, 0.5]), mu=mu)
+    process = teacher.denoiser.process
+    assert isinstance(process, RectifiedFlow)
+    torch.testing.assert_close(process.warp(torch.tensor([1.0, 0.5])), scheduler.sigmas[:2])
+
+
+def test_an_unknown_family_is_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "other"
+    shutil.copytree(saved("sd"), folder)
+    index = json.loads((folder / INDEX).read_text())
+    for change, named in (
+        ({"_class_name": "KandinskyPipeline"}, r"KandinskyPipeline.*StableDiffusionXLPipeline.*WanPipeline"),
+        ({"_class_name": ["my_code", "MyPipeline"]}, "code of its own"),
+        ({"unet": ["my_module", "MyUNet"]}, "MyUNet of 'my_module'"),
+        ({"text_encoder_9": ["transformers", "CLIPTextModel"]}, "no text_encoder_9/"),
+    ):
+        (folder / INDEX).write_text(json.dumps(index | change))
+        with pytest.raises(UserError, match=named):
+            PipelineGenerator.load(folder)
+
+
+def test_what_is_missing_or_damaged_is_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    shutil.copytree(saved("sd"), folder)
+    weights = next((folder / "unet").glob("*.safetensors"))
+    state = load_file(weights)
+    lost = state.pop("conv_in.weight")
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"conv_in\.weight|cannot be read"):
+        PipelineGenerator.load(folder)
+    torch.save(state | {"conv_in.weight": lost}, weights.with_name("diffusion_pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        PipelineGenerator.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("sd", {"time_cond_proj_dim": 4}, "time_cond_proj_dim"),
+        ("sdxl", {"time_cond_proj_dim": 4}, "time_cond_proj_dim"),
+        ("sana", {"guidance_embeds": True}, "guidance_embeds"),
+        ("qwen-image", {"guidance_embeds": True}, "guidance_embeds"),
+        ("wan", {"image_dim": 4}, "image_dim"),
+        ("sd", {"in_channels": 9}, "9 channels.*4"),
+        ("sd", {"class_embed_type": "timestep"}, "more than text"),
+    ],
+)
+def test_what_a_family_does_not_support_is_named(name: str, change: dict[str, Any], named: str) -> None:
+    pipeline = make_pipeline(name)
+    network_of(pipeline).register_to_config(**change)
+    with pytest.raises(UserError, match=named):
+        PipelineGenerator(pipeline)
+
+
+def test_schedulers_that_would_be_read_wrongly_are_refused() -> None:
+    pipeline = make_pipeline("sd")
+    pipeline.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    with pytest.raises(UserError, match="zero SNR"):
+        PipelineGenerator(pipeline)
+    pipeline = make_pipeline("flux")
+    pipeline.scheduler.register_to_config(time_shift_type="linear")
+    with pytest.raises(UserError, match="time_shift_type 'linear'"):
+        PipelineGenerator(pipeline, size=(SIDE, SIDE))
+
+
+def test_pictures_do_not_depend_on_the_batch(loaded: Callable[[str], PipelineGenerator]) -> None:
+    student = loaded("sd").student(loaded("sd").denoiser, FewStepSampler((1.0, 0.5)))
+    texts = ["a cat", "a dog", "the boat"]
+    together, apart = student.sample(texts, seed=1), student.sample(texts, seed=1, batch=1)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    assert torch.equal(student.sample(texts, seed=1), together)
+    assert not torch.equal(student.sample(texts, seed=2), together)
+    with pytest.raises(UserError, match="2 seeds for 3"):
+        student.sample(texts, seed=[1, 2])
+    with pytest.raises(UserError, match="at least one caption"):
+        student.sample([])
+
+
+def test_a_pipeline_s_own_scheduler_counts_its_calls() -> None:
+    assert OwnScheduler(20, 5.0).nfe == 40
+    assert OwnScheduler(20).nfe == 20
+    with pytest.raises(UserError, match="inside the pipeline"):
+        OwnScheduler().sample(None, torch.zeros(1))  # type: ignore[arg-type]
