@@ -147,7 +147,7 @@ def test_the_papers_values_are_the_defaults() -> None:
 def test_weight_decay_spares_vectors_and_the_head() -> None:
     trainer = Trainer(build(dpo_share=0.0), Captioned(), EngineConfig(steps=1, batch=2), show=False)
     player = trainer.players["masked"]
-    spared, decayed = player.optimizer.param_groups
+    spared, decayed = sorted(player.optimizer.param_groups, key=lambda group: group["weight_decay"])
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
     ids = {id(p): name for name, p in player.parameters.items()}
     assert len(spared["params"]) + len(decayed["params"]) == len(player.trained)
