@@ -13,7 +13,6 @@ SHIPPED = {
     "scenes-sd3": "scenes-sd3",
     "scenes-pixart": "scenes-pixart",
     "lightgen": "lightgen",
-    "lightgen-base": "lightgen-base",
 }
 """Name -> folder under assets/."""
 

@@ -211,15 +211,15 @@ MECHANISM = Proof(
 # --- images -----------------------------------------------------------------------------------------------------------
 PRETRAINED = recipe_arm("lightgen").with_(
     "pretrained",
-    options={"start": "lightgen-base", "pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
+    options={"start": "lightgen", "pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
     engine={"steps": 0},
 )
 STEPS = 200
 
 
-def preferred(name: str, after: Arm = PRETRAINED, **options: Any) -> Arm:
-    """Preferences on real scenes, 32 pairs a step, after another arm."""
-    return after.with_(
+def preferred(name: str, after: Arm | None = None, **options: Any) -> Arm:
+    """Preferences on real scenes, 32 pairs a step, for the shipped student or after another arm."""
+    return (after or PRETRAINED).with_(
         name,
         options={"pretrain_share": 0.0, "adapt_share": 0.0, "dpo_share": 1.0, "mirror": 0.0, **options},
         engine={"steps": STEPS, "batch": 32},
@@ -228,7 +228,7 @@ def preferred(name: str, after: Arm = PRETRAINED, **options: Any) -> Arm:
     )
 
 
-def finetuned(name: str, after: Arm = PRETRAINED) -> Arm:
+def finetuned(name: str, after: Arm | None = None) -> Arm:
     """The control: as many steps and as many images, the winners alone."""
     return preferred(name, after=after, preference="sft").with_(name, engine={"batch": 64})
 
@@ -239,7 +239,6 @@ MIRRORED_SCENES = PRETRAINED.with_(
     options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0, "mirror": 0.5},
     engine={"steps": 2 * STEPS, "optim": {"masked": {"lr": 5e-4}}},
     data={"images": 2000, "mirror": True},
-    after=PRETRAINED,
 )
 
 IMAGE = Proof(
@@ -353,7 +352,7 @@ IMAGE = Proof(
         ),
     ),
     note=(
-        "All arms start from the one shipped student before preferences (lightgen-base): seeds vary what comes after. "
+        "All arms start from the one shipped student, which has seen no preferences: seeds vary what comes after. "
         "Claims about captions, data size and several teachers need a pre-training for every arm: they are shown at "
         "mechanism level."
     ),
