@@ -153,7 +153,7 @@ def test_pipelines_are_run_and_scored_against_their_teacher(tmp_path: Path) -> N
     recipe = Recipe.load(
         "distiller",
         [
-            "engine.optim={critic: {lr: 0.001}, distil: {lr: 0.001}}",
+            "engine.optim={distil: {lr: 0.001}}",
             "engine.steps=2",
             "engine.batch=6",
             "options.tune_share=0",

@@ -25,7 +25,6 @@ import numpy as np
 
 from stillroom.data.texts import TextData, Texts
 from stillroom.errors import TrainingDiverged, UserError, nearest
-from stillroom.method import get_method
 from stillroom.recipe import Recipe
 
 Pipeline = dict[str, Any]
@@ -138,10 +137,6 @@ def run_pipeline(recipe: Recipe, folder: str | Path, score: str = "accuracy") ->
         number = len(list(place.iterdir())) if place.is_dir() else 0
         tree = recipe.to_dict()
         tree["options"] = {**tree["options"], **options_of(pipeline)}
-        method = get_method(recipe.method)
-        turns = [turn.name for turn in method(method.Options(**tree["options"])).turns()]
-        optim = tree["engine"]["optim"]  # of a turn that this pipeline does not have: left out
-        tree["engine"]["optim"] = {name: optim[name] for name in optim if name in ("all", *turns)}
         scores = run(Recipe.from_dict(tree), place / f"{number:04}").scores
         if not scores:
             raise UserError(f"data {recipe.data!r} give no test scores", cure="give data with a test split")

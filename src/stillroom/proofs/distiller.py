@@ -24,14 +24,13 @@ START = Arm(
 
 def pipeline(name: str, labelled: int = 2000, **options: Any) -> Arm:
     """A student of 2 layers x 64 goes on for as many steps of as many labelled texts (augmented copies beside)."""
-    turns = ("distil", "critic") if options.get("intermediate", "mi") == "mi" else ("distil",)
     return Arm(
         name,
         "distiller",
-        options={"critic_width": 32, "intermediate_weight": 0.1, **options},
+        options={"critic_width": 32, "critic_rate": 1.0, "intermediate_weight": 0.1, **options},
         engine={
             "steps": STEPS, "batch": 32, "warmup": 20, "schedule": "linear", "log_every": 50,
-            "optim": {turn: {"lr": 1e-3} for turn in turns},
+            "optim": {"distil": {"lr": 1e-3}},
         },
         data={"labelled": labelled},
         after=START,

@@ -27,13 +27,12 @@ from stillroom.models.text_augment import mixup_weights, nearest_tokens, random_
 
 @dataclass
 class Pass:
-    """What student and teacher made of one version of a batch; what the critics' turn needs of it."""
+    """What student and teacher made of one version of a batch; ``distinct [B, B]``: which texts differ."""
 
     found: Reading
     taught: Reading
     keep: Tensor
     distinct: Tensor
-    plan: Tensor | None = None
 
 
 @register(
@@ -72,6 +71,7 @@ class Distiller(Method):
         critics: Literal["per-pair", "shared"] = "per-pair"
         critic_width: int = field(default=128, metadata={"min": 1})
         critic_heads: int = field(default=4, metadata={"min": 1})
+        critic_rate: float = field(default=2.0, metadata={"min": 0})  # factor on the learning rate for the critics
         prediction: Literal["none", "ce", "mse"] = "ce"
         temperature: float = field(default=1.0, metadata={"min": 1e-6})
         intermediate_weight: float = field(default=1.0, metadata={"min": 0})
@@ -133,18 +133,18 @@ class Distiller(Method):
             self.neighbours = nearest_tokens(token_table(self.teacher).weight, self.special)
 
     def turns(self) -> tuple[Turn, ...]:
-        o = self.options
-        idle = {"critic"} if o.intermediate != "mi" else set()
-        idle |= {"tune"} if not o.tune_share else set()
-        return tuple(t for t in super().turns() if t.name not in idle)
+        return tuple(t for t in super().turns() if t.name != "tune" or self.options.tune_share)
 
     def stages(self) -> tuple[Stage, ...]:
-        distil = Stage("distil", tuple(t.name for t in self.turns() if t.name != "tune"), own_schedule=True)
+        distil = Stage("distil", ("distil",), own_schedule=True)
         tune = Stage("tune", ("tune",), self.options.tune_share, own_schedule=True)
         return (tune, distil) if self.options.tune_share else (distil,)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim > 1
+
+    def rate(self, turn: Turn, name: str) -> float:
+        return self.options.critic_rate if name.startswith("critics.") else 1.0
 
     @turn(trains="teacher", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
     def tune(self, batch: Batch) -> Terms:
@@ -152,20 +152,18 @@ class Distiller(Method):
         return {"label": F.cross_entropy(class_logits(self.teacher, text_inputs(batch)), batch["cond"]["label"])}
 
     # --- the student --------------------------------------------------------------------------------------------------
-    @turn(trains=("student", "adapters"), optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
+    @turn(trains=("student", "adapters", "critics"), optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
     def distil(self, batch: Batch) -> Terms:
         """``beta_inter sum_ij m_ij l_inter(H_i^T, H_j^S) + beta_pred l_pred + beta_hard CE``, and the same without
-        labels on an augmented copy."""
+        labels on an augmented copy. 7. One step for student, adapters and critics, which all raise the same bound."""
         o = self.options
         seen = self.look(batch)
-        passes = [seen]
         terms = self.compare(seen)
         if o.label_weight:
             terms["label"] = o.label_weight * F.cross_entropy(seen.found.logits, batch["cond"]["label"])
         if o.augmentation != "none":
-            passes.append(again := self.augmented(batch))
-            terms |= {f"augmented_{name}": o.augmented_weight * loss for name, loss in self.compare(again).items()}
-        self.shared["passes"] = passes
+            again = self.compare(self.augmented(batch))
+            terms |= {f"augmented_{name}": o.augmented_weight * loss for name, loss in again.items()}
         same = seen.found.logits.argmax(-1) == seen.taught.logits.argmax(-1)
         self.note("teacher_agreement", same.float().mean())
         return terms
@@ -214,11 +212,15 @@ class Distiller(Method):
         """1. ``sum_ij m_ij l_ij``; m is the fixed map, or the optimal transport plan for the costs of this batch,
         without gradients."""
         losses = self.losses(seen)
-        seen.plan = emd(losses - losses.min()) if self.fixed is None else self.fixed  # a constant changes no plan
-        total = mapped_loss(seen.plan, losses)
+        plan = self.plan(losses)
+        total = mapped_loss(plan, losses)
         if self.options.intermediate == "mi":
-            self.note("mutual_information", -total / seen.plan.sum().to(total))
+            self.note("mutual_information", -total / plan.sum().to(total))
         return total
+
+    def plan(self, losses: Tensor) -> Tensor:
+        """``m [M, N]``."""
+        return emd(losses - losses.min()) if self.fixed is None else self.fixed  # a constant changes no plan
 
     def losses(self, seen: Pass) -> Tensor:
         """``l_inter`` of every compared pair, ``[M, N]``; 0 elsewhere."""
@@ -237,12 +239,6 @@ class Distiller(Method):
             return -i_alpha(scores, log_q, o.alpha, seen.distinct)
         return distance(o.intermediate, self.adapters.project(f"h{j + 1}", mine), theirs, keep)  # type: ignore[operator]
 
-    @turn(trains="critics", optim=Optim(lr=1e-4, clip_norm=1.0))
-    def critic(self, batch: Batch) -> Terms:
-        """7. The same step for the critics: they raise the same bound, on the states that the student had."""
-        total = torch.stack([mapped_loss(p.plan, self.losses(without_gradients(p))) for p in self.shared["passes"]])
-        return {"bound": total.sum()}
-
     def own_teachers(self) -> dict[str, nn.Module]:
         return {"teacher-tuned": self.teacher} if self.options.tune_share else {}
 
@@ -258,8 +254,3 @@ def distance(kind: str, mine: Tensor, theirs: Tensor, keep: Tensor) -> Tensor:
     if kind == "pkd":
         return features.l2(mine, theirs, normalise="l2", keep=keep)
     return plain[kind](mine, theirs, keep=keep)
-
-
-def without_gradients(seen: Pass) -> Pass:
-    hidden = {layer: state.detach() for layer, state in seen.found.hidden.items()}
-    return Pass(Reading(seen.found.logits.detach(), hidden), seen.taught, seen.keep, seen.distinct, seen.plan)
