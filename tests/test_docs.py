@@ -41,8 +41,8 @@ RESULT = {
     "recipe_hash": ["abc"],
     "machine": ["a laptop"],
     "seeds": [0, 1, 2],
-    "floor": {"image": {"world": "fashion", "fd": 0.5, "extractor": "fashion@12345678", "n": 5000}},
-    "notes": {"image": ""},
+    "floor": {"fashion": {"fd": 0.5, "extractor": "fashion@12345678", "n": 5000}},
+    "notes": {"fashion": ""},
     "claims": [
         {
             "id": "one-step",
@@ -124,6 +124,23 @@ def test_a_failing_claim_is_shown_failing(generator: ModuleType, tree: Path) -> 
     (tree / "results" / "dmd2.json").write_text(json.dumps(failed))
     generator.main([], tree)
     assert "1 holds, 1 fails" in row(tree, "dmd2")
+
+
+def test_two_worlds_of_one_level_have_tables_and_notes_of_their_own(generator: ModuleType, tree: Path) -> None:
+    result = json.loads(json.dumps(RESULT))
+    other = json.loads(json.dumps(RESULT["claims"][0])) | {"id": "second", "world": "mnist"}
+    other["arms"]["dmd2"]["mean"] = 7.0
+    result["claims"].append(other)
+    result["floor"]["mnist"] = {"fd": 0.25, "extractor": "mnist@87654321", "n": 100}
+    result["notes"]["mnist"] = "Said of MNIST."
+    (tree / "results" / "dmd2.json").write_text(json.dumps(result))
+    page = "\n".join(generator.claim_lines(generator.Sources(tree), "dmd2"))
+    first, second = page.split("(world `fashion`")[1].split("(world `mnist`")
+    assert "| dmd2 | 2 ± 1 |" in first
+    assert "| dmd2 | 7 ± 1 |" in second
+    assert "FD-mnist@87654321, N=100" in second
+    assert "Said of MNIST." in second
+    assert "Said of MNIST." not in first
 
 
 def test_a_benchmark_is_shown_with_its_command(generator: ModuleType, tree: Path) -> None:

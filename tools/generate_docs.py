@@ -62,7 +62,7 @@ class Sources:
     def claims(self, slug: str) -> list[dict[str, Any]]:
         """All claims of a method, those on images first, each with its ``floor`` and ``result``."""
         found = [
-            claim | {"floor": (result.get("floor") or {}).get(claim["level"]) or {}, "result": result}
+            claim | {"floor": (result.get("floor") or {}).get(claim["world"]) or {}, "result": result}
             for result in self.results.get(slug, [])
             for claim in result["claims"]
         ]
@@ -235,13 +235,12 @@ def claim_lines(sources: Sources, slug: str) -> list[str]:
     if not claims:
         return ["No result has been recorded yet."]
     lines = []
-    for level in LEVELS:
-        if not (here := [claim for claim in claims if claim["level"] == level]):
-            continue
+    for level, world in dict.fromkeys((claim["level"], claim["world"]) for claim in claims):
+        here = [claim for claim in claims if (claim["level"], claim["world"]) == (level, world)]
         result, floor = here[0]["result"], here[0]["floor"]
         seeds = ", ".join(map(str, result["seeds"]))
-        note = (result.get("notes") or {}).get(level, "")
-        lines += [f"**Measured, {level} level** (world `{here[0]['world']}`, seeds {seeds}; {where(result)})", ""]
+        note = (result.get("notes") or {}).get(world, "")
+        lines += [f"**Measured, {level} level** (world `{world}`, seeds {seeds}; {where(result)})", ""]
         lines += [
             f"- {VERDICTS[claim['verdict']]}: {claim['statement']} ({claim['paper']}; "
             f"{metric_name(claim['metric'], floor)}: {claim['margin']})"

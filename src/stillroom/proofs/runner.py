@@ -213,8 +213,7 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
                 measured[arm.name] = [read_arm(f) for f in files]
         if not measured:
             continue
-        floors[proof.level] = {"world": proof.world, **get_world(proof.world).floor()}
-        notes[proof.level] = proof.note
+        floors[proof.world], notes[proof.world] = get_world(proof.world).floor(), proof.note
         commits |= {run["commit"] for runs in measured.values() for run in runs}
         machines |= {run["machine"] for runs in measured.values() for run in runs}
         if proof.level == "image" and proof.arms[0].name in measured:
@@ -224,7 +223,7 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
                 claims.append(_judge(claim, proof, measured))
     result = {
         "method": slug,
-        "bench": sorted(f["world"] for f in floors.values()),
+        "bench": sorted(floors),
         "commit": sorted(commits),
         "recipe_hash": sorted(hashes),
         "machine": sorted(machines),
