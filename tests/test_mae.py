@@ -32,10 +32,9 @@ from stillroom.models.mae import (
     masking,
     own_pixels,
     patchify,
-    projection_path,
     same_patches,
 )
-from stillroom.models.taps import Taps
+from stillroom.models.taps import Taps, projection_path
 
 
 @pytest.fixture(scope="module")

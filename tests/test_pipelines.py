@@ -501,3 +501,12 @@ def test_a_pipeline_s_own_scheduler_counts_its_calls() -> None:
     assert OwnScheduler(20).nfe == 20
     with pytest.raises(UserError, match="inside the pipeline"):
         OwnScheduler().sample(None, torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_a_part_whose_name_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "../secret": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"a part called '\.\./secret'"):
+        PipelineGenerator.load(tmp_path / "pipe")

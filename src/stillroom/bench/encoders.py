@@ -80,22 +80,27 @@ class EncoderBench:
     @cached_property
     def tutor(self) -> nn.Module:
         """The teacher's encoder, fine-tuned on the labels of ``train``."""
-        return self._tuned(self.teacher, f"tutor {self.architecture} {self.mask_ratio} {self.steps}")
+        key = f"tutor {self.architecture} {self.mask_ratio} {self.steps}"
+        return self._tuned(lambda: self.teacher, self.architecture, key, self.tuning)
 
     def supervised(self, architecture: str) -> nn.Module:
         """An encoder of this architecture, trained from nothing on the labels of ``train``, with its head."""
-        return self._tuned(self.network(architecture, TEACHER_SEED), f"supervised {architecture}", 2)
+        return self._tuned(
+            lambda: self.network(architecture, TEACHER_SEED),
+            architecture,
+            f"supervised {architecture}",
+            2 * self.tuning,
+        )
 
-    def _tuned(self, network: nn.Module, key: str, longer: int = 1) -> nn.Module:
-        classes, steps = len(self.probe.classes), self.tuning * longer
+    def _tuned(self, start: Callable[[], nn.Module], architecture: str, key: str, steps: int) -> nn.Module:
+        """The network that ``start`` gives, with a head, after ``steps`` on the labels of ``train``."""
+        classes = len(self.probe.classes)
 
         def make() -> dict[str, Tensor]:
-            tuned = fine_tune(network, self.train.images(), self.train.labels, classes, steps=steps, seed=TEACHER_SEED)
-            return dict(tuned.state_dict())
+            images, labels = self.train.images(), self.train.labels
+            return dict(fine_tune(start(), images, labels, classes, steps=steps, seed=TEACHER_SEED).state_dict())
 
-        empty = PooledClassifier(
-            encoder_of(self.network(self.architecture if "tutor" in key else key.split()[1])), classes
-        )
+        empty = PooledClassifier(encoder_of(self.network(architecture)), classes)
         return self._kept(empty, f"{key} {steps}", make)
 
     def _kept(self, empty: nn.Module, what: str, make: Callable[[], dict[str, Tensor]]) -> nn.Module:

@@ -197,17 +197,13 @@ class ForwardPass(Sampler):
 
 
 @dataclass(frozen=True)
-class TwoHeadPass(Sampler):
+class TwoHeadPass(ForwardPass):
     """One evaluation of a network with two heads (DHO, arXiv 2505.07675): the LOGARITHM of the mixture of their
     probabilities, ``alpha softmax(z_CE) + (1 - alpha) softmax(z_KD / temperature)``, which softmax gives back."""
 
     alpha: float = 0.5
     temperature: float = 0.5
     name: ClassVar[str] = "two-heads"
-
-    @property
-    def nfe(self) -> int:
-        return 1
 
     @torch.no_grad()
     def sample(

@@ -14,8 +14,8 @@ from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
 from stillroom.losses.features import cka_loss, relation
 from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
-from stillroom.models.mae import block, encode, learned, patchify, projection_path
-from stillroom.models.taps import Taps, split_heads
+from stillroom.models.mae import block, encode, learned, patchify
+from stillroom.models.taps import Taps, projection_path, split_heads
 
 NEIGHBOURS = 10
 OCCLUDED = 1 / 3

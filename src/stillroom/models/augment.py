@@ -40,6 +40,11 @@ def flipped(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
+def moved_and_flipped(images: Tensor, draw: Draws, pixels: int, probability: float) -> Tensor:
+    """:func:`random_shift`, then :func:`random_flip`."""
+    return random_flip(random_shift(images, draw, pixels), draw, probability)
+
+
 def cropped(images: Tensor, uniform: Tensor, least: float) -> Tensor:
     """Each of ``[B, C, H, W]`` cropped to a part of its area, uniform on [least, 1], of its own shape, at a random
     place, and resized back (bilinear). ``uniform [B, 3]`` on [0, 1): area, place down, place across."""

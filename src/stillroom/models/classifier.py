@@ -124,12 +124,14 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
     """A model of a class of transformers from its folder, weights in safetensors only, in eval mode. Names of older
     versions of transformers are understood. Raises UserError for weights that are missing, damaged or of another
     shape."""
-    read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
+    from safetensors import SafetensorError
+
     try:
         network, report = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
         detail = str(error).strip().splitlines()[-1]
         raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {detail}", cure=PAIR) from error
     wrong = [key for key in report["missing_keys"] if not key.startswith("pooler.")]

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.sampling import class_logits
 from stillroom.errors import UserError
 from stillroom.losses.features import relation
-from stillroom.models.taps import Tap, Taps, block_paths, module_paths, split_heads
-
-QUERIES, KEYS = ("query", "q_proj", "q_lin", "q"), ("key", "k_proj", "k_lin", "k")
-"""What query and key projections are called in transformers' text encoders."""
+from stillroom.models.taps import Tap, Taps, block_paths, module_paths, projection_path, split_heads
 
 
 @dataclass
@@ -46,8 +43,8 @@ class EncoderReader:
         for layer in self.hidden:
             taps[f"h{layer}"] = Tap(blocks[0], "input") if layer == 0 else blocks[layer - 1]
         for layer in self.attention:
-            taps[f"q{layer}"] = projection(network, blocks[layer - 1], QUERIES)
-            taps[f"k{layer}"] = projection(network, blocks[layer - 1], KEYS)
+            taps[f"q{layer}"] = projection_path(network, blocks[layer - 1], "query")
+            taps[f"k{layer}"] = projection_path(network, blocks[layer - 1], "key")
         self.heads = heads_of(network) if self.attention else 0
         self.taps = Taps(network, taps) if taps else None
 
@@ -80,17 +77,6 @@ def text_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def depth(network: nn.Module) -> int:
     """Number of blocks."""
     return len(block_paths(network))
-
-
-def projection(network: nn.Module, block: str, names: Sequence[str]) -> str:
-    """Path of the first module below ``block`` with one of these names."""
-    for path in module_paths(network):
-        if path.startswith(f"{block}.") and path.rsplit(".", 1)[-1] in names:
-            return path
-    raise UserError(
-        f"{type(network).__name__} has no attention projection below {block!r} (looked for {', '.join(names)})",
-        cure="leave attention out: options.attention=none",
-    )
 
 
 def heads_of(network: nn.Module) -> int:

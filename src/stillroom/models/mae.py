@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.errors import UserError, nearest
-from stillroom.models.taps import block_paths, module_paths
+from stillroom.models.taps import block_paths
 
 T = TypeVar("T", bound=Tensor)
 
@@ -152,18 +152,6 @@ def block(network: nn.Module, index: int, under: str = "") -> str:
             f"{type(network).__name__} has {len(paths)} blocks, no block {index}", cure=f"count 0 to {len(paths) - 1}"
         )
     return paths[index]
-
-
-def projection_path(network: nn.Module, block: str, which: str) -> str:
-    """The path of a block's ``query`` or ``key`` projection, whatever the class calls it."""
-    names = {"query": ("q_proj", "query"), "key": ("k_proj", "key")}[which]
-    found = [p for p in module_paths(network) if p.startswith(f"{block}.") and p.rsplit(".", 1)[-1] in names]
-    if not found:
-        raise UserError(
-            f"{block!r} of {type(network).__name__} has no {which} projection",
-            cure="give an encoder of transformers with separate queries and keys",
-        )
-    return found[0]
 
 
 def make_encoder(name: str, channels: int, side: int) -> nn.Module:

@@ -251,6 +251,8 @@ def check_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / INDEX} asks for code of its own", cure=f"supported: {', '.join(BY_CLASS)}")
     family_of(index.get("_class_name"), str(folder))
     for part, (library, name) in _parts(index).items():
+        if not part.isidentifier():  # parts are copied by name: none may lead out of the folder
+            raise UserError(f"{folder / INDEX} has a part called {part!r}", cure="copy the folder again")
         if library not in LIBRARIES:
             raise UserError(
                 f"{folder / INDEX}: {part} is a {name} of {library!r}", cure=f"supported: {', '.join(LIBRARIES)}"

@@ -341,6 +341,21 @@ def block_paths(network: nn.Module, under: str = "") -> list[str]:
     return [f"{name}.{index}" for index in range(lists[name])]
 
 
+PROJECTIONS = {"query": ("query", "q_proj", "q_lin", "q"), "key": ("key", "k_proj", "k_lin", "k")}
+"""What transformers' encoders call the projections of their attention."""
+
+
+def projection_path(network: nn.Module, block: str, which: str) -> str:
+    """The path of a block's ``query`` or ``key`` projection. Raises UserError for a block without a separate one."""
+    for path in module_paths(network):
+        if path.startswith(f"{block}.") and path.rsplit(".", 1)[-1] in PROJECTIONS[which]:
+            return path
+    raise UserError(
+        f"{block!r} of {type(network).__name__} has no {which} projection",
+        cure="give an encoder of transformers with separate queries and keys, or leave attention out",
+    )
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Queries, keys or values ``[B, N, D]`` as ``[B, heads, N, D / heads]``. ``heads`` need not be the network's own:
     relation losses re-split student and teacher into equally many (arXiv 2012.15828)."""

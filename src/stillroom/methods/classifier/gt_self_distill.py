@@ -22,7 +22,7 @@ from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix, norm_penalty, probability_mse
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
-from stillroom.models.augment import random_flip, random_shift
+from stillroom.models.augment import moved_and_flipped
 from stillroom.models.initial import fresh_weights, overwrite
 
 Floats = NDArray[np.float64]
@@ -418,7 +418,7 @@ class GTSelfDistill(Method):
         """4. alpha mse(p, y) + (1 - alpha) mse(p, t) + penalty sum |W|, with p and t softmax outputs at temperature 1
         and y one-hot."""
         o, label = self.options, batch["cond"]["label"]
-        images = random_flip(random_shift(batch["image"], self.draw, o.shift), self.draw, o.flip)
+        images = moved_and_flipped(batch["image"], self.draw, o.shift, o.flip)
         p = class_logits(self.student, images).softmax(-1)
         terms = {"truth": self.weight * probability_mse(p, F.one_hot(label, p.shape[-1]).to(p))}
         if self.stage.name != "round 1":

@@ -16,7 +16,7 @@ from stillroom.errors import UserError
 from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.soft_labels import ensemble_probabilities, soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import Augmentation, cutmix_shares, random_flip, random_shift
+from stillroom.models.augment import Augmentation, cutmix_shares, moved_and_flipped
 from stillroom.models.critics import LogitDiscriminator
 from stillroom.models.initial import fresh_weights
 from stillroom.models.text import weights_hash
@@ -133,8 +133,7 @@ class MEALV2(Method):
     # --- labels -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
         """1. Moved and mirrored; student and teachers see the same."""
-        moved = random_shift(batch["image"], self.draw, self.options.shift)
-        return random_flip(moved, self.draw, self.options.flip)
+        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
     @turn(trains="teachers", optim=Optim(lr=0.05, **OPTIM))
     def teach(self, batch: Batch) -> Terms:

@@ -17,7 +17,7 @@ from stillroom.losses.features import l1, mse, normalised
 from stillroom.losses.layer_maps import at_fraction
 from stillroom.losses.pixels import masked_pixel_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import random_flip, random_shift
+from stillroom.models.augment import moved_and_flipped
 from stillroom.models.encoder import encoder_of
 from stillroom.models.mae import (
     Masking,
@@ -123,8 +123,7 @@ class DMAE(Method):
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        moved = random_shift(batch["image"], self.draw, self.options.shift)
-        return random_flip(moved, self.draw, self.options.flip)
+        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
     def draw_mask(self, images: Tensor) -> Masking:
         """1. One mask for both networks."""

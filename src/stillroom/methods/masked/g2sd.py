@@ -19,7 +19,7 @@ from stillroom.losses.layer_maps import at_fraction
 from stillroom.losses.pixels import masked_pixel_loss
 from stillroom.losses.soft_labels import decoupled_loss, soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import mix_images, random_flip, random_shift
+from stillroom.models.augment import mix_images, moved_and_flipped
 from stillroom.models.encoder import carry_encoder, make_vit_classifier
 from stillroom.models.mae import (
     Masking,
@@ -177,8 +177,7 @@ class G2SD(Method):
 
     # --- generic ------------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        moved = random_shift(batch["image"], self.draw, self.options.shift)
-        return random_flip(moved, self.draw, self.options.flip)
+        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
     @torch.no_grad()
     def target(self, images: Tensor, mask: Masking) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,11 @@ from stillroom.diffusion.sampling import ForwardPass
 from stillroom.errors import UserError
 from stillroom.losses.features import gather_relation, relation, relation_kl, smooth_l1
 from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import random_flip, random_shift
+from stillroom.models.augment import moved_and_flipped
 from stillroom.models.encoder import encoder_of
-from stillroom.models.mae import encode, is_masked, learned, projection_path, same_patches
+from stillroom.models.mae import encode, is_masked, learned, same_patches
 from stillroom.models.projectors import projector
-from stillroom.models.taps import Tap, Taps, block_paths, module_paths, split_heads
+from stillroom.models.taps import Tap, Taps, block_paths, module_paths, projection_path, split_heads
 
 
 @register(
@@ -119,8 +119,7 @@ class HybridDistill(Method):
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        moved = random_shift(batch["image"], self.draw, self.options.shift)
-        return random_flip(moved, self.draw, self.options.flip)
+        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
     @torch.no_grad()
     def informative(self, images: Tensor) -> Tensor:
