@@ -16,6 +16,8 @@ from stillroom.errors import UserError
 from stillroom.losses.features import relation
 from stillroom.models.taps import Tap, Taps, block_paths, module_paths, projection_path, split_heads
 
+WITHOUT_ATTENTION = "leave attention out: options.attention=none"
+
 
 @dataclass
 class Reading:
@@ -43,8 +45,8 @@ class EncoderReader:
         for layer in self.hidden:
             taps[f"h{layer}"] = Tap(blocks[0], "input") if layer == 0 else blocks[layer - 1]
         for layer in self.attention:
-            taps[f"q{layer}"] = projection_path(network, blocks[layer - 1], "query")
-            taps[f"k{layer}"] = projection_path(network, blocks[layer - 1], "key")
+            for part, which in (("q", "query"), ("k", "key")):
+                taps[f"{part}{layer}"] = projection_path(network, blocks[layer - 1], which, cure=WITHOUT_ATTENTION)
         self.heads = heads_of(network) if self.attention else 0
         self.taps = Taps(network, taps) if taps else None
 

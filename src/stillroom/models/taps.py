@@ -345,15 +345,17 @@ PROJECTIONS = {"query": ("query", "q_proj", "q_lin", "q"), "key": ("key", "k_pro
 """What transformers' encoders call the projections of their attention."""
 
 
-def projection_path(network: nn.Module, block: str, which: str) -> str:
+def projection_path(
+    network: nn.Module,
+    block: str,
+    which: str,
+    cure: str = "give an encoder of transformers with separate queries and keys",
+) -> str:
     """The path of a block's ``query`` or ``key`` projection. Raises UserError for a block without a separate one."""
     for path in module_paths(network):
         if path.startswith(f"{block}.") and path.rsplit(".", 1)[-1] in PROJECTIONS[which]:
             return path
-    raise UserError(
-        f"{block!r} of {type(network).__name__} has no {which} projection",
-        cure="give an encoder of transformers with separate queries and keys, or leave attention out",
-    )
+    raise UserError(f"{block!r} of {type(network).__name__} has no {which} projection", cure=cure)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
