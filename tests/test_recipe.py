@@ -57,6 +57,19 @@ def test_an_override_leaves_its_neighbours_alone() -> None:
     assert (several.options["guidance"], several.options["gan_weight"]) == (2, 0)
 
 
+def test_a_recipe_with_a_base_holds_only_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: dmd2\noptions: {gan_weight: 0}\nengine:\n  optim:\n    generator: {lr: 0.5}\n")
+    assert Recipe.load(file) == Recipe.load("dmd2", ["options.gan_weight=0", "engine.optim.generator.lr=0.5"])
+    assert "base" not in Recipe.load(file).to_yaml()
+    file.write_text("base: dmd3\n")
+    with pytest.raises(UserError, match=r"mine.yaml: base 'dmd3' is no shipped recipe \(did you mean 'dmd2'"):
+        Recipe.load(file)
+    file.write_text("base: [dmd2]\n")
+    with pytest.raises(UserError, match="is no shipped recipe"):
+        Recipe.load(file)
+
+
 def test_the_hash_is_of_what_determines_the_result() -> None:
     base = Recipe.load("dmd2").hash()
     assert Recipe.load("dmd2", name="another").hash() == base

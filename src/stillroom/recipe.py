@@ -223,6 +223,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _read(source: str | Path) -> dict[str, Any]:
+    """The keys of a recipe. A file that says ``base: NAME`` holds only what differs from that shipped recipe."""
     path = Path(source)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
@@ -239,7 +240,18 @@ def _read(source: str | Path) -> dict[str, Any]:
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values", cure="start it with `method: <slug>`")
-    return tree
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if base not in shipped() or base == path.stem:
+        raise UserError(
+            f"{path}: base {base!r} is no shipped recipe{_hint(str(base), shipped())}",
+            cure=f"give one of: {', '.join(shipped())}",
+        )
+    merged = _read(base)
+    for key, value in tree.items():
+        _put(merged, str(key), value)
+    return merged
 
 
 def _bare(slug: str) -> dict[str, Any]:

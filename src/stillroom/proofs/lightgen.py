@@ -214,7 +214,7 @@ PRETRAINED = recipe_arm("lightgen").with_(
     options={"start": "lightgen", "pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
     engine={"steps": 0},
 )
-STEPS = 200
+STEPS = 300
 
 
 def preferred(name: str, after: Arm | None = None, **options: Any) -> Arm:
