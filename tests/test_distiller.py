@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
+from transformers.modeling_outputs import MaskedLMOutput
 
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
@@ -17,9 +19,9 @@ from stillroom.errors import UserError
 from stillroom.losses.mutual_information import i_alpha
 from stillroom.method import Draws
 from stillroom.methods.language.distiller import Distiller
-from stillroom.models.text_augment import mixup_weights, nearest_tokens, random_edits
+from stillroom.models.text_augment import contextual_replacement, mixup_weights, nearest_tokens, random_edits
 from stillroom.recipe import Recipe
-from tiny_text import data, encoder, tokenizer
+from tiny_text import WORDS, data, encoder, tokenizer
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL = {"critic_width": 8, "critic_heads": 2}
@@ -277,6 +279,73 @@ def test_edited_copies_are_answered_by_the_teacher_and_have_no_label() -> None:
     torch.testing.assert_close(terms["augmented_prediction"], -(t.softmax(-1) * z.log_softmax(-1)).sum() / 6)
     seen = method.look(edited)
     torch.testing.assert_close(terms["augmented_intermediate"], method.intermediate(seen))
+
+
+class Certain(nn.Module):
+    """A masked language model that answers every place with one token's odds, and keeps what it was asked."""
+
+    def __init__(self, odds: dict[int, float]) -> None:
+        super().__init__()
+        self.odds = torch.zeros(17)
+        for token, share in odds.items():
+            self.odds[token] = share
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        self.asked = input_ids
+        return MaskedLMOutput(logits=self.odds.log().expand(*input_ids.shape, 17))
+
+
+def test_replacements_are_drawn_from_the_masked_language_model() -> None:
+    ids = torch.tensor([[2, 5, 6, 7, 8, 9, 10, 3], [2, 11, 12, 3, 0, 0, 0, 0]]).repeat(500, 1)
+    mask, special = ids != 0, {0, 1, 2, 3, 4}
+    words = mask & (ids > 4)
+    teller = Certain({13: 0.75, 14: 0.25, 2: 5.0})  # what it thinks of special tokens does not count
+    assert torch.equal(contextual_replacement(ids, mask, draws(0, 1000), 0.0, teller, 4, special), ids)
+    found = contextual_replacement(ids, mask, draws(0, 1000), 0.4, teller, 4, special)
+    hidden = teller.asked == 4
+    assert torch.equal(found[~hidden], ids[~hidden])
+    assert not hidden[~words].any()
+    assert set(found[hidden].tolist()) == {13, 14}
+    assert float(hidden[words].float().mean()) == pytest.approx(0.4, abs=0.03)  # 4,000 words: sd 0.008
+    assert float((found[hidden] == 13).float().mean()) == pytest.approx(0.75, abs=0.04)  # sd 0.011
+    half = Draws(torch.Generator().manual_seed(0), slice(500, 1000), 1000)
+    part = contextual_replacement(ids[500:], mask[500:], half, 0.4, teller, 4, special)
+    assert torch.equal(part, found[500:])
+
+
+def masked_lm(folder: Path, words: tuple[str, ...] = WORDS) -> str:
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=5 + len(words), **shape)).save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
+    return str(folder)
+
+
+def test_replaced_copies_are_answered_by_the_teacher(tmp_path: Path) -> None:
+    options = {"augmentation": "contextual", "masked_lm": masked_lm(tmp_path), "intermediate": "none"}
+    method, batch = built(**options, edit_rate=1.0), data().batch(0, 0, 6)
+    terms = method.distil(batch)
+    assert set(terms) == {"prediction", "label", "augmented_prediction"}
+    words = batch["attention_mask"].bool() & (batch["input_ids"] > 4)
+    network, special = method.masked_lm, set(tokenizer().all_special_ids)
+    assert network is not None
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    ids = contextual_replacement(batch["input_ids"], words, draws(), 1.0, network, 4, special)
+    changed = {"input_ids": ids, "attention_mask": batch["attention_mask"].bool()}
+    z, t = states(method.student, changed)[0], states(method.teacher, changed)[0]
+    assert float((ids != batch["input_ids"])[words].float().mean()) > 0.5
+    torch.testing.assert_close(terms["augmented_prediction"], -(t.softmax(-1) * z.log_softmax(-1)).sum() / 6)
+
+
+def test_a_masked_language_model_must_be_one_and_read_the_same_tokens(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs a masked language model; give its folder as options.masked_lm"):
+        built(augmentation="contextual")
+    encoder(2, 8).save_pretrained(tmp_path / "other")  # type: ignore[operator]
+    tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other is no masked language model .*BertForSequenceClassification"):
+        built(augmentation="contextual", masked_lm=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"'the student' and .* have different vocabularies .17 tokens.* 16"):
+        built(augmentation="contextual", masked_lm=masked_lm(tmp_path / "fewer", WORDS[:-1]))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

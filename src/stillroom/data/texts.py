@@ -129,6 +129,19 @@ def vocabulary_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:8]
 
 
+def check_vocabularies(known: Mapping[str, Any]) -> None:
+    """Raises UserError where tokenizers, given by the names of those who read with them, have other tokens than the
+    first."""
+    (first, chosen), *others = known.items()
+    for name, other in others:
+        if vocabulary_hash(other) != vocabulary_hash(chosen):
+            raise UserError(
+                f"{first!r} and {name!r} have different vocabularies ({len(chosen):,} tokens, "
+                f"{vocabulary_hash(chosen)}, and {len(other):,}, {vocabulary_hash(other)})",
+                cure="all networks read the same tokens: choose networks of one tokenizer",
+            )
+
+
 # --- by name, file or folder ------------------------------------------------------------------------------------------
 def load_texts(source: str | Path, split: str = "train", classes: Sequence[str] = ()) -> Texts:
     """Labelled texts.

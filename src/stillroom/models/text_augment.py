@@ -1,4 +1,5 @@
-"""Texts changed as token ids: random edits, and the weights of mixup. All randomness comes from a turn's draws."""
+"""Texts changed as token ids: random edits, replacement in context, and the weights of mixup. All randomness comes from
+a turn's draws."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from stillroom.method import Draws
@@ -55,6 +56,27 @@ def random_edits(
     edited = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=ids.device)
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     return edited, torch.arange(longest, device=ids.device) < lengths[:, None]
+
+
+@torch.no_grad()
+def contextual_replacement(
+    ids: Tensor, mask: Tensor, draw: Draws, rate: float, masked_lm: nn.Module, mask_id: int, special: Collection[int]
+) -> Tensor:
+    """``ids [B, L]`` in which each ordinary token was, with probability ``rate``, hidden and then drawn anew from what
+    a masked language model makes of the rest (arXiv 1812.06705, without its condition on the label). All hidden tokens
+    of a text are drawn at once; the special ones are neither hidden nor drawn.
+
+    mask ``[B, L]``, True where a token counts. masked_lm answers ``input_ids`` and ``attention_mask`` with
+    ``logits [B, L, V]``.
+    """
+    barred = torch.tensor(sorted(special), device=ids.device, dtype=torch.long)
+    u = draw.uniform(len(ids), ids.shape[1], 2).to(ids.device)
+    hidden = (u[..., 0] < rate) & mask & ~torch.isin(ids, barred)
+    logits = masked_lm(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=mask.long()).logits[hidden].float()
+    logits[:, barred] = -torch.inf
+    up_to = logits.softmax(-1).double().cumsum(-1)
+    found = torch.searchsorted(up_to, (u[..., 1][hidden].double() * up_to[:, -1])[:, None], right=True)
+    return ids.masked_scatter(hidden, found[:, 0])
 
 
 @torch.no_grad()

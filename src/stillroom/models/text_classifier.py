@@ -86,6 +86,21 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
     return network, load_tokenizer(folder)
 
 
+def load_masked_lm(folder: Path) -> tuple[nn.Module, Any]:
+    """``(masked language model, tokenizer)`` of a folder of transformers. Raises UserError for what is missing,
+    damaged, or of another kind."""
+    from transformers import AutoModelForMaskedLM
+
+    kinds = read_json(folder / CONFIG).get("architectures") or []
+    tokenizer = load_tokenizer(folder)
+    if not any(kind.endswith("ForMaskedLM") for kind in kinds) or tokenizer is None or tokenizer.mask_token_id is None:
+        raise UserError(
+            f"{folder} is no masked language model with its tokenizer ({', '.join(kinds) or 'no architecture named'})",
+            cure="give a folder of a BERT-like model for masked words, such as BertForMaskedLM",
+        )
+    return load_pretrained(AutoModelForMaskedLM, folder), tokenizer
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder`` or its ``tokenizer/``; None where there is none. Raises UserError for a bad one."""
     from transformers import AutoTokenizer

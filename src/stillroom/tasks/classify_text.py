@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.texts import NAMED, TextData, Texts, load_texts, vocabulary_hash
+from stillroom.data.texts import NAMED, TextData, Texts, check_vocabularies, load_texts
 from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
@@ -99,15 +99,8 @@ class TextClassification(Recognition):
         known = {"the data": ready, **tokenizers} if ready is not None else dict(tokenizers)
         if not known:
             return load_tokenizer(NAMED["glosses"])
-        (first, chosen), *others = known.items()
-        for name, other in others:
-            if vocabulary_hash(other) != vocabulary_hash(chosen):
-                raise UserError(
-                    f"{first!r} and {name!r} have different vocabularies ({len(chosen):,} tokens, "
-                    f"{vocabulary_hash(chosen)}, and {len(other):,}, {vocabulary_hash(other)})",
-                    cure="student and teachers read the same tokens: choose networks of one tokenizer",
-                )
-        return chosen
+        check_vocabularies(known)
+        return next(iter(known.values()))
 
     def _check(self, name: str, network: nn.Module, classes: list[str]) -> None:
         """Raises UserError for a network that does not fit the tokenizer or the data."""

@@ -6,12 +6,14 @@ import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.data.texts import check_vocabularies
 from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
 from stillroom.losses import features
@@ -22,7 +24,8 @@ from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, fr
 from stillroom.models.critics import MICritic
 from stillroom.models.encoder_reader import EncoderReader, Reading, depth, mixed_inputs, text_inputs, token_table
 from stillroom.models.projectors import Projectors
-from stillroom.models.text_augment import mixup_weights, nearest_tokens, random_edits
+from stillroom.models.text_augment import contextual_replacement, mixup_weights, nearest_tokens, random_edits
+from stillroom.models.text_classifier import load_masked_lm
 
 
 @dataclass
@@ -51,17 +54,19 @@ class Distiller(Method):
     The networks are the student's and the teacher's.
 
     The critic's layout, the weights and the values of alpha are not in the paper's public text. Here the critic is
-    separable, and it and the baseline are small transformers, as the paper prefers; the anchor is the student. Back-
-    translation and replacement by a masked language model are left out of the augmentations. A synonym is one of the
-    eight tokens nearest in the teacher's embeddings.
+    separable, and it and the baseline are small transformers, as the paper prefers; the anchor is the student. Of the
+    paper's augmentations back-translation is left out. A synonym is one of the eight tokens nearest in the teacher's
+    embeddings.
     """
 
     task = "classify-text"
 
     @dataclass
     class Options:
-        augmentation: Literal["none", "edits", "mixup"] = "none"  # of a copy that the teacher answers, without labels
-        edit_rate: float = field(default=0.2, metadata={"min": 0, "max": 1})  # share of tokens edited
+        # Of a copy that the teacher answers, without labels.
+        augmentation: Literal["none", "contextual", "edits", "mixup"] = "none"
+        edit_rate: float = field(default=0.2, metadata={"min": 0, "max": 1})  # share of tokens edited or replaced
+        masked_lm: str = ""  # folder of the masked language model of "contextual"; its vocabulary is the student's
         mixup: float = field(default=0.4, metadata={"min": 1e-3})  # a of Beta(a, a)
         layer_map: Literal["skip", "uniform", "last", "emd"] = "skip"
         intermediate: Literal["none", "ce", "mse", "l2", "cosine", "pkd", "mi"] = "mi"
@@ -102,6 +107,7 @@ class Distiller(Method):
             )
         self.student = unfrozen(copy.deepcopy(student))
         self.teacher = (unfrozen if o.tune_share else frozen)(copy.deepcopy(teachers[0]))
+        self.masked_lm = self.read_masked_lm() if o.augmentation == "contextual" else None
         m, n = depth(self.teacher), depth(self.student)
         layers = None if o.layer_map == "emd" else layer_map(o.layer_map, m, n)
         self.fixed = as_weights(layers, m) if layers else None
@@ -127,10 +133,23 @@ class Distiller(Method):
     def critic_of(self, i: int, j: int) -> str:
         return "shared" if self.options.critics == "shared" else f"{i}-{j}"
 
+    def read_masked_lm(self) -> nn.Module:
+        if not self.options.masked_lm:
+            raise UserError(
+                "options.augmentation=contextual needs a masked language model",
+                cure="give its folder as options.masked_lm, or choose options.augmentation=edits",
+            )
+        network, self.words = load_masked_lm(Path(self.options.masked_lm).expanduser())
+        return frozen(network)
+
     def prepare(self, data: Any) -> None:
+        tokenizer = data.tokenizer
+        self.special, self.pad = set(tokenizer.all_special_ids), int(tokenizer.pad_token_id)
         if self.options.augmentation == "edits":
-            self.special, self.pad = set(data.tokenizer.all_special_ids), int(data.tokenizer.pad_token_id)
             self.neighbours = nearest_tokens(token_table(self.teacher).weight, self.special)
+        if self.masked_lm is not None:
+            check_vocabularies({"the student": tokenizer, self.options.masked_lm: self.words})
+            self.mask_id = int(self.words.mask_token_id)
 
     def turns(self) -> tuple[Turn, ...]:
         return tuple(t for t in super().turns() if t.name != "tune" or self.options.tune_share)
@@ -182,8 +201,14 @@ class Distiller(Method):
         return Pass(found, taught, keep, distinct)
 
     def augmented(self, batch: Batch) -> Pass:
-        """6. Random edits, or mixup: each row's embeddings mixed with those of the row before it."""
+        """6. Replacement in context, random edits, or mixup: each row's embeddings mixed with those of the row before
+        it."""
         ids, keep = batch["input_ids"], batch["attention_mask"].bool()
+        if self.masked_lm is not None:
+            ids = contextual_replacement(
+                ids, keep, self.draw, self.options.edit_rate, self.masked_lm, self.mask_id, self.special
+            )
+            return self.look({"input_ids": ids, "attention_mask": keep})
         if self.options.augmentation == "edits":
             ids, keep = random_edits(
                 ids, keep, self.draw, self.options.edit_rate, self.neighbours, self.special, self.pad
