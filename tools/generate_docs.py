@@ -212,7 +212,8 @@ def optimizer(optim: Any) -> str:
 
 
 def option_rows(cls: Any) -> list[list[str]]:
-    """Name, type, default and meaning of each option; the meaning is the string below it or the comment beside it."""
+    """Name, type, default and meaning of each option; the meaning is the string below it, or the comment beside it or
+    above it."""
     source = inspect.cleandoc("\n" + inspect.getsource(cls.Options))
     text = source.splitlines()
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
@@ -220,14 +221,33 @@ def option_rows(cls: Any) -> list[list[str]]:
     for node, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        default = ast.unparse(node.value) if node.value else ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             meaning = inspect.cleandoc(str(following.value.value))
         else:
             comment = re.search(r"#\s*(.*)$", text[node.end_lineno - 1][node.end_col_offset :])
-            meaning = comment.group(1) if comment else ""
-        rows.append([f"`{node.target.id}`", f"`{ast.unparse(node.annotation)}`", f"`{default}`", meaning])
+            meaning = comment.group(1) if comment else comment_above(text, node.lineno - 1)
+        rows.append([f"`{node.target.id}`", f"`{ast.unparse(node.annotation)}`", default_of(node.value), meaning])
     return rows
+
+
+def default_of(value: ast.expr | None) -> str:
+    """The default as it is written, also inside ``field(default=..., metadata=...)``."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        given = {word.arg: word.value for word in value.keywords}
+        if "default_factory" in given:
+            factory = given["default_factory"]
+            value = factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
+        else:
+            value = given.get("default")
+    return f"`{ast.unparse(value)}`" if value else ""
+
+
+def comment_above(lines: list[str], at: int) -> str:
+    """The whole-line comments that end right above line ``at`` (from 0)."""
+    start = at
+    while start and lines[start - 1].lstrip().startswith("#"):
+        start -= 1
+    return " ".join(line.strip().lstrip("# ") for line in lines[start:at])
 
 
 def claim_lines(sources: Sources, slug: str) -> list[str]:
@@ -242,7 +262,7 @@ def claim_lines(sources: Sources, slug: str) -> list[str]:
         note = (result.get("notes") or {}).get(world, "")
         lines += [f"**Measured, {level} level** (world `{world}`, seeds {seeds}; {where(result)})", ""]
         lines += [
-            f"- {VERDICTS[claim['verdict']]}: {claim['statement']} ({claim['paper']}; "
+            f"- {VERDICTS[claim['verdict']]}: {claim['statement']} ({claim['paper']}{'; ' if claim['paper'] else ''}"
             f"{metric_name(claim['metric'], floor)}: {claim['margin']})"
             for claim in here
         ]
