@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.engine.distributed import DataParallel, Plain, Sharded, full, local
+from stillroom.engine.eight_bit import adamw_8bit
 from stillroom.errors import UserError
 from stillroom.method import Method, Optim, Turn, nearest
 
-_OPTIMIZERS = ("adam", "adamw", "sgd")
+_OPTIMIZERS = ("adam", "adamw", "sgd", "adamw8bit")
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -76,6 +77,8 @@ class Player:
             if any(hasattr(p, "full_tensor") for p in self.trained):
                 del shared["fused"]  # which torch has for Adam's sharded parameters only
             return torch.optim.SGD(groups, momentum=o.betas[0], **shared)
+        if o.name == "adamw8bit":
+            return adamw_8bit(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps)
         kind = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
         return kind(groups, betas=o.betas, eps=o.eps, **shared)
 
