@@ -9,7 +9,6 @@ What stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is written
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import json
 import re
@@ -197,8 +196,11 @@ def method_page(sources: Sources, cls: Any, purpose: str) -> str:
         ),
         "",
     ]
-    if options := option_rows(cls):
-        lines += ["**Options**", "", table(["option", "type", "default", "meaning"], options), ""]
+    from stillroom.report.tables import options_of  # found by Sources.classes
+
+    if options := options_of(cls):
+        rows = [[f"`{o.name}`", f"`{o.default}`" if o.default else "", o.allowed, o.meaning] for o in options]
+        lines += ["**Options**", "", table(["option", "default", "allowed", "meaning"], rows), ""]
     return "\n".join([*lines, *claim_lines(sources, slug)]).rstrip()
 
 
@@ -209,45 +211,6 @@ def option_or_steps(every: int | str) -> str:
 def optimizer(optim: Any) -> str:
     changed = {k: v for k, v in vars(optim).items() if k != "name" and v != getattr(type(optim)(), k)}
     return ", ".join([optim.name, f"lr {optim.lr:g}", *(f"{k} {v}" for k, v in changed.items() if k != "lr")])
-
-
-def option_rows(cls: Any) -> list[list[str]]:
-    """Name, type, default and meaning of each option; the meaning is the string below it, or the comment beside it or
-    above it."""
-    source = inspect.cleandoc("\n" + inspect.getsource(cls.Options))
-    text = source.splitlines()
-    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)).body
-    rows = []
-    for node, following in zip(body, [*body[1:], None], strict=True):
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            meaning = inspect.cleandoc(str(following.value.value))
-        else:
-            comment = re.search(r"#\s*(.*)$", text[node.end_lineno - 1][node.end_col_offset :])
-            meaning = comment.group(1) if comment else comment_above(text, node.lineno - 1)
-        rows.append([f"`{node.target.id}`", f"`{ast.unparse(node.annotation)}`", default_of(node.value), meaning])
-    return rows
-
-
-def default_of(value: ast.expr | None) -> str:
-    """The default as it is written, also inside ``field(default=..., metadata=...)``."""
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
-        given = {word.arg: word.value for word in value.keywords}
-        if "default_factory" in given:
-            factory = given["default_factory"]
-            value = factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
-        else:
-            value = given.get("default")
-    return f"`{ast.unparse(value)}`" if value else ""
-
-
-def comment_above(lines: list[str], at: int) -> str:
-    """The whole-line comments that end right above line ``at`` (from 0)."""
-    start = at
-    while start and lines[start - 1].lstrip().startswith("#"):
-        start -= 1
-    return " ".join(line.strip().lstrip("# ") for line in lines[start:at])
 
 
 def claim_lines(sources: Sources, slug: str) -> list[str]:

@@ -6,14 +6,14 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
-from stillroom.method import get_method, option_fields
+from stillroom.method import Method, get_method, option_fields
 from stillroom.recipe import describe
 from stillroom.report import facts
 
@@ -34,17 +34,57 @@ def comparison(folders: Sequence[Path]) -> Table:
     return table
 
 
+class Option(NamedTuple):
+    """A method's option in words."""
+
+    name: str
+    default: str
+    allowed: str
+    meaning: str
+
+
+def options_of(method: type[Method]) -> list[Option]:
+    """Every option of a method; its meaning is the comment beside it, or the lines of comment above it."""
+    kinds = typing.get_type_hints(method.Options)
+    lines = inspect.getsource(method.Options).splitlines()
+    found = []
+    for name, field in option_fields(method).items():
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        allowed = describe(kinds[name]) + _limits(field.metadata)
+        found.append(Option(name, _short(default), allowed, _remark(lines, name)))
+    return found
+
+
+def _remark(lines: Sequence[str], name: str) -> str:
+    at = next((i for i, line in enumerate(lines) if re.match(rf" *{name}: ", line)), None)
+    if at is None:  # inherited from another class
+        return ""
+    if beside := re.search(r"  # (.*)$", lines[at]):
+        return beside[1]
+    above: list[str] = []
+    while at and (comment := re.match(r" *# (.*)$", lines[at := at - 1])):
+        above.insert(0, comment[1])
+    return " ".join(above)
+
+
+def _limits(metadata: Mapping[str, Any]) -> str:
+    low, high = metadata.get("min"), metadata.get("max")
+    if low is None:
+        return ""
+    return f", at least {low}" if high is None else f" from {low} to {high}"
+
+
 def options_table(slug: str) -> Table:
     """Every recipe key of a method: its options and the optimizers of its turns."""
     method = get_method(slug)
     title = f"{slug}: {method.paper.title}\n{method.paper.url}\n"
-    table = Table("recipe key", "default", "allowed", "", box=None, header_style="bold", pad_edge=False, title=title)
+    table = Table(box=None, header_style="bold", pad_edge=False, title=title)
+    table.add_column("recipe key", no_wrap=True)  # to be typed: never cut
+    for head in ("default", "allowed", ""):
+        table.add_column(head, overflow="fold")
     table.title_justify = "left"
-    kinds = typing.get_type_hints(method.Options)
-    remarks = dict(re.findall(r"^ *(\w+): .*?  # (.*)$", inspect.getsource(method.Options), re.MULTILINE))
-    for name, field in option_fields(method).items():
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        table.add_row(f"options.{name}", _short(default), describe(kinds[name]), escape(remarks.get(name, "")))
+    for option in options_of(method):
+        table.add_row(f"options.{option.name}", option.default, option.allowed, escape(option.meaning))
     for turn in method(method.Options()).turns():
         optim = f"{turn.optim.name}, lr {turn.optim.lr:g}"
         table.add_row(f"engine.optim.{turn.name}", optim, "a mapping", f"trains {', '.join(turn.trains)}")
