@@ -58,6 +58,13 @@ def state_bytes(run: Trainer) -> int:
     return sum(v.nbytes for state in player.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
 
 
+@pytest.fixture
+def bitsandbytes() -> None:
+    """Not among the test requirements: peft imports it wherever it is, which costs every command a second."""
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.mark.usefixtures("bitsandbytes")
 def test_it_goes_where_adamw_goes_with_a_quarter_of_the_state() -> None:
     full, small = trained("adamw"), trained("adamw8bit")
     start = Wide(Wide.Options())
@@ -68,6 +75,7 @@ def test_it_goes_where_adamw_goes_with_a_quarter_of_the_state() -> None:
     assert state_bytes(small) < 0.35 * state_bytes(full)  # the bias and the quantisation's tables stay at full width
 
 
+@pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("step", [8, 30])
 def test_a_resumed_run_is_the_straight_one(tmp_path: Path, step: int) -> None:
     straight = weights(trained("adamw8bit"))
@@ -82,6 +90,7 @@ def test_without_bitsandbytes_the_cure_is_named(monkeypatch: pytest.MonkeyPatch)
         trained("adamw8bit")
 
 
+@pytest.mark.usefixtures("bitsandbytes")
 def test_sharded_weights_are_refused() -> None:
     sharded = nn.Parameter(torch.zeros(4096))
     sharded.full_tensor = sharded.detach  # type: ignore[attr-defined]  # as FSDP2's have
