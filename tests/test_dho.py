@@ -26,7 +26,7 @@ from stillroom.method import Draws
 from stillroom.methods.classifier.dho import DHO
 from stillroom.models.augment import VIEW, Augmentation, cropped
 from stillroom.models.classifier import ImageClassifier, make_classifier
-from stillroom.models.prompts import PromptClassifier
+from stillroom.models.prompts import FewShotCache, PromptClassifier
 from stillroom.models.two_heads import ALPHAS, TEMPERATURES, TwoHeads, best_mixture, exchange, last_layer, two_heads
 from stillroom.proofs.base import Arm, Claim
 from stillroom.proofs.runner import run_arm, score, train_arm
@@ -34,6 +34,7 @@ from stillroom.proofs.worlds import get_world
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from tiny import CLASSES, make_data
+from workers.toy import Stop, stop_after
 
 C, N = 3, 30
 
@@ -433,6 +434,77 @@ def test_text_features_start_the_heads(clip: PromptClassifier) -> None:
         torch.testing.assert_close(heads.weight[rows].detach(), wanted.text)
     assert (heads.align, heads.zeta) == ("paper", 0.02)
     assert method.teacher.zeta == 0.02
+
+
+def test_a_cache_adds_the_labels_of_like_images() -> None:
+    features = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.6, 0.8]])
+    cache = FewShotCache(features, torch.tensor([0, 1, 1]), C, strength=2.0, sharpness=3.0)
+    torch.testing.assert_close(cache.keys.norm(dim=-1), torch.ones(3))
+    found = cache(torch.tensor([[1.0, 0.0]]))  # cosines 1, 0 and 0.6
+    wanted = torch.tensor([[2.0, 2 * math.exp(-3.0) + 2 * math.exp(-1.2), 0.0]])
+    torch.testing.assert_close(found, wanted)
+
+
+def small(n: int = N) -> ArrayData:
+    """Images for ``clip``."""
+    generator = torch.Generator().manual_seed(0)
+    images, label = torch.randn(n, 1, 8, 8, generator=generator).clamp(-1, 1), torch.arange(n) % C
+    whole = ArrayData(images, {"label": label}, CLASSES)
+    whole.parts["heldout"] = ArrayData(images[:12].clone(), {"label": label[:12]}, CLASSES)
+    return whole
+
+
+def few_shot(clip: PromptClassifier, folder: Path | None = None, stop: int = 0, **more: Any) -> Trainer:
+    method = DHO(DHO.Options(**{"labelled": 2, "conflict_every": 0, "cache": "tuned", "cache_share": 1.0, **more}))
+    torch.manual_seed(5)
+    method.build(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, C)), clip)
+    config = EngineConfig(steps=8, batch=6, checkpoint_every=1, log_every=1, check_freezing=True)
+    run = Trainer(method, small(), config, folder, folder is not None and not stop, show=False)
+    if stop:
+        run.callbacks.append(stop_after(stop))
+        with pytest.raises(Stop):
+            run.fit()
+    else:
+        run.fit()
+    return run
+
+
+def test_a_few_shot_teacher_is_tuned_first_and_then_teaches(clip: PromptClassifier) -> None:
+    run = few_shot(clip)
+    method, labelled = run.method, run.data.parts["labelled"]
+    assert isinstance(method, DHO)
+    assert [row["step"] for row in run.history if "loss/adapt/label" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in run.history if "loss/distil/teacher" in row] == [5, 6, 7, 8]
+    teacher, cache = method.teacher, method.cache
+    assert cache is not None
+    assert all(torch.equal(value, teacher.clip.state_dict()[key]) for key, value in clip.clip.state_dict().items())
+    with torch.no_grad():
+        features = F.normalize(teacher.image_features(labelled.images()), dim=-1)
+        assert 1e-4 < float((cache.keys - features).abs().max()) < 0.1  # four steps at a rate of 1e-3
+        images, nothing = randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+        seen = F.normalize(teacher.image_features(images), dim=-1)
+        near = (5.5 * (seen @ cache.keys.T - 1)).exp() @ F.one_hot(labelled.labels, C).float()
+        torch.testing.assert_close(method.taught(images, nothing, nothing), teacher(images) + near)
+    fixed = few_shot(clip, cache="fixed").method
+    assert isinstance(fixed, DHO)
+    assert fixed.cache is not None
+    torch.testing.assert_close(fixed.cache.keys.detach(), features)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_resumed_few_shot_run_ends_with_the_same_weights(clip: PromptClassifier, tmp_path: Path, step: int) -> None:
+    straight = few_shot(clip)
+    few_shot(clip, tmp_path, stop=step)
+    resumed = few_shot(clip, tmp_path)
+    ours, theirs = resumed.method.state_dict(), straight.method.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_cache_wants_a_text_image_teacher_that_is_asked_live(clip: PromptClassifier) -> None:
+    with pytest.raises(UserError, match=r"options\.cache needs a text-image teacher"):
+        DHO(DHO.Options(cache="tuned")).build(network(), network(1))
+    with pytest.raises(UserError, match=r"options\.stored keeps the answers of a teacher that options\.cache changes"):
+        DHO(DHO.Options(cache="fixed", stored="outputs", views=2)).build(network(), clip)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ def test_a_shipped_recipe_survives_the_round_trip(slug: str, tmp_path: Path) -> 
 
 
 def test_the_resolved_recipe_states_every_option_and_setting() -> None:
-    tree = yaml.safe_load(Recipe.load(DEFAULT).to_yaml())
-    assert set(tree["options"]) == set(get_method(DEFAULT).Options.__dataclass_fields__)
+    recipe = Recipe.load(DEFAULT)
+    tree = yaml.safe_load(recipe.to_yaml())
+    assert set(tree["options"]) == set(get_method(recipe.method).Options.__dataclass_fields__)
     assert {"steps", "batch", "seed", "precision", "ema"} <= set(tree["engine"])
 
 

@@ -25,7 +25,7 @@ import yaml
 from stillroom.engine.config import EngineConfig
 from stillroom.errors import UserError
 
-DEFAULT = "sid-lsg"
+DEFAULT = "lightgen-quick"
 """The recipe of ``stillroom run`` without arguments."""
 
 SHIPPED = Path(__file__).parent / "recipes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
     Raises UserError without bitsandbytes, and for sharded parameters, which it cannot step.
     """
     try:
-        from bitsandbytes.optim import AdamW8bit
+        optimizer: Any = importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError:
         raise UserError(
             "the optimizer 'adamw8bit' needs bitsandbytes", cure="pip install 'stillroom[eight-bit]', or choose adamw"
@@ -26,7 +27,7 @@ def adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opt
             "the optimizer 'adamw8bit' cannot step the sharded weights of engine.parallel=fsdp",
             cure="choose adamw, whose moments are sharded too, or engine.parallel=ddp",
         )
-    return type("AdamW8bit", (_CountsInTensors, AdamW8bit), {})(groups, **settings)
+    return type("AdamW8bit", (_CountsInTensors, optimizer), {})(groups, **settings)
 
 
 class _CountsInTensors:

@@ -108,8 +108,10 @@ class PromptClassifier(nn.Module):
         pixels = (pixels.expand(-1, vision.num_channels, -1, -1) - self.mean) / self.std
         return clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output).float()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(self.image_features(images), dim=-1) @ self.text.T / self.zeta
+    def forward(self, images: Tensor, cache: FewShotCache | None = None) -> Tensor:
+        features = F.normalize(self.image_features(images), dim=-1)
+        logits = features @ self.text.T / self.zeta
+        return logits if cache is None else logits + cache(features)
 
     # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
@@ -135,6 +137,28 @@ class PromptClassifier(nn.Module):
         file = folder / "preprocessor_config.json"
         seen = read_json(file) if file.is_file() else {}
         return cls(clip, tokenizer, classes, channels, seen.get("image_mean", ()), seen.get("image_std", ()))
+
+
+class FewShotCache(nn.Module):
+    """What labelled images add to a text-image model's logits (Tip-Adapter, arXiv 2111.03930): ``a exp(-b (1 - f
+    A^T)) V`` for image features ``f [B, D]`` of length 1. The keys ``A [N, D]`` begin as the labelled images' own
+    features; training them is Tip-Adapter-F. ``V`` are the labels, one-hot.
+
+    strength: a. sharpness: b.
+    """
+
+    values: Tensor
+
+    def __init__(
+        self, features: Tensor, labels: Tensor, classes: int, strength: float = 1.0, sharpness: float = 5.5
+    ) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(F.normalize(features.detach().clone(), dim=-1))
+        self.register_buffer("values", F.one_hot(labels, classes).to(features.dtype))
+        self.strength, self.sharpness = strength, sharpness
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.strength * (self.sharpness * (features @ self.keys.T - 1)).exp() @ self.values
 
 
 def is_text_image_model(folder: Path) -> bool:

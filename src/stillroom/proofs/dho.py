@@ -44,6 +44,7 @@ SINGLE_1, SINGLE_4 = points("one-head-1", 1, heads="one"), points("one-head-4", 
 LABELS = points("labels-4", 4, heads="one", gt_weight=1.0)
 TAUGHT = points("teacher-only", 4, heads="one", gt_weight=0.0)
 RANDOM = points("random-errors", 4, teacher="random")
+CAPTIONS = points("captions", 4, teacher="captions", zeta=ZETA, prompts=PROMPTS)
 WEIGHTED = [SINGLE_4.with_(f"one-head-4, lambda {w:g}", options={"gt_weight": w}) for w in WEIGHTS]
 
 MAIN = recipe_arm("dho")
@@ -88,7 +89,8 @@ PROOFS = (
             RANDOM,
             *heads_of(RANDOM),
             RANDOM.with_("random-errors, fixed mixture", options={"mixture": "fixed"}),
-            points("captions", 4, teacher="captions", zeta=ZETA, prompts=PROMPTS),
+            CAPTIONS,
+            CAPTIONS.with_("captions, few-shot", options={"cache": "tuned"}),
             FOUR.with_("untouched", engine={"steps": 0}),
             TAUGHT.with_("shuffled-teacher", teacher="shuffled"),
             FOUR.with_("untrained-teacher", teacher="untrained"),
@@ -197,6 +199,15 @@ PROOFS = (
                 "table 1",
             ),
             claim("captions", "So does a text-image teacher", "captions", ">=", "labels-4", 0.03, "table 1"),
+            claim(
+                "few-shot",
+                "A text-image teacher that knows the labelled images teaches more than one that knows texts alone",
+                "captions, few-shot",
+                ">=",
+                "captions",
+                0.005,
+                "table 1",
+            ),
             claim(
                 "beats-teacher",
                 "Labels correct what the teacher confuses",

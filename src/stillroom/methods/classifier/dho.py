@@ -15,9 +15,9 @@ from stillroom.diffusion.sampling import ForwardPass, Sampler, TwoHeadPass, clas
 from stillroom.errors import UserError
 from stillroom.losses.conflict import gradient_cosine
 from stillroom.losses.soft_labels import forward_kl
-from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
 from stillroom.models.augment import VIEW, Augmentation
-from stillroom.models.prompts import PROMPTS, PromptClassifier
+from stillroom.models.prompts import PROMPTS, FewShotCache, PromptClassifier
 from stillroom.models.text import weights_hash
 from stillroom.models.two_heads import best_mixture, exchange, last_layer
 
@@ -59,6 +59,11 @@ class DHO(Method):
         beta: float = 0.5  # temperature of the teacher's head in the mixture
         prompts: tuple[str, ...] = PROMPTS  # of a text-image teacher
         zeta: float = 0.01  # its temperature
+        # Labelled images beside the texts: a few-shot teacher. tuned: its keys are trained first (Tip-Adapter-F).
+        cache: Literal["none", "fixed", "tuned"] = "none"
+        cache_strength: float = field(default=1.0, metadata={"min": 0})  # a
+        cache_sharpness: float = field(default=5.5, metadata={"min": 0})  # b
+        cache_share: float = field(default=0.2, metadata={"min": 1e-6})  # steps of tuning, as a share of the student's
         text_average: Literal["normalised", "plain"] = "normalised"  # of several prompts; plain: the authors' code
         init: Literal["none", "label", "both"] = "none"  # heads that begin at the teacher's text features
         align: Literal["none", "paper", "code"] = "none"  # the teacher's head as a cosine, see TwoHeads
@@ -73,6 +78,7 @@ class DHO(Method):
 
     options: Options
     mixture: tuple[float, float]
+    cache: FewShotCache | None
     cosine: Tensor | None = None  # the last that was measured
 
     def build(self, student: nn.Module, *teachers: nn.Module) -> None:
@@ -87,8 +93,9 @@ class DHO(Method):
         (teacher,) = teachers
         if isinstance(teacher, PromptClassifier):
             teacher.ask(o.prompts, o.zeta, o.text_average)
-        elif o.init != "none":
-            raise UserError("options.init needs a text-image teacher", cure="set it to none, or give a CLIPModel")
+        elif o.init != "none" or o.cache != "none":
+            key = "init" if o.init != "none" else "cache"
+            raise UserError(f"options.{key} needs a text-image teacher", cure="set it to none, or give a CLIPModel")
         self.teacher = frozen(copy.deepcopy(teacher))
         self.student = unfrozen(copy.deepcopy(student))
         self.head = last_layer(self.student)[0]
@@ -96,8 +103,14 @@ class DHO(Method):
             heads = exchange(self.student, o.align, o.zeta)
             if o.init != "none":
                 heads.start(self.teacher.text, both=o.init == "both")
+        if o.stored and o.cache != "none":
+            raise UserError(
+                "options.stored keeps the answers of a teacher that options.cache changes in the run",
+                cure="set options.cache to none, or options.stored to nothing",
+            )
         if o.stored and not o.views:
             raise UserError("options.stored needs options.views", cure="8 views of each image, for example")
+        self.cache = None
         self.mixture, self.augment = (o.alpha, o.beta), Views(Augmentation(o.crop, o.shift, o.flip), o.views)
 
     # --- data -----------------------------------------------------------------------------------------------------
@@ -115,9 +128,19 @@ class DHO(Method):
             raise UserError(
                 "options.mixture=tuned needs held-out data", cure="give the data a part 'heldout', or set it to fixed"
             )
-
         if self.options.stored:
             self._store(data)
+        if self.options.cache != "none":
+            self.cache = self._remember(self.labelled)
+
+    @torch.no_grad()
+    def _remember(self, labelled: Any) -> FewShotCache:
+        o, device = self.options, self.teacher.text.device
+        parts = labelled.images().split(256)
+        features = torch.cat([self.teacher.image_features(part.to(device)) for part in parts])
+        return FewShotCache(
+            features, labelled.labels.to(device), len(self.teacher.classes), o.cache_strength, o.cache_sharpness
+        )
 
     def _store(self, data: Any) -> None:
         o, device = self.options, next(self.student.parameters()).device
@@ -145,8 +168,13 @@ class DHO(Method):
             few[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
         return few
 
+    def turns(self) -> tuple[Turn, ...]:
+        return tuple(t for t in super().turns() if t.name != "adapt" or self.options.cache == "tuned")
+
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("distil", data="unlabelled"),)
+        distil = Stage("distil", ("distil",), data="unlabelled", own_schedule=True)
+        adapt = Stage("adapt", ("adapt",), self.options.cache_share, data="labelled", own_schedule=True)
+        return (adapt, distil) if self.options.cache == "tuned" else (distil,)
 
     def streams(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """1. As many labelled images as the batch has unlabelled ones: augmented images ``[2 B, ...]``, labelled first,
@@ -171,7 +199,13 @@ class DHO(Method):
         """The teacher's logits ``[2 B, classes]``, live or from the store."""
         if self.options.stored:
             return self.store.read(ids, numbers)["logits"].to(images.device)
-        return class_logits(self.teacher, images)
+        return class_logits(self.teacher, images) if self.cache is None else self.teacher(images, self.cache)
+
+    @turn(trains="cache", optim=Optim(lr=1e-3, weight_decay=1e-2, eps=1e-4))
+    def adapt(self, batch: Batch) -> Terms:
+        """The few-shot teacher learns its keys from the labelled images."""
+        images = self._viewed(batch["image"], batch["id"].cpu())[0]
+        return {"label": F.cross_entropy(self.teacher(images, self.cache), batch["cond"]["label"])}
 
     # --- losses ---------------------------------------------------------------------------------------------------
     @turn(trains="student", optim=Optim(lr=1e-3, weight_decay=1e-2))
