@@ -306,8 +306,8 @@ IMAGE = Proof(
     ),
     note=(
         "All arms start from the one shipped student, which has seen no preferences: seeds vary what comes after. "
-        "Claims about captions, data size, several teachers and mirrored images need a pre-training for every arm: they "
-        "are shown at mechanism level."
+        "Claims about captions, data size, several teachers and mirrored images need a pre-training for every arm: "
+        "they are shown at mechanism level."
     ),
 )
 
