@@ -206,6 +206,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a finished model for another runtime; state its error and its speed against eager."""
+
+    model: Annotated[Positional[str], arg(metavar="RUN|DIR|NAME")]
+    """A run, a student's folder, or a shipped model by name."""
+    to: Literal["onnx", "openvino", "torch"] = "onnx"
+    """ONNX, OpenVINO's IR, or torch.export's .pt2."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the files; by default exports/NAME-TO."""
+    int8: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Also a quantised file of a classifier or encoder (onnx), with its test scores before and after."""
+    whole: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Also the whole of a one-step generator, from noise and conditions to images."""
+    data: _Text = None
+    """Labelled data for the scores and the size of images; by default the run's."""
+    force: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace an older export."""
+
+    def __call__(self) -> int:
+        from rich.console import Console
+
+        from stillroom.exports import export_model
+        from stillroom.report.tables import export_table
+
+        made = export_model(
+            _model(self.model), self.to, self.out, int8=self.int8, whole=self.whole, data=self.data, force=self.force
+        )
+        Console().print(export_table(made.facts))
+        print(made.folder)
+        return 0
+
+
+@dataclass(frozen=True)
 class Report:
     """Write a run's report.html anew from what lies in its folder."""
 
@@ -373,7 +406,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
+COMMANDS = (Run, Prove, Compare, Sample, Export, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ def options_table(slug: str) -> Table:
     for turn in method(method.Options()).turns():
         optim = f"{turn.optim.name}, lr {turn.optim.lr:g}"
         table.add_row(f"engine.optim.{turn.name}", optim, "a mapping", f"trains {', '.join(turn.trains)}")
+    return table
+
+
+def export_table(exported: Mapping[str, Any]) -> Table:
+    """One row per file of an export: size, largest error, and its speed as a multiple of eager's, by batch."""
+    files = exported["files"]
+    batches = list(dict.fromkeys(row["batch"] for file in files.values() for row in file["latency"]))
+    scores = list(dict.fromkeys(key for file in files.values() for key in file.get("scores", {}) if key != "n"))
+    head = ["file", "MB", "max abs error", *(f"batch {batch}, ms (x eager)" for batch in batches), *scores]
+    table = Table(*head, header_style="bold")
+    for name, file in files.items():
+        timed = {row["batch"]: f"{row['exported_ms']:.2f} ({row['ratio']:.2f}x)" for row in file["latency"]}
+        scored = [f"{file['scores'][key]:.4f}" if "scores" in file else "–" for key in scores]
+        error = f"{file['parity']['max_abs_error']:.2g}"
+        table.add_row(name, f"{file['bytes'] / 1e6:.2f}", error, *(timed.get(b, "–") for b in batches), *scored)
     return table
 
 
