@@ -83,7 +83,10 @@ class Trackio(Service):
     name = "trackio"
 
     def begin(self, run_dir: Path, resumed: bool) -> None:
-        self.module.init(project=PROJECT, name=run_dir.name, resume="allow" if resumed else "never")
+        self.module.init(
+            project=PROJECT, name=run_dir.name, resume="allow" if resumed else "never", auto_log_cpu=False,
+            auto_log_gpu=False,
+        )  # fmt: skip
 
 
 class WandB(Service):
