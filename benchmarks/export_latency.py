@@ -72,9 +72,9 @@ def main() -> None:
                     print(rows[-1], flush=True)
     record(
         "Export",
-        "Models as exported files against eager: ratios are eager's median time over the file's, call by call in turns. "
-        "The int8 file is onnxruntime's dynamic quantisation; its accuracy on Fashion-MNIST's test images stands beside "
-        "that of the file it was made from. The text encoder is untrained.",
+        "Models as exported files against eager: ratios are eager's median time over the file's, call by call in turns."
+        " The int8 file is onnxruntime's dynamic quantisation; its accuracy on Fashion-MNIST's test images stands"
+        " beside that of the file it was made from. The text encoder is untrained.",
         "python benchmarks/export_latency.py",
         rows,
     )

@@ -27,12 +27,13 @@ ONE_FILE = 1_500_000_000
 
 @dataclass(frozen=True)
 class Format:
-    """suffix: of the file. needs: packages. write: ``(program, path, part)``. open: ``(path, threads)`` to a runner."""
+    """suffix: of the file. needs: packages. write: ``(program, path, part)``. open: path to a runner,
+    on one thread."""
 
     suffix: str
     needs: tuple[str, ...]
     write: Callable[[Any, Path, Part], None]
-    open: Callable[[Path, int], Runner]
+    open: Callable[[Path], Runner]
 
     def check(self, name: str) -> None:
         """Raises UserError where a package is missing."""
@@ -83,7 +84,7 @@ def _write_torch(program: Any, path: Path, part: Part) -> None:
     torch.export.save(program, path)
 
 
-def _open_torch(path: Path, threads: int) -> Runner:
+def _open_torch(path: Path) -> Runner:
     with quiet():
         module = torch.export.load(path).module()
 
@@ -106,11 +107,11 @@ def _write_onnx(program: Any, path: Path, part: Part) -> None:
         made.save(path, external_data=size > ONE_FILE)
 
 
-def _open_onnx(path: Path, threads: int) -> Runner:
+def _open_onnx(path: Path) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = 1, 1, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
@@ -155,11 +156,11 @@ def _write_openvino(program: Any, path: Path, part: Part) -> None:
     openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
-def _open_openvino(path: Path, threads: int) -> Runner:
+def _open_openvino(path: Path) -> Runner:
     import openvino
 
     # without the hint, processors with bf16 units compute in bf16
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:

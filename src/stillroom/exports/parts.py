@@ -41,6 +41,14 @@ class Part:
     axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     reference: Callable[..., Any] | None = None
 
+    @property
+    def kind(self) -> str:
+        """Class of the network inside."""
+        network = self.module
+        while isinstance(inner := getattr(network, "network", None), nn.Module):
+            network = inner
+        return type(network).__name__
+
     @torch.no_grad()
     def eager(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the model itself answers."""

@@ -38,8 +38,8 @@ FACTS = "export.json"
 COMPARED = (1, 2, 5)
 """Batch sizes at which the exported file's answers are compared with eager's."""
 TIMED = (1, 32)
-TOLERANCE = 1e-3
-"""Largest error allowed, as a share of the largest output."""
+TOLERANCE, ROUNDING = 1e-3, 1e-6
+"""Largest error allowed, as a share of the largest output, and what is always allowed."""
 ROUNDS, SECONDS, LONGEST = 31, 6.0, 60.0
 """Calls of each side per batch size; fewer where they would take longer than so many seconds; no batch is timed that
 would take the longest time for one call."""
@@ -92,7 +92,7 @@ def export_model(
     out = Path(out) if out is not None else Path("exports") / f"{name}-{to}"
     _check_place(out, force)
     if int8 and not isinstance(model, ImageClassifier | ImageEncoder | TextClassifier):
-        raise UserError("int8 is for classifiers and encoders; a generator loses too much", cure="leave --int8 out")
+        raise UserError("int8 is for classifiers and encoders", cure="leave --int8 out")
     data, test = _data(data, recipe, model)
     shape = test.shape[-2:] if isinstance(model, ImageClassifier) and test is not None else None
     parts = parts_of(model, whole, shape)
@@ -104,8 +104,11 @@ def export_model(
     facts |= _facts(model)
     if int8:
         facts["scores_on"] = test.origin if judge else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {out.parent} ({error.strerror})", cure="choose another --out") from None
     try:
         with writing(aside):
             for stem, part in parts.items():
@@ -123,10 +126,10 @@ def _write(
 ) -> dict[str, Any]:
     """Write one part, and its quantised twin, and say of each file what it is and how it does."""
     form = FORMATS[to]
-    path, kind = folder / f"{stem}{form.suffix}", type(getattr(part.module, "network", part.module)).__name__
+    path, others = folder / f"{stem}{form.suffix}", ", ".join(sorted(FORMATS.keys() - {to}))
     try:
         form.write(capture(part), path, part)
-        runner = form.open(path, 1)
+        runner = form.open(path)
     except UserError:
         raise
     except Exception as error:  # exporters raise errors of every kind
@@ -135,21 +138,21 @@ def _write(
             first = first.__cause__
         said = str(first).strip().splitlines() or [""]
         raise UserError(
-            f"a {kind} cannot be exported to {to} ({type(first).__name__}: {said[0][:200]})",
-            cure=f"try another format: {', '.join(sorted(FORMATS.keys() - {to}))}",
+            f"a {part.kind} cannot be exported to {to} ({type(first).__name__}: {said[0][:200]})",
+            cure=f"try another format: {others}",
         ) from error
     found = {path.name: _described(path, part, runner, seconds)}
     parity = found[path.name]["parity"]
-    if parity["max_abs_error"] > TOLERANCE * max(1.0, parity["largest_output"]):
+    if parity["max_abs_error"] > TOLERANCE * parity["largest_output"] + ROUNDING:
         raise UserError(
             f"the exported {path.name} answers otherwise than the model: off by {parity['max_abs_error']:.3g}, where "
             f"the largest output is {parity['largest_output']:.3g}",
-            cure=f"try another format: {', '.join(sorted(FORMATS.keys() - {to}))}",
+            cure=f"try another format: {others}",
         )
     if int8:
         small = folder / f"{stem}.int8{form.suffix}"
         quantize(path, small)
-        found[small.name] = _described(small, part, quantised := form.open(small, 1), seconds)
+        found[small.name] = _described(small, part, quantised := form.open(small), seconds)
         if judge is not None:
             found[path.name]["scores"], found[small.name]["scores"] = judge(runner), judge(quantised)
     return found
@@ -316,5 +319,10 @@ def _put(aside: Path, out: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
     out.rename(old / out.name)
-    aside.rename(out)
-    shutil.rmtree(old)
+    try:
+        aside.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old)
