@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "method": TOOLS,
     "engine": TOOLS | {"data", "method"},
     "recipe": TOOLS | {"method", "engine"},
+    "catalogue": TOOLS | {"method"},
     "methods": TOOLS | {"method", "data"},
     "bench": BELOW_BENCH,
     "report": BELOW_BENCH | {"bench"},
@@ -42,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auto": BELOW_BENCH | {"run"},
     "exports": BELOW_BENCH | {"tasks", "run"},
     "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
-    "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "exports", "__init__"},
+    "cli": BELOW_BENCH
+    | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "exports", "catalogue", "__init__"},
     "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks", "exports"},
     "__main__": {"cli"},
 }
