@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "method": TOOLS,
     "engine": TOOLS | {"data", "method"},
     "recipe": TOOLS | {"method", "engine"},
+    "catalogue": TOOLS | {"method"},
     "methods": TOOLS | {"method", "data"},
     "bench": BELOW_BENCH,
     "report": BELOW_BENCH | {"bench"},
@@ -40,9 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": BELOW_BENCH | {"bench", "synthesis"},
     "demo": BELOW_BENCH | {"bench", "tasks", "run"},
     "auto": BELOW_BENCH | {"run"},
+    "exports": BELOW_BENCH | {"tasks", "run"},
     "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
-    "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "__init__"},
-    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks"},
+    "cli": BELOW_BENCH
+    | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "exports", "catalogue", "__init__"},
+    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks", "exports"},
     "__main__": {"cli"},
 }
 # Anybody may name these in an annotation (under TYPE_CHECKING): they are the contract, not an implementation.

@@ -12,6 +12,7 @@ from stillroom import methods
 from stillroom.errors import TrainingDiverged, UserError
 
 if TYPE_CHECKING:
+    from stillroom.exports import Exported
     from stillroom.method import Method
     from stillroom.models.classifier import ImageClassifier
     from stillroom.models.encoder import ImageEncoder
@@ -24,7 +25,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["TrainingDiverged", "UserError", "distill", "load", "methods"]
+__all__ = ["TrainingDiverged", "UserError", "distill", "export", "load", "methods"]
 
 
 def distill(
@@ -75,6 +76,31 @@ def load(
     from stillroom.run import load_generator
 
     return load_generator(folder)
+
+
+def export(
+    model: Any,
+    to: str = "onnx",
+    out: str | Path | None = None,
+    *,
+    int8: bool = False,
+    whole: bool = False,
+    data: str | None = None,
+    force: bool = False,
+) -> Exported:
+    """Write a finished model for another runtime and compare it with eager there.
+
+    model: a run, a model folder or a shipped model by name, or what :func:`load` returns.
+    to: ``onnx``, ``openvino`` or ``torch``. out: the new folder, by default ``exports/NAME-TO``.
+    int8: a quantised file beside it, of a classifier or encoder (onnx), scored on ``data``'s test split (by default
+    the run's). whole: the whole of a one-step generator beside its network. force: replace an older export.
+
+    Returns the folder and what its ``export.json`` says. Raises :class:`UserError` and leaves nothing behind for what
+    cannot be exported, for missing packages, and where the file answers otherwise than the model.
+    """
+    from stillroom.exports import export_model
+
+    return export_model(model, to, out, int8=int8, whole=whole, data=data, force=force)
 
 
 class _Methods(ModuleType):

@@ -25,8 +25,6 @@ from tyro.conf import Positional, arg, subcommand
 from stillroom.errors import TrainingDiverged, UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from stillroom.recipe import Recipe
 
 RUNS = Path("runs")
@@ -206,6 +204,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a finished model for another runtime; state its error and its speed against eager."""
+
+    model: Annotated[Positional[str], arg(metavar="RUN|DIR|NAME")]
+    """A run, a student's folder, or a shipped model by name."""
+    to: Literal["onnx", "openvino", "torch"] = "onnx"
+    """ONNX, OpenVINO's IR, or torch.export's .pt2."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of the files; by default exports/NAME-TO."""
+    int8: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Also a quantised file of a classifier or encoder (onnx), with its test scores before and after."""
+    whole: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Also the whole of a one-step generator, from noise and conditions to images."""
+    data: _Text = None
+    """Labelled data for the scores and the size of images; by default the run's."""
+    force: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Replace an older export."""
+
+    def __call__(self) -> int:
+        from rich.console import Console
+
+        from stillroom.exports import export_model
+        from stillroom.report.tables import export_table
+
+        made = export_model(
+            _model(self.model), self.to, self.out, int8=self.int8, whole=self.whole, data=self.data, force=self.force
+        )
+        Console().print(export_table(made.facts))
+        print(made.folder)
+        return 0
+
+
+@dataclass(frozen=True)
 class Report:
     """Write a run's report.html anew from what lies in its folder."""
 
@@ -230,7 +261,9 @@ class Methods:
         from rich.console import Console
 
         if not self.method:
-            Console().print(_methods_table())
+            from stillroom.catalogue import methods_table
+
+            Console().print(methods_table())
             return 0
         from stillroom.report.tables import options_table
 
@@ -373,7 +406,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
+COMMANDS = (Run, Prove, Compare, Sample, Export, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -438,40 +471,7 @@ def _one_line(box: str) -> str:
     return text.split(" Argument helptext:")[0].split(" For full helptext")[0]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-def _methods_table() -> Table:
-    from importlib.metadata import entry_points
-
-    import yaml
-    from rich.table import Table
-
-    package = Path(__file__).parent
-    files = (package / "methods").glob("*/*.py")
-    here = {path.stem.replace("_", "-") for path in files if path.stem != "__init__"}
-    table = Table("method", "wing", "arXiv", "", "what it is for", box=None, header_style="bold", pad_edge=False)
-    entries = yaml.safe_load((package / "catalogue.yaml").read_text(encoding="utf-8"))
-    entries += [_entry_of(slug) for slug in sorted(here - {entry["slug"] for entry in entries})]
-    for entry in sorted(entries, key=lambda entry: entry["slug"] not in here):
-        style = "" if entry["slug"] in here else "dim"
-        link = f"[link=https://arxiv.org/abs/{entry['arxiv']}]{entry['arxiv']}[/link]"
-        state = "" if entry["slug"] in here else "planned"
-        table.add_row(entry["slug"], entry["wing"], link, state, entry["purpose"], style=style)
-    for point in entry_points(group="stillroom.methods"):
-        table.add_row(point.name, "plug-in", "", "", point.dist.name if point.dist else point.value)
-    return table
-
-
-def _entry_of(slug: str) -> dict[str, str]:
-    """A method that is not in the catalogue describes itself: the first sentence of its docstring."""
-    import inspect
-
-    from stillroom.method import get_method
-
-    method = get_method(slug)
-    purpose = inspect.cleandoc(method.__doc__ or "").split(". ")[0].rstrip(".").replace("\n", " ")
-    return {"slug": slug, "arxiv": method.paper.arxiv, "wing": method.wing, "purpose": purpose}
-
-
+# --- names ------------------------------------------------------------------------------------------------------------
 def _model(name: str | Path) -> str:
     """A model as it was named; a run's name becomes its folder."""
     return str(RUNS / name if (RUNS / name / "recipe.yaml").is_file() else name)

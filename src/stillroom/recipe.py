@@ -23,6 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from stillroom.engine.config import EngineConfig
+from stillroom.engine.track import names_of
 from stillroom.errors import UserError
 
 DEFAULT = "lightgen-quick"
@@ -94,6 +95,8 @@ class Recipe:
     """Steps, batch, optimizers, precision, averages, checkpoints."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """How the finished student is scored."""
+    track: str = ""
+    """Where the rows of metrics.jsonl go as well: tensorboard, trackio, wandb; several by commas."""
 
     # --- in ----------------------------------------------------------------------------------------------------------
     @classmethod
@@ -131,6 +134,7 @@ class Recipe:
                 cure="for example dmd2-seed1",
             )
         recipe.name = recipe.name or recipe.method
+        names_of(recipe.track)
         recipe._check_against_method()
         return recipe
 
@@ -175,8 +179,8 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
     def hash(self) -> str:
-        """Twelve hex digits of SHA-256 over all that determines the result (the name does not)."""
-        tree = {key: value for key, value in self.to_dict().items() if key != "name"}
+        """Twelve hex digits of SHA-256 over all that determines the result (name and trackers do not)."""
+        tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "track")}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
     def method_options(self) -> Any:

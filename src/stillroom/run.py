@@ -16,6 +16,7 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.engine.checkpoint import lock_run, write_atomically, writing
+from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import UserError, nearest
 from stillroom.method import Method, get_method
@@ -52,6 +53,8 @@ def run(
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_folder(run_dir, resume)
+    track = names_of(recipe.track)
+    check_installed(track)
     cls = get_method(recipe.method)
     task = make_task(cls.task, recipe.teacher if teacher is None else teacher)
     task.load(recipe, teacher, data)
@@ -70,7 +73,7 @@ def run(
                 cure=f"its networks: {', '.join(roles)}",
             )
     task.check(method)
-    trainer = Trainer(method, task.data, recipe.engine, run_dir, resume, recipe_hash=recipe.hash())
+    trainer = Trainer(method, task.data, recipe.engine, run_dir, resume, recipe_hash=recipe.hash(), track=track)
     if not first:
         return RunResult(run_dir, _train(trainer, task))
     check_space(run_dir, method, recipe)

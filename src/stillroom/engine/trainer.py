@@ -25,6 +25,7 @@ from stillroom.engine.interrupt import Interrupted, StopRequest
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.progress import Progress
 from stillroom.engine.stages import Span, lay_out
+from stillroom.engine.track import TRACKERS, Tracker
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.method import Batch, Draws, Method, Stage, nearest
 
@@ -47,7 +48,8 @@ class Trainer:
 
     ``run_dir`` receives ``metrics.jsonl`` and ``checkpoints/``; without one nothing is written. ``resume`` continues
     from the newest good checkpoint, to the very weights that an uninterrupted run would have reached. ``callbacks`` are
-    called as ``callback(trainer, steps_done)`` after every step, on every process.
+    called as ``callback(trainer, steps_done)`` after every step, on every process. ``track``: trackers by name, fed by
+    the first process with the rows of ``metrics.jsonl``.
 
     Raises ``UserError`` on settings that do not fit the method, a run folder in use or already holding a run, and a
     full disk; ``TrainingDiverged``; ``Interrupted``.
@@ -64,11 +66,13 @@ class Trainer:
         callbacks: Sequence[Callable[[Trainer, int], None]] = (),
         recipe_hash: str = "",
         show: bool = True,
+        track: Sequence[str] = (),
     ) -> None:
         self.method, self.data, self.config, self.resume = method, data, config, resume
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.callbacks = list(callbacks)
-        self.recipe_hash, self.show = recipe_hash, show
+        self.recipe_hash, self.show, self.track = recipe_hash, show, list(track)
+        self.trackers: list[Tracker] = []
         self.world = World.join(config.device)
         self.step = 0  # steps done
         self.seconds = 0.0  # training time, earlier parts of a resumed run included
@@ -382,6 +386,8 @@ class Trainer:
             path = self.run_dir / "metrics.jsonl"
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        for tracker in self.trackers:
+            tracker.write(row)
 
     def _read_gauges(self) -> dict[str, float]:
         """The newest gradient norm of every turn and the newest health numbers, averaged over the processes."""
@@ -411,6 +417,9 @@ class Trainer:
                 f"the run folder {self.run_dir} already holds a run", cure="--resume it, or choose another folder"
             )
         self._rewind_metrics()
+        for name in self.track if self.world.first else ():
+            self.trackers.append(TRACKERS[name](self.run_dir, self.history))
+            stack.callback(self.trackers[-1].close)
 
     def _rewind_metrics(self) -> None:
         """Drop rows later than the checkpoint, which the resumed run will write anew."""

@@ -66,7 +66,7 @@ def encode(network: nn.Module, images: Tensor, ids_keep: Tensor | None = None) -
             )
         hidden = network(images).last_hidden_state
         return torch.cat([hidden[:, :1], hidden[:, hidden.shape[1] - patch_count(network) :]], 1)
-    batch, patches = len(images), patch_count(network)
+    batch, patches = images.shape[0], patch_count(network)  # len() would fix the batch of an exported encoder
     if ids_keep is None:
         ids_keep = torch.arange(patches, device=images.device).expand(batch, -1)
     kept = ids_keep.shape[1]

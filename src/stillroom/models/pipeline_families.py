@@ -241,8 +241,8 @@ def pack(x: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of :func:`pack` for latents of ``height`` x ``width`` positions."""
-    x = tokens.reshape(len(tokens), height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(len(tokens), -1, height, width)
+    x = tokens.reshape(tokens.shape[0], height // 2, width // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(tokens.shape[0], -1, height, width)  # len() would fix the batch of an exported network
 
 
 def _flux_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -266,7 +266,7 @@ def _qwen(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:
 
 def _qwen_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     height, width = x.shape[-2:]
-    shapes = [[(1, height // 2, width // 2)]] * len(x)
+    shapes = [[(1, height // 2, width // 2)]]  # the first row's stands for the batch
     answer = network(pack(x), timestep=time / 1000, img_shapes=shapes, return_dict=False, **cond)
     return unpack(answer[0], height, width)
 

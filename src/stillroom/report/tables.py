@@ -91,6 +91,21 @@ def options_table(slug: str) -> Table:
     return table
 
 
+def export_table(exported: Mapping[str, Any]) -> Table:
+    """One row per file of an export: size, largest error, and its speed as a multiple of eager's, by batch."""
+    files = exported["files"]
+    batches = list(dict.fromkeys(row["batch"] for file in files.values() for row in file["latency"]))
+    scores = list(dict.fromkeys(key for file in files.values() for key in file.get("scores", {}) if key != "n"))
+    head = ["file", "MB", "max abs error", *(f"batch {batch}, ms (x eager)" for batch in batches), *scores]
+    table = Table(*head, header_style="bold")
+    for name, file in files.items():
+        timed = {row["batch"]: f"{row['exported_ms']:.2f} ({row['ratio']:.2f}x)" for row in file["latency"]}
+        scored = [f"{file['scores'][key]:.4f}" if "scores" in file else "–" for key in scores]
+        error = f"{file['parity']['max_abs_error']:.2g}"
+        table.add_row(name, f"{file['bytes'] / 1e6:.2f}", error, *(timed.get(b, "–") for b in batches), *scored)
+    return table
+
+
 def _short(default: Any) -> str:
     """A default as a recipe would say it: of a nested record, its kind and what differs from the record's defaults."""
     if not dataclasses.is_dataclass(default):
