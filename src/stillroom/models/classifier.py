@@ -15,6 +15,7 @@ from stillroom.diffusion.sampling import ForwardPass, Sampler, sampler_from_dict
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE, read_shards
+from stillroom.models.plain_folder import PLAIN, auto_config, check_config, without_bar
 from stillroom.models.prompts import is_text_image_model
 from stillroom.models.two_heads import restore, two_heads
 
@@ -78,7 +79,7 @@ class ImageClassifier:
 
         Raises UserError for a missing, incomplete or damaged folder.
         """
-        from transformers import AutoConfig, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
@@ -88,12 +89,13 @@ class ImageClassifier:
                 f"{folder} holds a text-image model, which knows no classes of its own",
                 cure="name it as a teacher, after the student's network: teacher=resnet-small,FOLDER",
             )
-        try:
-            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-            network = AutoModelForImageClassification.from_config(config)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
-        network = pretrained(type(network), folder)
+        config = auto_config(folder)
+        if type(config) not in AutoModelForImageClassification._model_mapping:
+            raise UserError(
+                f"{folder / CONFIG} describes no image classifier, but a {type(config).__name__}",
+                cure="give an AutoModelForImageClassification of transformers",
+            )
+        network = pretrained(AutoModelForImageClassification, folder)
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
         classes = side.get("classes") or [str(name) for _, name in sorted(config.id2label.items())]
         if "heads" in side:
@@ -124,13 +126,11 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
     """A model of a class of transformers from its folder, weights in safetensors only, in eval mode. Names of older
     versions of transformers are understood. Raises UserError for weights that are missing, damaged or of another
     shape."""
-    from safetensors import SafetensorError
-
+    check_config(folder)
     try:
-        network, report = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        with without_bar():
+            network, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **PLAIN)
+    except Exception as error:  # of a config's nonsense anything may come
         read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
         detail = str(error).strip().splitlines()[-1]
         raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {detail}", cure=PAIR) from error

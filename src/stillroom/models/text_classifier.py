@@ -15,6 +15,7 @@ from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE
+from stillroom.models.plain_folder import auto_config, auto_tokenizer
 from stillroom.models.text import TOKENIZER, load_pretrained
 
 CONFIG = "config.json"
@@ -66,11 +67,11 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
 
     Raises UserError for what is missing, damaged, or no text encoder.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    kinds = read_json(folder / CONFIG).get("architectures") or []
+    config = auto_config(folder)
+    kinds = config.architectures or []
     try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             network = load_pretrained(AutoModelForSequenceClassification, folder)
         else:
@@ -88,15 +89,10 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder`` or its ``tokenizer/``; None where there is none. Raises UserError for a bad one."""
-    from transformers import AutoTokenizer
-
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as problem:
-        raise UserError(f"the tokenizer {place} cannot be read ({problem})", cure="copy the folder again") from None
+    return auto_tokenizer(place)
 
 
 class TextClassifier:
