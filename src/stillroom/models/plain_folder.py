@@ -39,11 +39,16 @@ def check_config(folder: Path) -> dict[str, Any]:
     stay_inside(folder)
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds an adapter, no whole model", cure="merge it into its base model first")
+    return check_entries(config, folder / CONFIG)
+
+
+def check_entries(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The same config. Raises UserError as :func:`check_config` does."""
     if config.get("quantization_config"):
-        raise UserError(f"{folder / CONFIG} describes quantized weights", cure="give the weights as they were before")
+        raise UserError(f"{file} describes quantized weights", cure="give the weights as they were before")
     for key, value in _entries(config):
         if key in _KERNEL_KEYS and value is not None and (not isinstance(value, str) or "/" in value):
-            raise UserError(f"{folder / CONFIG} asks for code from elsewhere: {key} {value!r}", cure="remove that line")
+            raise UserError(f"{file} asks for code from elsewhere: {key} {value!r}", cure="remove that line")
     return config
 
 
@@ -63,6 +68,21 @@ def auto_config(folder: Path) -> Any:
     check_config(folder)
     with reading(folder / CONFIG):
         return AutoConfig.from_pretrained(folder, **PLAIN)
+
+
+def config_from_file(file: Path, **changes: Any) -> Any:
+    """A config from a JSON file alone, for an untrained network. changes: entries for this data, which go before those
+    of the file. Raises UserError as :func:`check_config` does."""
+    from transformers import AutoConfig
+
+    tree = check_entries(read_json(file), file) | changes
+    for key in ("id2label", "label2id", "dtype", "torch_dtype", "architectures"):  # those of another network's weights
+        tree.pop(key, None)
+    with reading(file):
+        kind = tree.pop("model_type", None)
+        if not isinstance(kind, str):
+            raise UserError(f"{file} has no model_type", cure="give the config.json of a model of transformers")
+        return AutoConfig.for_model(kind, **tree)
 
 
 def auto_tokenizer(folder: Path) -> Any:
