@@ -269,20 +269,42 @@ def arm_table(claims: list[dict[str, Any]], floor: dict[str, Any]) -> str:
 
 
 def block_pipelines(sources: Sources) -> str:
-    """Which method runs on which family of pipelines, as tools/pipeline_pairs.py found it."""
+    """Which method runs on which family of pipelines, as tools/pairs.py found it."""
     record = json.loads((sources.root / "results" / "pipelines" / "pairs.json").read_text(encoding="utf-8"))
-    methods = list(next(iter(record["families"].values()))["methods"])
+    said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
+    return f"{pair_table(record['families'], 'diffusers')}\n\n{said} {where(record)}"
+
+
+def block_models(sources: Sources) -> str:
+    """Which method runs on which family of transformers, as tools/pairs.py found it."""
+    record = json.loads((sources.root / "results" / "models" / "pairs.json").read_text(encoding="utf-8"))
+    titles = {
+        "classifiers": "Image classifiers",
+        "encoders": "Image encoders",
+        "texts": "Text classifiers and encoders",
+    }
+    tables = [
+        f"### {titles[kind]}\n\n{pair_table(families, 'transformers')}" for kind, families in record["kinds"].items()
+    ]
+    said = (
+        f"✅: trained for {record['steps']} steps with a tiny model of that class as teacher, with weights that moved; "
+        "transformers alone reads the student's folder, and answers as the student does, bit for bit. Else why not."
+    )
+    return "\n\n".join([*tables, f"{said} {where(record)}"])
+
+
+def pair_table(families: dict[str, Any], library: str) -> str:
+    """A row for each family, a column for each method."""
+    methods = list(next(iter(families.values()))["methods"])
     rows = [
         [
             entry["title"],
-            ", ".join(f"`{name}`" for name in entry["pipelines"]),
-            *("✅" if entry["methods"][method] == "runs" else entry["methods"][method] for method in methods),
+            ", ".join(f"`{name}`" for name in entry.get("pipelines") or [entry["class"]]),
+            *(entry["methods"][method].replace("runs", "✅", 1) for method in methods),
         ]
-        for entry in record["families"].values()
+        for entry in families.values()
     ]
-    head = ["family", "diffusers' class", *(f"`{method}`" for method in methods)]
-    said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
-    return f"{table(head, rows)}\n\n{said} {where(record)}"
+    return table(["family", f"{library}' class", *(f"`{method}`" for method in methods)], rows)
 
 
 BLOCKS: dict[str, Callable[[Sources], str]] = {
@@ -290,6 +312,7 @@ BLOCKS: dict[str, Callable[[Sources], str]] = {
     "count": block_count,
     "benchmarks": block_benchmarks,
     "pipelines": block_pipelines,
+    "models": block_models,
     "method-pages": block_method_pages,
 }
 

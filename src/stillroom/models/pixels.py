@@ -19,8 +19,8 @@ from stillroom.models.plain_folder import PLAIN
 PROCESSOR = "preprocessor_config.json"
 PROCESSORS = ("ViT", "DeiT", "Beit", "ConvNext", "Bit", "CLIP", "Siglip", "MobileNetV1", "MobileNetV2")
 """Image processors of transformers that resize, cut out the middle, rescale and normalise, and nothing else."""
-_MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers of what is antialiased when it makes images smaller, but for the first."""
+_MODES = {2: "bilinear", 3: "bicubic"}
+"""By Pillow's numbers; both are antialiased."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Pixels:
             wanted = self.resize
         if not self.resize or wanted == (height, width):
             return x
-        if self.mode == "nearest-exact":
-            return F.interpolate(x, wanted, mode=self.mode)
-        return F.interpolate(x, wanted, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
+        for sides in ((height, wanted[1]), wanted):  # Pillow, too, cuts values off after each of the two
+            x = F.interpolate(x, sides, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
+        return x
 
     def _cropped(self, x: Tensor) -> Tensor:
         if not self.crop:
             return x
         height, width = self.crop
         down, across = max(0, height - x.shape[-2]), max(0, width - x.shape[-1])
-        x = F.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
+        x = F.pad(x, (across - across // 2, across // 2, down - down // 2, down // 2))
         top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
         return x[..., top : top + height, left : left + width]
 
@@ -106,7 +106,7 @@ class Pixels:
             resize, mode, crop = _side(made), "bilinear", ()
             if resize:
                 if int(made.resample) not in _MODES:
-                    raise UserError(f"{file} resizes with resample {int(made.resample)}", cure="give 0, 2 or 3")
+                    raise UserError(f"{file} resizes with resample {int(made.resample)}", cure="give 2 or 3")
                 mode = _MODES[int(made.resample)]
             if kind == "ConvNext" and isinstance(resize, int) and resize:
                 crop = (resize, resize) if resize < 384 else ()

@@ -18,8 +18,8 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.probes import NAMES, probe_scores
-from stillroom.models.classifier import ImageClassifier, is_classifier
-from stillroom.models.encoder import VISION_OF, ImageEncoder, architecture, check_encoder, encoder_of, is_encoder
+from stillroom.models.classifier import ImageClassifier
+from stillroom.models.encoder import ENCODERS, VISION_OF, ImageEncoder, architecture, check_encoder, encoder_of
 from stillroom.models.families import parameter_count
 from stillroom.models.mae import ARCHITECTURES, make_encoder
 from stillroom.models.pixels import pixels_of
@@ -73,7 +73,8 @@ class Encoding(Task):
         """An untrained network by name, a teacher of the bench by name, or a model folder."""
         folder = Path(name).expanduser()
         if folder.is_dir():
-            if is_encoder(folder) or architecture(folder) in VISION_OF or not is_classifier(folder):
+            named = architecture(folder)
+            if named in (*ENCODERS, *VISION_OF) or "ImageClassification" not in named:
                 return ImageEncoder.load(folder).network
             network: Any = ImageClassifier.load(folder).network
             if (pixels := pixels_of(network)) is not None:  # which its encoder alone would not pass
