@@ -281,7 +281,7 @@ def block_models(sources: Sources) -> str:
     titles = {
         "classifiers": "Image classifiers",
         "encoders": "Image encoders",
-        "texts": "Text classifiers and encoders",
+        "texts": "Text encoders",
     }
     tables = [
         f"### {titles[kind]}\n\n{pair_table(families, 'transformers')}" for kind, families in record["kinds"].items()
