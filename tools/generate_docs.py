@@ -307,6 +307,40 @@ def pair_table(families: dict[str, Any], library: str) -> str:
     return table(["family", f"{library}' class", *(f"`{method}`" for method in methods)], rows)
 
 
+def block_api(_: Sources) -> str:
+    """The public functions, and the classes of what ``load`` gives back with the methods that they add."""
+    import stillroom
+    from stillroom.models.classifier import ImageClassifier
+    from stillroom.models.encoder import ImageEncoder
+    from stillroom.models.folder import ImageGenerator
+    from stillroom.models.pipeline import PipelineGenerator
+    from stillroom.models.text_classifier import TextClassifier
+    from stillroom.models.text_image import TextImageGenerator
+
+    kinds = (ImageGenerator, TextImageGenerator, PipelineGenerator, ImageClassifier, TextClassifier, ImageEncoder)
+    parts = [described(f"stillroom.{f.__name__}", f, "##") for f in (stillroom.distill, stillroom.load)]
+    parts.append("## stillroom.methods()\n\nThe class of every method, by slug; also the package that they lie in.")
+    for kind in kinds:
+        own = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f) and not name.startswith("_")]
+        parts.append(f"## {kind.__name__}\n\n{plain(kind.__doc__)}")
+        parts += [described(name, function, "###") for name, function in own]
+    errors = (stillroom.UserError, stillroom.TrainingDiverged)
+    parts += [f"## stillroom.{error.__name__}\n\n{plain(error.__doc__)}" for error in errors]
+    return "\n\n".join(parts)
+
+
+def described(name: str, function: Any, level: str) -> str:
+    signature = str(inspect.signature(function)).replace("(self, ", "(").replace("(self)", "()")
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)  # annotations are texts
+    return f"{level} {name}\n\n```text\n{name}{signature}\n```\n\n{plain(function.__doc__)}"
+
+
+def plain(text: str | None) -> str:
+    """A docstring as Markdown: references as code, code in single quotes, arguments as a list."""
+    text = re.sub(r":[a-z]+:`~?([\w.]+)`", r"``\1``", inspect.cleandoc(text or ""))
+    return re.sub(r"^(\w+(?:, \w+)*): ", r"- `\1`: ", re.sub(r"``(.+?)``", r"`\1`", text), flags=re.MULTILINE)
+
+
 BLOCKS: dict[str, Callable[[Sources], str]] = {
     "methods": block_methods,
     "count": block_count,
@@ -314,6 +348,7 @@ BLOCKS: dict[str, Callable[[Sources], str]] = {
     "pipelines": block_pipelines,
     "models": block_models,
     "method-pages": block_method_pages,
+    "api": block_api,
 }
 
 

@@ -29,7 +29,7 @@ def opened(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Iterator[
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(file, formats=formats) as picture:
+            with Image.open(file, formats=tuple(formats)) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise ValueError(f"{picture.width}x{picture.height} is too large, at most {MOST_PIXELS:,} pixels")
                 yield picture
