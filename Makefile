@@ -31,6 +31,8 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/generate_docs.py
+	if test -x $(BIN)/zensical; then $(BIN)/zensical build --clean; \
+	  else echo "The site is built where zensical is installed: $(PIP) install -c constraints.txt 'stillroom[docs]'"; fi
 
 prove: $(STAMP)
 	$(BIN)/stillroom prove $(METHODS)
@@ -49,4 +51,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-ci .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf site $(VENV) .venv-ci .pytest_cache .ruff_cache .hypothesis build dist

@@ -252,20 +252,76 @@ def arm_table(claims: list[dict[str, Any]], floor: dict[str, Any]) -> str:
 
 
 def block_pipelines(sources: Sources) -> str:
-    """Which method runs on which family of pipelines, as tools/pipeline_pairs.py found it."""
+    """Which method runs on which family of pipelines, as tools/pairs.py found it."""
     record = json.loads((sources.root / "results" / "pipelines" / "pairs.json").read_text(encoding="utf-8"))
-    methods = list(next(iter(record["families"].values()))["methods"])
+    said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
+    return f"{pair_table(record['families'], 'diffusers')}\n\n{said} {where(record)}"
+
+
+def block_models(sources: Sources) -> str:
+    """Which method runs on which family of transformers, as tools/pairs.py found it."""
+    record = json.loads((sources.root / "results" / "models" / "pairs.json").read_text(encoding="utf-8"))
+    titles = {
+        "classifiers": "Image classifiers",
+        "encoders": "Image encoders",
+        "texts": "Text encoders",
+    }
+    tables = [
+        f"### {titles[kind]}\n\n{pair_table(families, 'transformers')}" for kind, families in record["kinds"].items()
+    ]
+    said = (
+        f"✅: trained for {record['steps']} steps with a tiny model of that class as teacher, with weights that moved; "
+        "transformers alone reads the student's folder, and answers as the student does, bit for bit. Else why not."
+    )
+    return "\n\n".join([*tables, f"{said} {where(record)}"])
+
+
+def pair_table(families: dict[str, Any], library: str) -> str:
+    """A row for each family, a column for each method."""
+    methods = list(next(iter(families.values()))["methods"])
     rows = [
         [
             entry["title"],
-            ", ".join(f"`{name}`" for name in entry["pipelines"]),
-            *("✅" if entry["methods"][method] == "runs" else entry["methods"][method] for method in methods),
+            ", ".join(f"`{name}`" for name in entry.get("pipelines") or [entry["class"]]),
+            *(entry["methods"][method].replace("runs", "✅", 1) for method in methods),
         ]
-        for entry in record["families"].values()
+        for entry in families.values()
     ]
-    head = ["family", "diffusers' class", *(f"`{method}`" for method in methods)]
-    said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
-    return f"{table(head, rows)}\n\n{said} {where(record)}"
+    return table(["family", f"{library}' class", *(f"`{method}`" for method in methods)], rows)
+
+
+def block_api(_: Sources) -> str:
+    """The public functions, and the classes of what ``load`` gives back with the methods that they add."""
+    import stillroom
+    from stillroom.models.classifier import ImageClassifier
+    from stillroom.models.encoder import ImageEncoder
+    from stillroom.models.folder import ImageGenerator
+    from stillroom.models.pipeline import PipelineGenerator
+    from stillroom.models.text_classifier import TextClassifier
+    from stillroom.models.text_image import TextImageGenerator
+
+    kinds = (ImageGenerator, TextImageGenerator, PipelineGenerator, ImageClassifier, TextClassifier, ImageEncoder)
+    parts = [described(f"stillroom.{f.__name__}", f, "##") for f in (stillroom.distill, stillroom.load)]
+    parts.append("## stillroom.methods()\n\nThe class of every method, by slug; also the package that they lie in.")
+    for kind in kinds:
+        own = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f) and not name.startswith("_")]
+        parts.append(f"## {kind.__name__}\n\n{plain(kind.__doc__)}")
+        parts += [described(name, function, "###") for name, function in own]
+    errors = (stillroom.UserError, stillroom.TrainingDiverged)
+    parts += [f"## stillroom.{error.__name__}\n\n{plain(error.__doc__)}" for error in errors]
+    return "\n\n".join(parts)
+
+
+def described(name: str, function: Any, level: str) -> str:
+    signature = str(inspect.signature(function)).replace("(self, ", "(").replace("(self)", "()")
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)  # annotations are texts
+    return f"{level} {name}\n\n```text\n{name}{signature}\n```\n\n{plain(function.__doc__)}"
+
+
+def plain(text: str | None) -> str:
+    """A docstring as Markdown: references as code, code in single quotes, arguments as a list."""
+    text = re.sub(r":[a-z]+:`~?([\w.]+)`", r"``\1``", inspect.cleandoc(text or ""))
+    return re.sub(r"^(\w+(?:, \w+)*): ", r"- `\1`: ", re.sub(r"``(.+?)``", r"`\1`", text), flags=re.MULTILINE)
 
 
 BLOCKS: dict[str, Callable[[Sources], str]] = {
@@ -273,7 +329,9 @@ BLOCKS: dict[str, Callable[[Sources], str]] = {
     "count": block_count,
     "benchmarks": block_benchmarks,
     "pipelines": block_pipelines,
+    "models": block_models,
     "method-pages": block_method_pages,
+    "api": block_api,
 }
 
 

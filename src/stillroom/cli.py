@@ -23,6 +23,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from stillroom.errors import TrainingDiverged, UserError
+from stillroom.files import stay_inside
 
 if TYPE_CHECKING:
     from stillroom.recipe import Recipe
@@ -481,6 +482,9 @@ def _run_folder(run: Path) -> Path:
     folder = run if run.is_dir() or run.is_absolute() or (RUNS / run).is_dir() is False else RUNS / run
     if not folder.is_dir():
         raise UserError(f"run folder {run} does not exist", cure=_listing(RUNS))
+    if folder.is_symlink():
+        raise UserError(f"run folder {folder} is a symbolic link", cure="name the folder that it leads to")
+    stay_inside(folder)
     return folder
 
 

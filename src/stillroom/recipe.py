@@ -25,6 +25,7 @@ import yaml
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.track import names_of
 from stillroom.errors import UserError
+from stillroom.parsing import parse_yaml, read_yaml
 
 DEFAULT = "lightgen-quick"
 """The recipe of ``stillroom run`` without arguments."""
@@ -114,7 +115,7 @@ class Recipe:
             if not separator or not key:
                 raise UserError(f"override {text!r} is not of the form key=value", cure="for example engine.steps=100")
             # A whole mapping is merged into what is there, as dotted keys are.
-            _put(tree, key, _parse(value, f"override {key}") if value.lstrip().startswith("{") else _Text(value))
+            _put(tree, key, parse_yaml(value, f"override {key}") if value.lstrip().startswith("{") else _Text(value))
         return cls.from_dict(tree)
 
     @classmethod
@@ -198,34 +199,6 @@ class _Text(str):
     """A value typed on the command line: parsed as YAML unless its key wants text."""
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error and ``1e-4`` is a number (YAML 1.1 reads text)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if (key := self.construct_object(key_node, deep=True)) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: {getattr(error, 'problem', None) or 'not YAML'}") from error
-
-
 def _read(source: str | Path) -> dict[str, Any]:
     """The keys of a recipe. A file that says ``base: NAME`` holds only what differs from that shipped recipe."""
     path = Path(source)
@@ -236,12 +209,9 @@ def _read(source: str | Path) -> dict[str, Any]:
         if "/" in str(source) or not path.is_file():
             return _bare(str(source))
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"recipe file {path} does not exist", cure=f"shipped recipes: {', '.join(shipped())}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe file {path} cannot be read: {error}") from error
-    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values", cure="start it with `method: <slug>`")
     if "base" not in tree:
@@ -364,10 +334,10 @@ def _keys_or_none(slug: str) -> list[str]:
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
     if isinstance(value, _Text):
-        value = str(value) if kind is str else _parse(value, f"override {key}")
+        value = str(value) if kind is str else parse_yaml(value, f"override {key}")
     result = _fit(value, kind, key)
     if result is _NO:
-        raise UserError(f"recipe key {key!r} must be {describe(kind)}, got {value!r}{_choice_hint(value, kind)}")
+        raise UserError(f"recipe key {key!r} must be {describe(kind)}, got {value!r:.200}{_choice_hint(value, kind)}")
     return result
 
 

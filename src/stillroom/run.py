@@ -19,8 +19,10 @@ from stillroom.engine.checkpoint import lock_run, write_atomically, writing
 from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import UserError, nearest
+from stillroom.files import stay_inside
 from stillroom.method import Method, get_method
 from stillroom.models.families import parameter_count
+from stillroom.models.pipeline import sized
 from stillroom.models.shipped import model_folder
 from stillroom.recipe import Recipe
 from stillroom.tasks import Task, load_model, make_task
@@ -53,6 +55,8 @@ def run(
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_folder(run_dir, resume)
+        for name in recipe.teacher.split(","):  # what is named by a word alone is shipped
+            stay_inside(sized(name.strip())[0])
     track = names_of(recipe.track)
     check_installed(track)
     cls = get_method(recipe.method)
@@ -157,6 +161,7 @@ def load_generator(folder: str | Path) -> Any:
     """The model in a model folder or a run's ``student/``, or a shipped one by name: an ``ImageClassifier``, a
     ``TextImageGenerator`` where the folder has a text encoder, else an ``ImageGenerator``."""
     folder = model_folder(folder)
+    stay_inside(folder)
     if (folder / "recipe.yaml").is_file():
         if not (folder / "student").is_dir():
             raise UserError(f"run {folder} has no student yet", cure=f"finish it: stillroom run --resume {folder}")
@@ -167,6 +172,9 @@ def load_generator(folder: str | Path) -> Any:
 # --- checks -----------------------------------------------------------------------------------------------------------
 def check_folder(run_dir: Path, resume: bool) -> None:
     """Raises UserError for a folder that is finished, in use, or (without ``resume``) not empty."""
+    if run_dir.is_symlink():
+        raise UserError(f"run folder {run_dir} is a symbolic link", cure="name the folder that it leads to")
+    stay_inside(run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} is a file", cure="choose another --name")
     if (run_dir / "result.json").is_file():

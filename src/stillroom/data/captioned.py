@@ -16,6 +16,7 @@ from torch import Tensor
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
 from stillroom.models.text_image import TextImageSpace
+from stillroom.parsing import parse_json
 
 _LATENTS = ("mean", "std", "mirrored", "mirrored_std")
 
@@ -160,7 +161,7 @@ class CaptionedData:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
             text = {key[5:]: tensors.pop(key) for key in list(tensors) if key.startswith("text/")}
-            captions = json.loads(about["captions"])
+            captions = parse_json(about["captions"])
             return cls(captions=captions, text=text, name=about["name"], origin=about["origin"], **tensors)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
             raise UserError(

@@ -8,7 +8,6 @@ and what the store was made from: teacher, data, augmentation. A view's numbers 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,8 +20,10 @@ from torch import distributed as dist
 from stillroom.data.source import ArrayData
 from stillroom.data.store import encode_json, replace
 from stillroom.errors import UserError
-from stillroom.files import digest
+from stillroom.files import digest, stay_inside
 from stillroom.models.augment import Augmentation, numbered_views
+from stillroom.models.families import read_json
+from stillroom.parsing import parse_json
 
 INDEX = "outputs.json"
 FORMAT = 1
@@ -98,7 +99,7 @@ def write_outputs(
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        check_same(json.loads(plan.read_text()) if plan.is_file() else about, about, folder)
+        check_same(read_json(plan) if plan.is_file() else about, about, folder)
         replace(plan, encode_json(about))
     _wait(size)
     keys = data.n * views.count
@@ -106,7 +107,7 @@ def write_outputs(
     for number in range(rank, len(starts), size):
         path = folder / f"outputs-{number:05d}.safetensors"
         entry = path.with_suffix(".json")
-        if entry.is_file() and path.is_file() and json.loads(entry.read_text())["sha256"] == digest(path):
+        if entry.is_file() and path.is_file() and read_json(entry).get("sha256") == digest(path):
             continue
         rows = torch.arange(starts[number], min(starts[number] + shard, keys))
         tensors = _asked(teacher, data, views, rows, keep, precision, batch)
@@ -116,7 +117,7 @@ def write_outputs(
     _wait(size)
     if rank == 0:
         entries = {f"outputs-{i:05d}.safetensors": folder / f"outputs-{i:05d}.json" for i in range(len(starts))}
-        shards = {shard_name: json.loads(path.read_text()) for shard_name, path in entries.items()}
+        shards = {shard_name: read_json(path) for shard_name, path in entries.items()}
         replace(folder / INDEX, encode_json({"format": FORMAT, "about": about, "shards": shards}))
         for path in (*entries.values(), plan):
             path.unlink()
@@ -214,7 +215,7 @@ def read_outputs(folder: str | Path) -> StoredOutputs:
             cure="write them with the same call again: what is there is kept",
         )
     try:
-        index = json.loads((folder / INDEX).read_bytes())
+        index = parse_json((folder / INDEX).read_bytes())
         about, shards = index["about"], index["shards"]
         whole = index["format"] == FORMAT and len(shards) > 0
     except (ValueError, KeyError, TypeError) as error:
@@ -222,7 +223,10 @@ def read_outputs(folder: str | Path) -> StoredOutputs:
     if not whole:
         raise UserError(f"{folder / INDEX} has another format", cure="read it with the version that wrote it")
     parts = []
+    stay_inside(folder)
     for name, entry in sorted(shards.items()):
+        if Path(name).name != name:
+            raise UserError(f"{folder / INDEX} names {name!r}, which is no file of its own", cure="restore the index")
         if not (folder / name).is_file() or digest(folder / name) != entry["sha256"]:
             state = "does not match its checksum" if (folder / name).is_file() else "is missing"
             raise UserError(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stillroom.data.pictures import rgb
 from stillroom.errors import UserError
+from stillroom.files import stay_inside
+from stillroom.parsing import parse_json
 
 LONGEST_CAPTION = 4000
 """In characters. A teacher's own text encoder usually allows far fewer words."""
@@ -107,7 +108,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(_text(path).splitlines(), 1):
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             raise UserError(f"{place}: this line is no JSON", cure='write {"caption": "..."} on each line') from None
         if not isinstance(row, dict):
@@ -138,6 +139,7 @@ class FolderTeacher:
         self.folder, self.size = Path(folder), size
         if not self.folder.is_dir():
             raise UserError(f"folder {self.folder} does not exist", cure="give a folder of images with captions")
+        stay_inside(self.folder)
         metadata = next((self.folder / name for name in _METADATA if (self.folder / name).is_file()), None)
         pairs = list(_listed_pairs(metadata) if metadata else _neighbours(self.folder))
         if not pairs:
@@ -216,14 +218,10 @@ def centre_square(images: Tensor, size: int) -> Tensor:
 
 def _picture(file: Path) -> Tensor | None:
     """float32 ``[3, H, W]`` in [-1, 1]; None for a file that is no readable image."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+        return rgb(file, str(file))
+    except UserError:
         return None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(127.5).sub(1.0)
 
 
 def _neighbours(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -11,18 +11,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stillroom.data.pairs import FolderTeacher, check_caption, read_captions
+from stillroom.data.pictures import rgb
 from stillroom.errors import UserError
+from stillroom.files import stay_inside
 from stillroom.models.families import read_json
+from stillroom.models.text import shortened
+from stillroom.parsing import parse_json
 
 CAPTION_KEYS = ("caption", "text", "prompt")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _TARS = (".tar", ".tar.gz", ".tgz")
+LARGEST_MEMBER = 1 << 28
+"""Bytes of an image or a caption in a tar."""
 FORMS = (
     "a text file with one prompt per line, a .jsonl file with 'caption', a folder of images with captions, parquet "
     "files, a dataset saved by datasets.save_to_disk, or webdataset tars"
@@ -180,8 +184,10 @@ class Tars(PromptSource):
     def _samples(self, file: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, Tensor | None]]:
         name, parts = "", {}
         for member in itertools.chain(opened, [None]):
-            if member is not None and not member.isfile():
+            if member is not None and member.isdir():
                 continue
+            if member is not None:
+                _check_member(member, file)
             folder, _, leaf = member.name.rpartition("/") if member is not None else ("", "", "")
             stem, _, ending = leaf.partition(".")
             key = f"{folder}/{stem}"
@@ -198,7 +204,9 @@ class Tars(PromptSource):
             if ".txt" in parts:
                 text: Any = parts[".txt"].decode("utf-8")
             elif ".json" in parts:
-                row = json.loads(parts[".json"])
+                row = parse_json(parts[".json"])
+                if not isinstance(row, dict):
+                    raise ValueError("it holds no mapping")
                 text = row[_caption_key(list(row), place)]
             else:
                 raise UserError(f"{place}: there is no caption", cure="put a .txt or .json beside the image")
@@ -209,9 +217,27 @@ class Tars(PromptSource):
         return check_caption(text, place), read_picture(picture, place)
 
 
+def _check_member(member: tarfile.TarInfo, file: Path) -> None:
+    """Nothing is unpacked. But a tar with such members is no store of samples, and none is passed over in silence."""
+    if not member.isfile():
+        raise UserError(
+            f"{file}: member {shortened(member.name)} is a link or a device, no file", cure="pack copies of the files"
+        )
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise UserError(
+            f"{file}: member {shortened(member.name)} leads out of the archive",
+            cure="pack it from its own folder",
+        )
+    if member.size > LARGEST_MEMBER:
+        raise UserError(
+            f"{file}: member {shortened(member.name)} has {member.size:,} bytes", cure=f"at most {LARGEST_MEMBER:,}"
+        )
+
+
 def prompt_source(source: str) -> PromptSource:
     """What a recipe's ``data`` names, by its form. Raises UserError for what is none of them."""
     path = Path(source).expanduser()
+    stay_inside(path)
     if path.is_dir():
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             return SavedDataset(path)
@@ -234,14 +260,7 @@ def prompt_source(source: str) -> PromptSource:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 def read_picture(content: bytes, place: str) -> Tensor:
     """float32 ``[3, H, W]`` in [-1, 1]. Raises UserError naming ``place`` for what is no image."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
-        raise UserError(f"{place}: the image cannot be read ({problem})", cure="replace or remove it") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(127.5).sub(1.0)
+    return rgb(io.BytesIO(content), place)
 
 
 def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import zipfile
@@ -19,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillroom.data.pictures import opened
 from stillroom.errors import UserError, nearest
+from stillroom.files import stay_inside, unpacked
 from stillroom.models.shipped import ASSETS
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -210,6 +211,7 @@ def _path(path: Path, split: str) -> ArrayData:
         raise UserError(
             f"no data at {str(path)!r}{nearest(str(path), known)}", cure="give a folder, or one of: fashion, mnist"
         )
+    stay_inside(path)
     if path.is_file():
         if path.suffix != ".npz":
             raise UserError(f"{path} is not a folder or an .npz file", cure="give the folder that holds the images")
@@ -299,8 +301,8 @@ def _idx(folder: Path, split: str, name: str, classes: Sequence[str], where: str
 def _read_idx(file: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: two zero bytes, type 8, number of dimensions, their big-endian sizes, the data."""
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as problem:
+        raw = unpacked(file)
+    except (OSError, EOFError, ValueError, zlib.error) as problem:
         raise UserError(f"cannot read {file}: {problem}", cure="the file is damaged: fetch it again") from None
     sizes = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])] if len(raw) > 4 else []
     start = 4 + 4 * len(sizes)
@@ -325,7 +327,7 @@ def _read_npz(file: Path, name: str) -> ArrayData:
     try:
         with np.load(file, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as problem:
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error, zipfile.BadZipFile) as problem:
         raise UserError(f"cannot read {file}: {problem}", cure="the file is damaged: make it again") from None
     if "images" not in arrays:
         raise UserError(
@@ -384,11 +386,9 @@ def _pictures(folder: Path, name: str) -> ArrayData:
 
 def _read_picture(file: Path) -> np.ndarray:
     """uint8 ``[C, H, W]``: one channel for grey pictures, three for all others (an alpha channel is dropped)."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(file) as picture:
+        with opened(file) as picture:
             pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as problem:
+    except ValueError as problem:
         raise UserError(f"cannot read the image {file}: {problem}", cure="replace or remove the damaged file") from None
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillroom.data.pictures import opened
 from stillroom.errors import UserError, nearest
-from stillroom.files import digest, sync
+from stillroom.files import digest, stay_inside, sync
+from stillroom.parsing import parse_json
 
 if TYPE_CHECKING:
     from stillroom.data.captioned import CaptionedData
@@ -124,7 +126,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no store: it has no {MANIFEST}", cure="make one with `stillroom synthesize`")
     damaged = UserError(f"{path} is damaged", cure="restore it from a copy, or make the store again")
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
         if manifest["format"] != FORMAT:
             raise UserError(
                 f"{path} has the format {manifest['format']!r}; this version reads {FORMAT}",
@@ -177,20 +179,18 @@ def _check_shard(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _decode_png(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        with opened(io.BytesIO(data), ("PNG",)) as picture:
             if picture.size != (size[1], size[0]) or picture.mode != "RGB":
                 raise BadShard(f"it holds an image of {picture.size[0]}x{picture.size[1]} {picture.mode}")
             return np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except ValueError as error:
         raise BadShard(f"it holds an image that cannot be read ({error})") from error
 
 
 def _decode_record(data: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(data)
+        record = parse_json(data)
         if isinstance(record["caption"], str):
             return record
     except (ValueError, KeyError, TypeError):
@@ -212,6 +212,7 @@ def check_store(
         )
     folder = Path(folder)
     manifest = read_manifest(folder)
+    stay_inside(folder)
     good: list[str] = []
     bad: dict[str, str] = {}
     for name in sorted(manifest["shards"], key=lambda name: int(name[6:-4])):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,9 @@ from torch import Tensor
 from stillroom.data.source import HOLDOUT, LABELS, SPLITS, ArrayData
 from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES, definitions, is_wordnet
 from stillroom.errors import UserError, nearest
+from stillroom.files import stay_inside, unpacked
 from stillroom.models.shipped import ASSETS
+from stillroom.parsing import parse_json
 
 GENERAL = "general"
 """The part that holds texts without labels."""
@@ -165,6 +167,7 @@ def load_texts(source: str | Path, split: str = "train", classes: Sequence[str] 
             f"no texts at {str(source)!r}{nearest(str(source), NAMED)}",
             cure=f"give a CSV or JSONL file, a folder, or one of: {', '.join(NAMED)}",
         )
+    stay_inside(path)
     if path.is_file():
         parts = {"all": _table(path)}
     elif is_wordnet(path):
@@ -235,9 +238,8 @@ def _class_folders(path: Path) -> list[tuple[str, str]]:
 
 def _text(file: Path) -> str:
     try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        return raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as problem:
+        return unpacked(file).decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error) as problem:
         raise UserError(f"cannot read {file}: {problem}", cure="give UTF-8 text, gzipped or not") from None
 
 
@@ -254,8 +256,8 @@ def _table(file: Path) -> list[tuple[str, str]]:
         rows = []
         for number, line in enumerate(_lines(file), 1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as problem:
+                rows.append(parse_json(line))
+            except ValueError as problem:
                 raise UserError(f"{file}, line {number} is not JSON ({problem})", cure="one object a line") from None
     else:
         rows = list(csv.DictReader(io.StringIO(_text(file)), delimiter="," if kind == ".csv" else "\t"))

@@ -243,11 +243,13 @@ def image_from_file(path: str | Path, size: tuple[int, int]) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps
 
+    from stillroom.data.pictures import opened
+
     height, width = size
     try:
-        with Image.open(path) as file:
+        with opened(Path(path)) as file:
             picture = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except ValueError:
         raise UserError("this file is no picture that can be read", cure="choose a PNG or JPEG") from None
     scale = min(picture.width / width, picture.height / height)
     crop = (round(width * scale), round(height * scale))

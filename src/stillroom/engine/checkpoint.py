@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from stillroom.engine.distributed import World
-from stillroom.errors import UserError
+from stillroom.errors import UserError, reading
 from stillroom.files import digest, sync
+from stillroom.parsing import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -209,13 +210,15 @@ class Checkpoints:
         """The manifest of a checkpoint whose every file is as it was written; else raises ``BadCheckpoint``."""
         folder = self.path(step)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = parse_json((folder / MANIFEST).read_bytes())
             files = dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadCheckpoint(f"its {MANIFEST} is missing or unreadable") from error
         if manifest.get("format") != FORMAT:
             raise BadCheckpoint(f"its format is {manifest.get('format')!r}; this version reads {FORMAT}")
         for name, entry in files.items():
+            if Path(name).name != name:
+                raise BadCheckpoint(f"its {MANIFEST} names {name!r}, which is no file of its own")
             path = folder / name
             if not path.is_file():
                 raise BadCheckpoint(f"{name} is missing")
@@ -266,17 +269,20 @@ class Checkpoints:
         from safetensors import safe_open
 
         for name in manifest["files"]:
-            with safe_open(folder / name, framework="pt") as file, torch.no_grad():
+            with reading(folder / name), safe_open(folder / name, framework="pt") as file, torch.no_grad():
                 for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                     target = into[key]
                     target.copy_(_like(file.get_tensor(key), target))
 
     def _read_sharded(self, folder: Path, into: Mapping[str, Tensor]) -> None:
-        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
-        with torch.no_grad(), warnings.catch_warnings():
+        with reading(folder), torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world.size == 1)
+            try:
+                load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world.size == 1)
+            except CheckpointException as error:  # no Exception of Python's
+                raise ValueError(str(error).strip().splitlines()[-1]) from error
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.sampling import ForwardPass, Sampler, sampler_from_dict
-from stillroom.errors import UserError, nearest
+from stillroom.errors import UserError, nearest, reading
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE, read_shards
+from stillroom.models.pixels import PROCESSOR, Pixels, pixels_of, save_processor
+from stillroom.models.plain_folder import PLAIN, auto_config, check_config, config_from_file, without_bar
 from stillroom.models.prompts import is_text_image_model
 from stillroom.models.two_heads import restore, two_heads
 
@@ -45,10 +47,11 @@ class ImageClassifier:
 
     def probabilities(self, images: Tensor, batch: int = 250) -> Tensor:
         """``[N, classes]`` float32, on the CPU. Raises UserError for images of another number of channels."""
-        channels = config_of(self.network).num_channels
-        if images.ndim != 4 or images.shape[1] != channels:
+        channels = channels_of(self.network)
+        if images.ndim != 4 or images.shape[1] not in channels:
             raise UserError(
-                f"images of shape {tuple(images.shape)} do not fit this classifier", cure=f"give [N, {channels}, H, W]"
+                f"images of shape {tuple(images.shape)} do not fit this classifier",
+                cure=f"give [N, {' or '.join(map(str, channels))}, H, W]",
             )
         device = device_of(self.network)
         sample: Any = self.sampler.sample
@@ -60,7 +63,8 @@ class ImageClassifier:
         return [self.classes[i] for i in self.probabilities(images, batch).argmax(-1).tolist()]
 
     def save(self, folder: str | Path, **extra: Any) -> None:
-        """Write the folder as ``save_pretrained`` does; ``extra`` entries go into ``stillroom.json`` beside it."""
+        """Write the folder as ``save_pretrained`` does, the processor's settings too; ``extra`` entries go into
+        ``stillroom.json`` beside it."""
         network: Any = self.network
         side = {"sampler": self.sampler.to_dict(), "classes": self.classes, **extra}
         outputs = list(self.classes)
@@ -70,15 +74,18 @@ class ImageClassifier:
         network.config.id2label = dict(enumerate(outputs))
         network.config.label2id = {name: i for i, name in enumerate(outputs)}
         network.save_pretrained(folder)
+        save_processor(network, Path(folder), channels_of(network)[0])
         (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageClassifier:
-        """Read a folder of transformers with a model for image classification, weights in safetensors only.
+        """Read a folder of transformers with a model for image classification, weights in safetensors only. Size, mean
+        and deviation of its images come from its ``preprocessor_config.json``: the network is given images in [-1, 1]
+        all the same.
 
         Raises UserError for a missing, incomplete or damaged folder.
         """
-        from transformers import AutoConfig, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
@@ -88,16 +95,19 @@ class ImageClassifier:
                 f"{folder} holds a text-image model, which knows no classes of its own",
                 cure="name it as a teacher, after the student's network: teacher=resnet-small,FOLDER",
             )
-        try:
-            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-            network = AutoModelForImageClassification.from_config(config)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
-        network = pretrained(type(network), folder)
+        config = auto_config(folder)
+        if type(config) not in AutoModelForImageClassification._model_mapping:
+            raise UserError(
+                f"{folder / CONFIG} describes no image classifier, but a {type(config).__name__}",
+                cure="give an AutoModelForImageClassification of transformers",
+            )
+        network = pretrained(AutoModelForImageClassification, folder)
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
         classes = side.get("classes") or [str(name) for _, name in sorted(config.id2label.items())]
         if "heads" in side:
             restore(network, side["heads"])
+        if (folder / PROCESSOR).is_file():
+            Pixels.read(folder, channels_of(network)[0]).attach(network)
         return cls(network, classes, sampler_from_dict(side["sampler"]) if "sampler" in side else None)
 
 
@@ -107,8 +117,8 @@ class Mixed(nn.Module):
     def __init__(self, classifier: ImageClassifier) -> None:
         super().__init__()
         self.whole, self.sampler = classifier.network, classifier.sampler
-        channels = config_of(classifier.network).num_channels
-        self.config = SimpleNamespace(num_labels=len(classifier.classes), num_channels=channels)
+        self.channels = channels_of(classifier.network)
+        self.config = SimpleNamespace(num_labels=len(classifier.classes), num_channels=self.channels[0])
 
     def forward(self, images: Tensor) -> Tensor:
         sample: Any = self.sampler.sample
@@ -124,20 +134,18 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
     """A model of a class of transformers from its folder, weights in safetensors only, in eval mode. Names of older
     versions of transformers are understood. Raises UserError for weights that are missing, damaged or of another
     shape."""
-    from safetensors import SafetensorError
-
+    check_config(folder)
     try:
-        network, report = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        with without_bar():
+            network, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **PLAIN)
+    except Exception as error:  # of a config's nonsense anything may come
         read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
         detail = str(error).strip().splitlines()[-1]
         raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {detail}", cure=PAIR) from error
     wrong = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if wrong := wrong or [str(key) for key in report["mismatched_keys"]]:
         raise UserError(f"weights {folder / WEIGHTS} do not fit their {CONFIG}: {sorted(wrong)[0]}", cure=PAIR)
-    return network.eval()
+    return network.float().eval()
 
 
 def is_classifier(folder: Path) -> bool:
@@ -145,10 +153,20 @@ def is_classifier(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and "architectures" in read_json(folder / CONFIG)
 
 
+def channels_of(network: Any) -> tuple[int, ...]:
+    """Channels that images may have: those of the network, then those that its processor spreads over them."""
+    if isinstance(network, Mixed):
+        return network.channels
+    config = config_of(network)
+    own = getattr(config, "num_channels", None) or config.vision_config.num_channels
+    return (own, 1) if own > 1 and pixels_of(network) else (own,)
+
+
 def config_of(network: Any) -> Any:
     """The config of a classifier of transformers. Raises UserError for any other network."""
     config = getattr(network, "config", None)
-    if not (hasattr(config, "num_labels") and hasattr(config, "num_channels")):
+    seen = hasattr(config, "num_channels") or hasattr(getattr(config, "vision_config", None), "num_channels")
+    if not (hasattr(config, "num_labels") and seen):
         raise UserError(
             f"the network {type(network).__name__} is no image classifier of transformers",
             cure="give an AutoModelForImageClassification",
@@ -157,9 +175,15 @@ def config_of(network: Any) -> Any:
 
 
 def make_classifier(name: str, channels: int, classes: int) -> nn.Module:
-    """An untrained network of :data:`ARCHITECTURES`. Raises UserError for an unknown name."""
-    from transformers import ResNetConfig, ResNetForImageClassification
+    """An untrained network of :data:`ARCHITECTURES`, or of the config in a JSON file, with so many channels and
+    classes. Raises UserError for an unknown name and for a config of no classifier."""
+    from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
+    if name.endswith(".json"):
+        file = Path(name).expanduser()
+        config = config_from_file(file, num_channels=channels, num_labels=classes)
+        with reading(file):
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     if name not in ARCHITECTURES:
         raise UserError(
             f"no classifier {name!r}{nearest(name, ARCHITECTURES)}",

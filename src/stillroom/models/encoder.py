@@ -17,8 +17,13 @@ from stillroom.models.folder import SIDE_FILE
 from stillroom.models.mae import encode
 
 PROCESSOR = "preprocessor_config.json"
-ENCODERS = ("ViTMAEModel", "ViTMAEForPreTraining", "ViTModel", "DeiTModel", "Dinov2Model", "CLIPVisionModel")
-"""Classes of transformers that an encoder's folder may hold."""
+ENCODERS = (
+    "ViTMAEModel", "ViTMAEForPreTraining", "ViTModel", "DeiTModel", "Dinov2Model", "Dinov2WithRegistersModel",
+    "CLIPVisionModel",
+)  # fmt: skip
+"""Classes of transformers that an encoder's folder may hold: a class token, then one token for each patch."""
+VISION_OF = {"CLIPModel": "CLIPVisionModel", "CLIPVisionModelWithProjection": "CLIPVisionModel"}
+"""Classes of which one part is an encoder."""
 
 
 class ImageEncoder:
@@ -73,10 +78,13 @@ class ImageEncoder:
         import transformers
 
         folder = Path(folder)
-        if not is_encoder(folder):
-            raise UserError(f"{folder} holds no image encoder", cure=f"known classes: {', '.join(ENCODERS)}")
-        name = read_json(folder / CONFIG)["architectures"][0]
-        network: Any = pretrained(getattr(transformers, name), folder)
+        name = architecture(folder)
+        if name not in (*ENCODERS, *VISION_OF):
+            raise UserError(
+                f"{folder} holds {f'a {name}, ' if name else ''}no image encoder",
+                cure=f"known classes: {', '.join((*ENCODERS, *VISION_OF))}",
+            )
+        network: Any = pretrained(getattr(transformers, VISION_OF.get(name, name)), folder)
         if (folder / PROCESSOR).is_file() and not hasattr(network.config, "image_mean"):
             processor = read_json(folder / PROCESSOR)
             if processor.get("image_mean") is not None:
@@ -86,9 +94,15 @@ class ImageEncoder:
 
 def is_encoder(folder: Path) -> bool:
     """Whether a model folder holds an image encoder of transformers."""
+    return architecture(folder) in ENCODERS
+
+
+def architecture(folder: Path) -> str:
+    """The class of transformers that a folder holds, by its config; empty where it says none."""
     if not (folder / CONFIG).is_file():
-        return False
-    return (read_json(folder / CONFIG).get("architectures") or [""])[0] in ENCODERS
+        return ""
+    named = read_json(folder / CONFIG).get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 class PooledClassifier(nn.Module):
@@ -111,9 +125,20 @@ def encoder_of(network: Any) -> Any:
     """The encoder inside a masked autoencoder or a classifier, or the network itself."""
     if isinstance(network, PooledClassifier):
         return network.encoder
-    if type(network).__name__ in ("CLIPVisionModel",):
+    if type(network).__name__ == "CLIPVisionModel":
         return network
     return getattr(network, "base_model", network)  # transformers' name for a model without its heads
+
+
+def check_encoder(network: Any, name: str) -> Any:
+    """The encoder inside a network. Raises UserError for one whose last states are no tokens of patches."""
+    encoder = encoder_of(network)
+    if type(encoder).__name__ not in ENCODERS:
+        raise UserError(
+            f"network {name!r} is a {type(encoder).__name__}, whose states are not those of single patches",
+            cure=f"known classes: {', '.join(ENCODERS)}",
+        )
+    return encoder
 
 
 def make_vit_classifier(encoder: Any, classes: int, kind: str) -> nn.Module:

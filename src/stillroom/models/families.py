@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Cond, Denoiser, plain_call
 from stillroom.diffusion.process import BETA_SCHEDULES, EDM, VP, Process, RectifiedFlow
 from stillroom.errors import UserError
+from stillroom.parsing import parse_json
 
 ALIASES = {"label": "class_labels"}  # this project's condition names -> diffusers' argument names
 
@@ -161,10 +161,10 @@ def make_network(class_name: str, config: dict[str, Any]) -> nn.Module:
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises UserError where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing", cure="point at a complete folder") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error})", cure="restore the file") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no mapping", cure="restore the file")

@@ -204,7 +204,11 @@ def read_shards(path: Path) -> dict[str, Tensor]:
     index = path.with_name(f"{path.name}.index.json")
     if path.exists() or not index.exists():
         return read_tensors(path)
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    with reading(index):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index} names {name!r}, which is no file beside it", cure="use the matching pair")
     return {key: value for name in names for key, value in read_tensors(path.with_name(name)).items()}
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.errors import UserError, nearest
+from stillroom.errors import UserError, nearest, reading
+from stillroom.models.plain_folder import config_from_file
 from stillroom.models.taps import block_paths
 
 T = TypeVar("T", bound=Tensor)
@@ -156,12 +158,20 @@ def block(network: nn.Module, index: int, under: str = "") -> str:
 
 def make_encoder(name: str, channels: int, side: int) -> nn.Module:
     """An untrained masked autoencoder of :data:`ARCHITECTURES` for square images, patches of 4 pixels up to a side of
-    64, of 16 above. Weights have standard deviation ``width ** -0.5``, Xavier's for a square matrix.
+    64, of 16 above; or of the config in a JSON file. Weights of the former have standard deviation
+    ``width ** -0.5``, Xavier's for a square matrix.
 
     Raises UserError for an unknown name and for a side that the patches do not divide.
     """
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+    if name.endswith(".json"):
+        file = Path(name).expanduser()
+        described = config_from_file(file, num_channels=channels, image_size=side)
+        if not isinstance(described, ViTMAEConfig):
+            raise UserError(f"{file} is of a {described.model_type}", cure="give the config of a ViTMAEForPreTraining")
+        with reading(file):
+            return _with_positions(ViTMAEForPreTraining(described))
     if name not in ARCHITECTURES:
         raise UserError(
             f"no encoder {name!r}{nearest(name, ARCHITECTURES)}",
@@ -179,6 +189,9 @@ def make_encoder(name: str, channels: int, side: int) -> nn.Module:
         decoder_num_attention_heads=decoder_heads, decoder_intermediate_size=4 * narrow,
         image_size=side, patch_size=patch, num_channels=channels, initializer_range=width**-0.5, layer_norm_eps=1e-6,
     )  # fmt: skip
-    network = ViTMAEForPreTraining(config)
+    return _with_positions(ViTMAEForPreTraining(config))
+
+
+def _with_positions(network: Any) -> nn.Module:
     network.decoder.initialize_weights(patch_count(network))  # transformers 5 leaves the decoder's positions at zero
     return network

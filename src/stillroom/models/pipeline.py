@@ -19,6 +19,7 @@ from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.process import VP, Process, RectifiedFlow, process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, sampler_from_dict
 from stillroom.errors import UserError
+from stillroom.files import stay_inside
 from stillroom.models.families import read_json, scheduler_config
 from stillroom.models.folder import SIDE_FILE, save_network
 from stillroom.models.lora import LoraDenoiser, plain_copy
@@ -31,6 +32,7 @@ from stillroom.models.pipeline_families import (
     network_name,
     network_of,
 )
+from stillroom.models.plain_folder import CONFIG, check_config, without_bar
 
 INDEX = "model_index.json"
 LORA = "lora"
@@ -244,12 +246,20 @@ def is_pipeline(name: str | Path) -> bool:
 
 
 def check_index(folder: Path) -> dict[str, Any]:
-    """The index of a pipeline's folder. Raises UserError for a class that is not supported and for parts that would
-    run code from elsewhere."""
-    index = read_json(folder / INDEX)
-    if isinstance(index.get("_class_name"), list):
-        raise UserError(f"{folder / INDEX} asks for code of its own", cure=f"supported: {', '.join(BY_CLASS)}")
+    """The index of a pipeline's folder. Raises UserError as :func:`check_parts` does, and for a class that is not
+    supported."""
+    index = check_parts(folder)
     family_of(index.get("_class_name"), str(folder))
+    return index
+
+
+def check_parts(folder: Path) -> dict[str, Any]:
+    """The index of the folder of any pipeline. Raises UserError for parts that would run code from elsewhere, and for
+    files that lead out of the folder."""
+    index = read_json(folder / INDEX)
+    stay_inside(folder)
+    if not isinstance(index.get("_class_name"), str):
+        raise UserError(f"{folder / INDEX} asks for code of its own", cure=f"supported: {', '.join(BY_CLASS)}")
     for part, (library, name) in _parts(index).items():
         if not part.isidentifier():  # parts are copied by name: none may lead out of the folder
             raise UserError(f"{folder / INDEX} has a part called {part!r}", cure="copy the folder again")
@@ -259,6 +269,8 @@ def check_index(folder: Path) -> dict[str, Any]:
             )
         if not (folder / part).is_dir():
             raise UserError(f"{folder} has no {part}/", cure="copy the whole folder")
+        if (folder / part / CONFIG).is_file():
+            check_config(folder / part)
     return index
 
 
@@ -273,25 +285,20 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 def _from_pretrained(class_name: str, folder: Path) -> Any:
     import diffusers
-    from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one bar for each part says nothing
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = getattr(diffusers, class_name).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as problem:
+        with without_bar():
+            pipeline = getattr(diffusers, class_name).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True
+            )
+    except Exception as problem:  # of a config's nonsense anything may come
         raise UserError(
             f"the pipeline {folder} cannot be read ({str(problem)[:300]})",
             cure="copy the folder again; only safetensors files are read, never pickles",
         ) from None
     finally:
         diffusers.utils.logging.enable_progress_bar()
-        if bars:
-            logging.enable_progress_bar()
     name = network_name(pipeline)
     known = {key for file in (folder / name).glob("*.safetensors") for key in _keys(file)}
     if missing := sorted(set(network_of(pipeline).state_dict()) - known):

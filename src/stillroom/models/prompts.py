@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.models.families import read_json
+from stillroom.models.plain_folder import auto_tokenizer
 from stillroom.models.text import load_pretrained
 
 PROMPTS = ("a photo of a {}.",)
@@ -124,16 +125,10 @@ class PromptClassifier(nn.Module):
         """Read a folder with a ``CLIPModel`` and its tokenizer. Mean and deviation of the pixels are those of
         ``preprocessor_config.json``, or CLIP's own where there is none. Raises UserError for what is missing, damaged
         or does not fit."""
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel
 
         folder = Path(folder)
-        clip = load_pretrained(CLIPModel, folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError, KeyError) as problem:
-            raise UserError(
-                f"the tokenizer in {folder} cannot be read ({problem})", cure="copy the whole folder of the model"
-            ) from None
+        clip, tokenizer = load_pretrained(CLIPModel, folder), auto_tokenizer(folder)
         file = folder / "preprocessor_config.json"
         seen = read_json(file) if file.is_file() else {}
         return cls(clip, tokenizer, classes, channels, seen.get("image_mean", ()), seen.get("image_std", ()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.freezing import frozen
+from stillroom.models.plain_folder import auto_tokenizer, check_config, without_bar
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 LENGTH = 128
@@ -115,19 +116,14 @@ class TextEncoder(nn.Module):
     def load(cls, folder: str | Path, length: int | None = None) -> TextEncoder:
         """Read ``text_encoder/`` and ``tokenizer/`` of ``folder``. ``length`` defaults to the tokenizer's own limit, or
         to 128 tokens where that is larger. Raises UserError for what is missing, damaged or does not fit."""
-        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers import T5EncoderModel
 
         folder = Path(folder)
         kinds = read_json(folder / TEXT_ENCODER / "config.json").get("architectures") or ["T5EncoderModel"]
         if not any(kind.startswith(("T5", "MT5", "UMT5")) for kind in kinds):
             raise UserError(f"{folder / TEXT_ENCODER} holds a {kinds[0]}", cure="give a T5EncoderModel")
         read_json(folder / TOKENIZER / "tokenizer_config.json")
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
-        except (OSError, ValueError, ImportError, KeyError) as problem:
-            raise UserError(
-                f"the tokenizer {folder / TOKENIZER} cannot be read ({problem})", cure="copy the folder again"
-            ) from None
+        tokenizer: Any = auto_tokenizer(folder / TOKENIZER)
         network = load_pretrained(T5EncoderModel, folder / TEXT_ENCODER)
         return cls(tokenizer, network, length or min(int(tokenizer.model_max_length), LENGTH))
 
@@ -144,26 +140,20 @@ def load_pretrained(cls: Any, folder: Path, may_lack: tuple[str, ...] = ()) -> n
 
     Raises UserError naming the folder when weights are missing, damaged, or not those of its config.json.
     """
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    read_json(folder / "config.json")
+    check_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights", cure="only safetensors files are read, never pickles")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one bar for each little folder says nothing
     try:
-        network, report = cls.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+        with without_bar():
+            network, report = cls.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False,
+                **({"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}),
+            )  # fmt: skip
+    except Exception as problem:  # of a config's nonsense anything may come
         raise UserError(
             f"the weights in {folder} cannot be read or do not fit their config.json ({str(problem)[:200]})",
             cure="copy the folder again",
         ) from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     missing = [key for key in report["missing_keys"] if not key.startswith(may_lack)]
     odd = [*missing, *report["mismatched_keys"], *report.get("error_msgs", ())]
     if odd:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.sampling import ForwardPass, Sampler
-from stillroom.errors import UserError, nearest
+from stillroom.errors import UserError, nearest, reading
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE
+from stillroom.models.plain_folder import auto_config, auto_tokenizer, config_from_file
 from stillroom.models.text import TOKENIZER, load_pretrained
 
 CONFIG = "config.json"
@@ -45,10 +46,26 @@ def encoder_config(name: str, vocabulary: int, classes: int) -> Any:
     return BertConfig(**settings)
 
 
-def make_encoder(name: str, vocabulary: int, classes: int) -> nn.Module:
-    """An untrained ``BertForSequenceClassification``."""
-    from transformers import BertForSequenceClassification
+def check_reader(config: Any, file: Path) -> None:
+    """Raises UserError for a config of a model that does not read a text as a whole: it writes one, or translates."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+    writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    if writes or getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
+        raise UserError(f"{file} is of a {config.model_type}, no text encoder", cure="give a BERT-like model's folder")
+
+
+def make_encoder(name: str, vocabulary: int, classes: int) -> nn.Module:
+    """An untrained ``BertForSequenceClassification``, or the network of the config in a JSON file. Raises UserError for
+    an unknown name and for a config of no text encoder."""
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+
+    if name.endswith(".json"):
+        file = Path(name).expanduser()
+        config = config_from_file(file, num_labels=classes)
+        check_reader(config, file)
+        with reading(file):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     return BertForSequenceClassification(encoder_config(name, vocabulary, classes))
 
 
@@ -66,18 +83,21 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
 
     Raises UserError for what is missing, damaged, or no text encoder.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    kinds = read_json(folder / CONFIG).get("architectures") or []
+    config = auto_config(folder)
+    check_reader(config, folder / CONFIG)
+    kinds = config.architectures or []
     try:
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             network = load_pretrained(AutoModelForSequenceClassification, folder)
         else:
             body = load_pretrained(AutoModel, folder, may_lack=("pooler.",))
             config.num_labels = classes
-            network = AutoModelForSequenceClassification.from_config(config)
-            network.base_model.load_state_dict(body.state_dict())
+            network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            report = network.base_model.load_state_dict(body.state_dict(), strict=False)
+            if odd := [k for k in (*report.missing_keys, *report.unexpected_keys) if not k.startswith("pooler.")]:
+                raise ValueError(f"a classifier of this kind has no place for {odd[0]}")
     except (OSError, ValueError, RuntimeError, AttributeError) as problem:
         raise UserError(
             f"{folder / CONFIG} describes no text encoder ({str(problem)[:200]})",
@@ -103,15 +123,10 @@ def load_masked_lm(folder: Path) -> tuple[nn.Module, Any]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder`` or its ``tokenizer/``; None where there is none. Raises UserError for a bad one."""
-    from transformers import AutoTokenizer
-
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as problem:
-        raise UserError(f"the tokenizer {place} cannot be read ({problem})", cure="copy the folder again") from None
+    return auto_tokenizer(place)
 
 
 class TextClassifier:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stillroom.errors import UserError
+from stillroom.parsing import parse_json, read_yaml
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, nan=True)
             rows[row["step"]] = row
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
@@ -50,23 +50,22 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        result = parse_json(path.read_bytes(), nan=True)
+        if not isinstance(result, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error})", cure=f"delete it and `stillroom run --resume {run_dir}`"
         ) from None
-    return dict(result)
+    return result
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
     """``recipe.yaml`` as plain data, unchecked: a report must also be possible for a method that is not installed."""
-    import yaml
-
     path = run_dir / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no recipe.yaml", cure="give a folder of `stillroom run`")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    return dict(tree or {})
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is no recipe", cure="restore it from a copy")
+    return tree

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from stillroom.data.pairs import FolderTeacher, centre_square
 from stillroom.errors import UserError, nearest
+from stillroom.files import stay_inside
 from stillroom.models.folder import NETWORK_FOLDERS
+from stillroom.models.pipeline import check_parts
 from stillroom.models.shipped import SHIPPED, model_folder
 from stillroom.models.text import weights_hash
 
@@ -164,11 +166,13 @@ class PipelineTeacher:
         """From a folder with a ``model_index.json``; safetensors only."""
         from diffusers import DiffusionPipeline
 
+        check_parts(Path(folder))
         try:
             pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # of an index's nonsense anything may come
             raise UserError(
-                f"diffusers cannot load the pipeline in {folder}: {error}", cure="give a folder in diffusers layout"
+                f"diffusers cannot load the pipeline in {folder}: {str(error)[:300]}",
+                cure="give a folder in diffusers layout",
             ) from error
         return cls(pipeline.to(device or "cpu"), **settings)
 
@@ -210,6 +214,7 @@ def _from_folder(source: str, size: int, settings: Mapping[str, Any], device: to
             f"no teacher {source!r}{nearest(source, SHIPPED)}",
             cure=f"give a model's folder, a folder of images with captions, or one of: {', '.join(SHIPPED)}",
         )
+    stay_inside(folder)
     if (folder / "model_index.json").is_file():
         return PipelineTeacher.load(folder, device, **settings)
     if any((folder / part).is_dir() for part in NETWORK_FOLDERS):

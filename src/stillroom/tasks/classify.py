@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.data.source import HOLDOUT, ArrayData, load_data
-from stillroom.diffusion.sampling import ForwardPass, Sampler
+from stillroom.diffusion.sampling import ForwardPass, Sampler, class_logits
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import classification_scores, pair_scores
-from stillroom.models.classifier import ImageClassifier, asked, config_of, make_classifier
+from stillroom.models.classifier import ImageClassifier, asked, channels_of, config_of, make_classifier
 from stillroom.models.families import parameter_count
 from stillroom.models.prompts import PromptClassifier, is_text_image_model
 from stillroom.models.shipped import SHIPPED, model_folder
@@ -39,6 +39,18 @@ class Recognition(Task):
     def networks(self) -> tuple[nn.Module, ...]:
         """The student's, then those of teachers that were named beside it."""
         return self._networks
+
+    def check_names(self, name: str, theirs: Sequence[str], mine: Sequence[str]) -> None:
+        """Raises UserError where a network calls its classes otherwise than the data, or in another order. The names
+        ``LABEL_0`` and so on are transformers' for none."""
+        if len(theirs) != len(mine) or list(theirs) == [f"LABEL_{i}" for i in range(len(theirs))]:
+            return
+        for place, (a, b) in enumerate(zip(theirs, mine, strict=True)):
+            if not same_name(a, b):
+                raise UserError(
+                    f"class {place} is {a!r} for network {name!r} and {b!r} for the data",
+                    cure="give the data the network's classes in the network's order",
+                )
 
     def teachers(self) -> Mapping[str, Any]:
         """Those that were named, or those that the method has made instead."""
@@ -88,6 +100,15 @@ def split_rows(n: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
 
 
+def same_name(a: str, b: str) -> bool:
+    """Whether two names mean one class: alike but for case and spaces, or one of several by commas (ImageNet's)."""
+
+    def ways(name: str) -> set[str]:
+        return {" ".join(part.replace("_", " ").replace("-", " ").lower().split()) for part in (*name.split(","), name)}
+
+    return bool(ways(a) & ways(b))
+
+
 class Classification(Recognition):
     """Labelled images. Every fifth of them trains nothing: it is the part ``heldout``, to choose by. The test split is
     used for scores only."""
@@ -110,11 +131,12 @@ class Classification(Recognition):
         if teacher is not None:
             given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
             self._networks = tuple(asked(n) if isinstance(n, ImageClassifier) else n for n in given)
+            self.names = [recipe.teacher] * len(given)
         else:
-            names = [name.strip() for name in recipe.teacher.split(",")]
-            self._networks = tuple(self._read(name, recipe.engine.seed, i) for i, name in enumerate(names))
-        for network in self._networks:
-            self._check(network, recipe)
+            self.names = [name.strip() for name in recipe.teacher.split(",")]
+            self._networks = tuple(self._read(name, recipe.engine.seed, i) for i, name in enumerate(self.names))
+        for name, network in zip(self.names, self._networks, strict=True):
+            self._check(name, network, recipe)
 
     def _read(self, name: str, seed: int, place: int) -> nn.Module:
         """A network by name, untrained, or from a model folder."""
@@ -122,21 +144,40 @@ class Classification(Recognition):
         if folder.is_dir() and is_text_image_model(folder):
             return PromptClassifier.load(folder, self.data.classes, self.data.shape[0])
         if folder.is_dir():
-            return asked(ImageClassifier.load(folder))
+            found = ImageClassifier.load(folder)
+            self.check_names(name, found.classes, self.data.classes)
+            return asked(found)
         with torch.random.fork_rng():
             torch.manual_seed(mix("network", seed, place))
             return make_classifier(name, self.data.shape[0], len(self.data.classes))
 
-    def _check(self, network: nn.Module, recipe: Recipe) -> None:
+    def _check(self, name: str, network: nn.Module, recipe: Recipe) -> None:
         """Raises UserError for a network that does not fit the data."""
-        config, channels, classes = config_of(network), self.data.shape[0], len(self.data.classes)
-        fits = {"channels": (config.num_channels, channels), "classes": (config.num_labels, classes)}
+        (channels, height, width), classes = self.data.shape, len(self.data.classes)
+        takes = channels_of(network)
+        fits = {"channels": (takes, channels), "classes": ((config_of(network).num_labels,), classes)}
         for what, (theirs, mine) in fits.items():
-            if theirs != mine:
+            if mine not in theirs:
                 raise UserError(
-                    f"network {recipe.teacher!r} has {theirs} {what}, data {recipe.data!r} {mine}",
+                    f"network {name!r} has {theirs[0]} {what}, data {recipe.data!r} {mine}",
                     cure=f"choose a network with {mine} {what}",
                 )
+        training = network.training
+        try:
+            with torch.no_grad():
+                found = class_logits(network.eval(), torch.zeros(1, channels, height, width))
+        except Exception as error:  # each class of network has its own way to say so
+            raise UserError(
+                f"network {name!r} cannot see the images of data {recipe.data!r}, {width}x{height} "
+                f"({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})",
+                cure="give images of its size, or its preprocessor_config.json, by which they are resized",
+            ) from error
+        network.train(training)
+        if tuple(found.shape) != (1, classes):
+            raise UserError(
+                f"network {name!r} answers {list(found.shape)} for one image and {classes} classes",
+                cure="give a network for image classification",
+            )
 
     def student(self, network: nn.Module, sampler: Sampler) -> ImageClassifier:
         return ImageClassifier(network, self.data.classes, sampler)

@@ -110,6 +110,13 @@ class TextClassification(Recognition):
                 f"network {name!r} has embeddings for {rows:,} tokens, the tokenizer knows {len(self.tokenizer):,}",
                 cure="use the network's own tokenizer",
             )
+        padding = counted_from(network)
+        if padding is not None and padding != self.tokenizer.pad_token_id:
+            raise UserError(
+                f"network {name!r} counts places from token {padding}, its padding, but the tokenizer pads with "
+                f"{self.tokenizer.pad_token_id}",
+                cure="use the network's own tokenizer",
+            )
         config: Any = getattr(network, "config", None)
         found = getattr(config, "num_labels", len(classes))
         if found != len(classes):
@@ -118,13 +125,7 @@ class TextClassification(Recognition):
                 cure=f"choose a network with {len(classes)} classes",
             )
         named = getattr(config, "id2label", None) or {}
-        theirs = [str(label) for _, label in sorted(named.items())]
-        if theirs and theirs != [f"LABEL_{i}" for i in range(len(theirs))] and theirs != list(classes):
-            place = next(i for i, pair in enumerate(zip(theirs, classes)) if pair[0] != pair[1])
-            raise UserError(
-                f"class {place} is {theirs[place]!r} for network {name!r} and {classes[place]!r} for the data",
-                cure="give the data the network's classes in the network's order",
-            )
+        self.check_names(name, [str(label) for _, label in sorted(named.items())], classes)
 
     # --- the result ---------------------------------------------------------------------------------------------------
     def student(self, network: nn.Module, sampler: Sampler) -> TextClassifier:
@@ -156,6 +157,17 @@ class TextClassification(Recognition):
 
 
 def positions(network: nn.Module) -> int:
-    """The longest text that a network reads; 0 where it does not say."""
+    """The longest text that a network reads; 0 where it does not say. RoBERTa and its like count places from that of
+    the padding on."""
     limit = getattr(getattr(network, "config", None), "max_position_embeddings", 0)
-    return limit if isinstance(limit, int) else 0
+    if not isinstance(limit, int):
+        return 0
+    return limit - (1 + padding if (padding := counted_from(network)) is not None else 0)
+
+
+def counted_from(network: nn.Module) -> int | None:
+    """The padding token by which a network counts places, if it does."""
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.padding_idx
+    return None

@@ -18,10 +18,11 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.probes import NAMES, probe_scores
-from stillroom.models.classifier import ImageClassifier, is_classifier
-from stillroom.models.encoder import ImageEncoder, encoder_of, is_encoder
+from stillroom.models.classifier import ImageClassifier
+from stillroom.models.encoder import ENCODERS, VISION_OF, ImageEncoder, architecture, check_encoder, encoder_of
 from stillroom.models.families import parameter_count
 from stillroom.models.mae import ARCHITECTURES, make_encoder
+from stillroom.models.pixels import pixels_of
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
@@ -58,8 +59,8 @@ class Encoding(Task):
             listed = [name.strip() for name in recipe.teacher.split(",")]
             self._networks = tuple(self._read(name, recipe, place) for place, name in enumerate(listed))
             self.names = [Path(name).name or f"teacher-{i}" for i, name in enumerate(listed[1:], 1)]
-        for network in self._networks:
-            config = encoder_of(network).config
+        for name, network in zip((recipe.teacher.split(",")[0], *self.names), self._networks, strict=True):
+            config = check_encoder(network, name).config
             theirs, mine = (config.num_channels, config.image_size), (channels, width)
             if theirs != mine:
                 raise UserError(
@@ -72,11 +73,13 @@ class Encoding(Task):
         """An untrained network by name, a teacher of the bench by name, or a model folder."""
         folder = Path(name).expanduser()
         if folder.is_dir():
-            return (
-                (ImageClassifier if is_classifier(folder) and not is_encoder(folder) else ImageEncoder)
-                .load(folder)
-                .network
-            )
+            named = architecture(folder)
+            if named in (*ENCODERS, *VISION_OF) or "ImageClassification" not in named:
+                return ImageEncoder.load(folder).network
+            network: Any = ImageClassifier.load(folder).network
+            if (pixels := pixels_of(network)) is not None:  # which its encoder alone would not pass
+                network.config.image_mean, network.config.image_std = list(pixels.mean), list(pixels.std)
+            return network
         if name in TRAINED:
             if recipe.data != "fashion":
                 raise UserError(

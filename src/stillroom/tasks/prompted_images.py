@@ -16,6 +16,7 @@ from stillroom.diffusion.sampling import FewStepSampler, Sampler
 from stillroom.errors import UserError
 from stillroom.models.families import parameter_count
 from stillroom.models.pipeline import PipelineGenerator, few_step_scheduler, fingerprint, sized
+from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import Task, say
 
@@ -120,8 +121,6 @@ def timesteps(generator: PipelineGenerator) -> list[float]:
 
 def licence(folder: Path | None) -> str:
     """What the model card in a folder says about its licence; empty if it says nothing."""
-    import yaml
-
     path = folder / "README.md" if folder is not None else None
     if path is None or not path.is_file():
         return ""
@@ -130,8 +129,8 @@ def licence(folder: Path | None) -> str:
     if len(parts) < 3 or parts[0].strip():
         return ""
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front = parse_yaml(parts[1], str(path))
+    except UserError:
         return ""
     found = front.get("license") if isinstance(front, dict) else ""
     return str(found) if found else ""

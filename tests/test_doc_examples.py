@@ -1,0 +1,259 @@
+"""What the documents show runs: every block of code is executed, or checked as far as it can be without a training; one
+that is neither fails. And the site's navigation has every page."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import stillroom
+from stillroom import cli
+from stillroom.parsing import parse_yaml
+from stillroom.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    text: str
+
+
+def blocks(language: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in FENCE.finditer(text):
+            if match[1] == language:
+                found.append(Block(page.name, text[: match.start()].count("\n") + 2, match[2]))
+    return found
+
+
+def of(found: list[Any]) -> Any:
+    return pytest.mark.parametrize("block", found, ids=lambda block: f"{block.page}:{block.line}")
+
+
+def test_every_block_is_of_a_known_language() -> None:
+    known = {"sh", "python", "yaml", "toml", "text", ""}  # the last two are no code: figures, signatures, formulas
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert {match[1] for match in FENCE.finditer(text)} <= known, page.name
+        assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(FENCE.findall(text)), page.name
+
+
+# --- the shell --------------------------------------------------------------------------------------------------------
+def lines(block: Block) -> Iterator[Block]:
+    for number, line in enumerate(block.text.replace("\\\n", "").splitlines()):
+        if shlex.split(line, comments=True):
+            yield Block(block.page, block.line + number, line)
+
+
+COMMANDS = [line for block in blocks("sh") for line in lines(block)]
+CHEAP = ("methods", "doctor", "recipe", "--help", "bench")
+"""Commands that are run as they stand."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the documents name as the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks("yaml") if block.page == "running.md")
+    (tmp_path / "my-recipe.yaml").write_text(block.text)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/recipe.yaml").write_text(block.text)
+    return tmp_path
+
+
+@of(COMMANDS)
+def test_a_command_is_one(
+    block: Block, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(block.text, comments=True)
+    while "=" in words[0] and words[0].split("=")[0].isupper():  # settings of the environment
+        words = words[1:]
+    if words[0] == "torchrun":
+        words = ["stillroom", *words[words.index("stillroom") + 1 :]]
+    if words[0] == "stillroom":
+        check_stillroom(words[1:], monkeypatch)
+    elif words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[:2] == ["pip", "install"]:
+        (extra,) = re.findall(r"^stillroom\[([a-z,]+)\]$", words[-1])
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
+        assert set(extra.split(",")) <= set(extras)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    else:
+        pytest.fail(f"{block.page}:{block.line}: nothing checks {block.text!r}")
+
+
+def check_stillroom(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a cheap command. Of ``run`` read the recipe, all of it; of others the arguments."""
+    if "--help" in words:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert not stop.value.code
+        return
+    command: Any = cli._parse(words)
+    if words[0] in CHEAP:
+        assert command() == 0
+    elif words[0] == "run" and command.resume is None:
+        made: list[Recipe] = []
+        for name in ("_run", "_run_again"):
+            monkeypatch.setattr(cli, name, lambda recipe, folder, *_, **__: made.append(recipe) or 0)
+        assert command() == 0
+        assert len(made) == 1
+        assert made[0].to_yaml()
+
+
+def inline_commands() -> list[Block]:
+    """``stillroom ...`` between backticks, without places to fill in."""
+    found = []
+    for page in PAGES:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            for text in re.findall(r"`(stillroom [a-z][^`]*)`", line):
+                if not re.search(r"[A-Z]{2,}|\.\.\.|\[", text.replace("--", "")):
+                    found.append(Block(page.name, number, text))
+    return [next(group) for _, group in itertools.groupby(sorted(found, key=lambda b: b.text), key=lambda b: b.text)]
+
+
+@of(inline_commands())
+def test_a_command_in_the_text_is_one(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(block.text)[1:]
+    if words[0] in CHEAP and len(words) == 1 and words[0] != "methods":
+        words += ["fashion"] if words[0] == "bench" else ["runs/x"]
+    if words[0] in ("doctor", "bench") or "denoising-student" in words:  # a run that is not there; tests/test_docs.py's
+        cli._parse(words)
+        return
+    check_stillroom(words, monkeypatch)
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+def regression() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2))
+    y = np.eye(2)[(x[:, 0] > 0).astype(int)]
+    return {"X": x[:30], "y": y[:30], "X_val": x[30:45], "y_val": y[30:45], "X_test": x[45:]}
+
+
+EXECUTED: dict[tuple[str, str], Any] = {
+    ("classifiers.md", "KernelSelfDistillation("): regression,
+}
+"""Blocks that are run, by page and a word of theirs, with what they are given."""
+PARTS = {
+    ("README.md", 'sr.distill("dmd2"'): "a training",
+    ("README.md", 'sr.load("scenes-sd3")'): "goes on from the block above it",
+    ("adding-a-method.md", "class DenoisingStudent"): "run by tests/test_docs.py",
+    ("adding-a-method.md", "PROOFS = ("): "run by tests/test_docs.py",
+    ("adding-a-method.md", "def test_a_teacher_of_one_step"): "run by tests/test_docs.py",
+    ("architecture.md", "def critic("): "methods of a class that is not shown",
+    ("classifiers.md", "student.classify(images)"): "reads the student of a run",
+    ("data.md", "scene_set("): "draws a thousand pictures",
+    ("features.md", "layer_maps.layer_map("): "run by tests/test_docs.py",
+    ("demo.md", "open_studio("): "reads the student of a run",
+    ("encoders.md", "student.tokens(images)"): "reads the student of a run",
+    ("language.md", "student.classify(["): "reads the student of a run",
+    ("language.md", "Recommender()"): "trains thirty students",
+    ("synthesis.md", "store_data("): "draws with a teacher",
+    ("synthesis.md", "register_filter("): "registers a filter for good",
+    ("synthesis.md", "webdataset.WebDataset("): "other libraries",
+    ("text-to-image.md", "student.sample("): "reads the student of a run",
+}
+"""Blocks of which only grammar, imports and calls of ``stillroom`` are checked, and why."""
+
+
+def kind_of(block: Block) -> tuple[str, str]:
+    found = [key for key in (*EXECUTED, *PARTS) if key[0] == block.page and key[1] in block.text]
+    assert len(found) == 1, f"{block.page}:{block.line} is to be listed once, in EXECUTED or in PARTS; it is {found}"
+    return found[0]
+
+
+def test_every_listed_block_is_there() -> None:
+    assert sorted(kind_of(block) for block in blocks("python")) == sorted([*EXECUTED, *PARTS])
+
+
+@of(blocks("python"))
+def test_a_python_block_holds(block: Block, place: Path) -> None:
+    tree = ast.parse(block.text)
+    key = kind_of(block)
+    if key in EXECUTED:
+        exec(compile(tree, f"{block.page}:{block.line}", "exec"), EXECUTED[key]())
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stillroom"):
+            module = importlib.import_module(node.module or "")
+            missing = [name.name for name in node.names if not hasattr(module, name.name)]
+            for name in missing:  # a module of the package
+                importlib.import_module(f"{node.module}.{name}")
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sr":
+            assert node.attr in stillroom.__all__
+
+
+# --- YAML and TOML ----------------------------------------------------------------------------------------------------
+@of(blocks("yaml"))
+def test_a_yaml_block_is_a_recipe_or_a_part_of_one(block: Block) -> None:
+    tree = parse_yaml(block.text, f"{block.page}:{block.line}")
+    if block.page == "language.md":
+        tree = {"method": "ernie-tiny", **tree}
+    if block.page != "adding-a-method.md":  # of a method that tests/test_docs.py makes
+        Recipe.from_dict(tree)
+
+
+@of(blocks("toml"))
+def test_a_toml_block_is_one(block: Block) -> None:
+    assert tomllib.loads(block.text)
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+def listed(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for part in nav.values() if isinstance(nav, dict) else nav:
+            yield from listed(part)
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    named = list(listed(project["nav"]))
+    assert sorted(named) == sorted(path.name for path in (ROOT / project["docs_dir"]).glob("*.md"))
+    assert (ROOT / project["docs_dir"] / "index.md").is_file()
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_sections_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        there = page if not target else page.parent / target
+        assert anchor in anchors(there), f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_checks_can_fail(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("run dmd3", "run dmd2 engine.stepps=3", "sample", "methods dmd3", "run dmd2 --data"):
+        with pytest.raises((stillroom.UserError, SystemExit, AssertionError)):
+            check_stillroom(wrong.split(), monkeypatch)
+    with pytest.raises(AssertionError, match="listed once"):
+        kind_of(Block("README.md", 1, "print()"))
+    assert "a-section" not in anchors(ROOT / "README.md")
+    assert sys.version_info >= (3, 11)

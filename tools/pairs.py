@@ -1,0 +1,65 @@
+"""Try every method on every family of models that it may take, and write what happens; docs/models.md shows it.
+
+    PYTHONPATH=src python tools/pairs.py pipelines     results/pipelines/pairs.json: text-to-image pipelines
+    PYTHONPATH=src python tools/pairs.py models        results/models/pairs.json: classifiers, encoders, text encoders
+
+The models are those of tests/tiny_pipelines.py and tests/tiny_models.py; tests/test_pipeline_pairs.py and
+tests/test_model_pairs.py hold the records to what happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def pipelines() -> dict[str, Any]:
+    from pipeline_pairs import METHODS, STEPS, try_pair
+    from stillroom.models.pipeline_families import FAMILIES
+
+    families = {}
+    for name, family in FAMILIES.items():
+        found = {method: try_pair(name, method) for method in METHODS}
+        print(name, found, flush=True)
+        families[name] = {"title": family.title, "pipelines": list(family.pipelines), "methods": found}
+    return {"steps": STEPS, "families": families}
+
+
+def models() -> dict[str, Any]:
+    from model_pairs import METHODS, STEPS, try_pair
+    from tiny_models import SAVE
+
+    kinds: dict[str, Any] = {}
+    for kind, (families, _) in SAVE.items():
+        kinds[kind] = {}
+        for name, family in families.items():
+            found = {method: try_pair(kind, name, method) for method in METHODS[kind]}
+            print(kind, name, found, flush=True)
+            kinds[kind][name] = {"title": family.title, "class": family.cls, "methods": found}
+    return {"steps": STEPS, "kinds": kinds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("pipelines", "models"))
+    what = parser.parse_args().what
+    found = {"pipelines": pipelines, "models": models}[what]()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    record = {
+        "steps": found.pop("steps"), "commit": commit, "machine": f"{platform.system()} {platform.machine()}", **found,
+    }  # fmt: skip
+    path = ROOT / "results" / what / "pairs.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
