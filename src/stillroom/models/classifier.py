@@ -16,6 +16,7 @@ from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE, read_shards
 from stillroom.models.prompts import is_text_image_model
+from stillroom.models.skeleton import from_config, making, unread
 from stillroom.models.two_heads import restore, two_heads
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -90,7 +91,8 @@ class ImageClassifier:
             )
         try:
             config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-            network = AutoModelForImageClassification.from_config(config)
+            with making():
+                network = AutoModelForImageClassification.from_config(config)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} describes no image classifier: {error}") from error
         network = pretrained(type(network), folder)
@@ -126,6 +128,8 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
     shape."""
     from safetensors import SafetensorError
 
+    if unread():
+        return from_config(cls, folder)
     try:
         network, report = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -31,6 +31,7 @@ from stillroom.models.pipeline_families import (
     network_name,
     network_of,
 )
+from stillroom.models.skeleton import pipeline_from_configs, unread
 
 INDEX = "model_index.json"
 LORA = "lora"
@@ -276,6 +277,8 @@ def _from_pretrained(class_name: str, folder: Path) -> Any:
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    if unread():
+        return pipeline_from_configs(getattr(diffusers, class_name), folder, read_json(folder / INDEX))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one bar for each part says nothing
     diffusers.utils.logging.disable_progress_bar()

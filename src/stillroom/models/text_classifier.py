@@ -15,6 +15,7 @@ from stillroom.diffusion.sampling import ForwardPass, Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE
+from stillroom.models.skeleton import making
 from stillroom.models.text import TOKENIZER, load_pretrained
 
 CONFIG = "config.json"
@@ -76,7 +77,8 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
         else:
             body = load_pretrained(AutoModel, folder, may_lack=("pooler.",))
             config.num_labels = classes
-            network = AutoModelForSequenceClassification.from_config(config)
+            with making():
+                network = AutoModelForSequenceClassification.from_config(config)
             network.base_model.load_state_dict(body.state_dict())
     except (OSError, ValueError, RuntimeError, AttributeError) as problem:
         raise UserError(

@@ -19,6 +19,7 @@ from stillroom.models.classifier import ImageClassifier, asked, config_of, make_
 from stillroom.models.families import parameter_count
 from stillroom.models.prompts import PromptClassifier, is_text_image_model
 from stillroom.models.shipped import SHIPPED, model_folder
+from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
@@ -123,7 +124,7 @@ class Classification(Recognition):
             return PromptClassifier.load(folder, self.data.classes, self.data.shape[0])
         if folder.is_dir():
             return asked(ImageClassifier.load(folder))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), making():
             torch.manual_seed(mix("network", seed, place))
             return make_classifier(name, self.data.shape[0], len(self.data.classes))
 
