@@ -40,9 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": BELOW_BENCH | {"bench", "synthesis"},
     "demo": BELOW_BENCH | {"bench", "tasks", "run"},
     "auto": BELOW_BENCH | {"run"},
+    "catalogue": {"method"},
+    "planning": BELOW_BENCH | {"bench", "tasks"},
     "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
-    "cli": BELOW_BENCH | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "__init__"},
-    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks"},
+    "cli": BELOW_BENCH
+    | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "planning", "catalogue", "__init__"},
+    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks", "planning"},
     "__main__": {"cli"},
 }
 # Anybody may name these in an annotation (under TYPE_CHECKING): they are the contract, not an implementation.

@@ -25,8 +25,6 @@ from tyro.conf import Positional, arg, subcommand
 from stillroom.errors import TrainingDiverged, UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from stillroom.recipe import Recipe
 
 RUNS = Path("runs")
@@ -108,6 +106,50 @@ def _show(folder: Path) -> None:
     console = Console()
     console.print(comparison([folder]))
     console.print(f"student  {folder / 'student'}\nreport   {folder / 'report.html'}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a recipe takes before it is run: memory and operations of each turn, and what to change."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")] = ""
+    """A method or shipped recipe by name, or a .yaml file."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
+    """Recipe keys to change, e.g. engine.batch=64 engine.parallel=fsdp."""
+    teacher: _Text = None
+    """A bench's teacher by name, or a model folder; its weights are not read."""
+    data: _Text = None
+    """A data set by name, or a folder of images."""
+    world: Annotated[int, arg(metavar="N")] = 1
+    """Processes, of one device each; engine.parallel says how they share the work."""
+    memory: Annotated[str, arg(metavar="SIZE", help_behavior_hint="")] = ""
+    """Memory of one device, e.g. 24GB or 80GiB: where it is too little, the plan says what to change."""
+    json: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Print JSON, in bytes, instead of a table."""
+
+    def __call__(self) -> int:
+        from stillroom.recipe import DEFAULT, Recipe
+
+        source, overrides = self.recipe, list(self.overrides)
+        if "=" in source:
+            source, overrides = "", [source, *overrides]
+        given = {key: value for key, value in (("teacher", self.teacher), ("data", self.data)) if value is not None}
+        recipe = Recipe.load(source or DEFAULT, overrides, **given)
+        from stillroom.planning import plan, turns_table, verdict
+
+        found = plan(
+            recipe, world=self.world, memory=self.memory or 0, report=lambda line: print(line, file=sys.stderr)
+        )
+        if self.json:
+            import json
+
+            print(json.dumps(found.to_dict(), indent=2))
+            return 0
+        from rich.console import Console
+
+        Console().print(turns_table(found))
+        print(*verdict(found), sep="\n")
+        return 0
 
 
 @dataclass(frozen=True)
@@ -230,7 +272,9 @@ class Methods:
         from rich.console import Console
 
         if not self.method:
-            Console().print(_methods_table())
+            from stillroom.catalogue import methods_table
+
+            Console().print(methods_table())
             return 0
         from stillroom.report.tables import options_table
 
@@ -373,7 +417,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
+COMMANDS = (Run, Plan, Prove, Compare, Sample, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -417,7 +461,7 @@ def _parse(argv: list[str]) -> Any:
 
 def _overrides_last(argv: list[str]) -> list[str]:
     """``run dmd2 engine.batch=8 --steps 5 options.x=1``: overrides may stand anywhere."""
-    if argv[0] not in ("run", "teach"):
+    if argv[0] not in ("run", "plan", "teach"):
         return argv
     plain, moved = [], []
     for before, token in itertools.pairwise(argv):
@@ -438,40 +482,7 @@ def _one_line(box: str) -> str:
     return text.split(" Argument helptext:")[0].split(" For full helptext")[0]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-def _methods_table() -> Table:
-    from importlib.metadata import entry_points
-
-    import yaml
-    from rich.table import Table
-
-    package = Path(__file__).parent
-    files = (package / "methods").glob("*/*.py")
-    here = {path.stem.replace("_", "-") for path in files if path.stem != "__init__"}
-    table = Table("method", "wing", "arXiv", "", "what it is for", box=None, header_style="bold", pad_edge=False)
-    entries = yaml.safe_load((package / "catalogue.yaml").read_text(encoding="utf-8"))
-    entries += [_entry_of(slug) for slug in sorted(here - {entry["slug"] for entry in entries})]
-    for entry in sorted(entries, key=lambda entry: entry["slug"] not in here):
-        style = "" if entry["slug"] in here else "dim"
-        link = f"[link=https://arxiv.org/abs/{entry['arxiv']}]{entry['arxiv']}[/link]"
-        state = "" if entry["slug"] in here else "planned"
-        table.add_row(entry["slug"], entry["wing"], link, state, entry["purpose"], style=style)
-    for point in entry_points(group="stillroom.methods"):
-        table.add_row(point.name, "plug-in", "", "", point.dist.name if point.dist else point.value)
-    return table
-
-
-def _entry_of(slug: str) -> dict[str, str]:
-    """A method that is not in the catalogue describes itself: the first sentence of its docstring."""
-    import inspect
-
-    from stillroom.method import get_method
-
-    method = get_method(slug)
-    purpose = inspect.cleandoc(method.__doc__ or "").split(". ")[0].rstrip(".").replace("\n", " ")
-    return {"slug": slug, "arxiv": method.paper.arxiv, "wing": method.wing, "purpose": purpose}
-
-
+# --- places -----------------------------------------------------------------------------------------------------------
 def _model(name: str | Path) -> str:
     """A model as it was named; a run's name becomes its folder."""
     return str(RUNS / name if (RUNS / name / "recipe.yaml").is_file() else name)

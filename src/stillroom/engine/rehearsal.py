@@ -4,23 +4,26 @@ of floating-point operations."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stillroom.engine.config import EngineConfig
+from stillroom.engine.distributed import shard_units
 from stillroom.engine.player import Player
+from stillroom.engine.precision import networks
 from stillroom.engine.stages import Span
 from stillroom.engine.trainer import Data, Trainer
 from stillroom.errors import UserError
@@ -90,10 +93,11 @@ class Counted(Answered):
 
     def is_gradient(self, parameter: Tensor) -> None:
         """A parameter's gradient has been summed up: its bytes are gradients from now on."""
-        if parameter.grad is not None and (key := id(parameter.grad.untyped_storage())) in self._known:
-            if key not in self._gradients:
-                self._gradients.add(key)
-                self.in_gradients += self._known[key][1]
+        assert parameter.grad is not None
+        key = id(parameter.grad.untyped_storage())
+        if key in self._known and key not in self._gradients:
+            self._gradients.add(key)
+            self.in_gradients += self._known[key][1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -138,7 +142,7 @@ class PlacedDraws(Draws):
     uniform = normal
 
     def index(self, high: int) -> int:
-        type(self).asked = True
+        type(self).asked |= high > 1
         return min(int(high * type(self).place_in_range), high - 1)
 
 
@@ -183,14 +187,15 @@ class _Seen:
 class Rehearsal(Trainer):
     """Goes once through each stage of a method whose tensors are fake, as the first of ``world`` processes.
 
-    ``mode``: that of the fake tensors. ``rows``: how many rows the data are asked for stay as they are in ``config``.
+    ``mode``: that of the fake tensors. Raises UserError for settings that do not fit, and for what cannot be known so.
     """
 
     def __init__(self, method: Method, data: Data, config: EngineConfig, world: int, mode: Any) -> None:
         parts = config.accumulate * world
         if config.batch % parts:
             raise UserError(
-                f"engine.batch={config.batch} does not split over {world} processes x {config.accumulate} micro-batches",
+                f"engine.batch={config.batch} does not split over {world} processes x {config.accumulate} "
+                "micro-batches",
                 cure=f"choose a multiple of {parts}",
             )
         # the first of N processes sees the first of N times as many micro-batches
@@ -222,8 +227,7 @@ class Rehearsal(Trainer):
     def _stage_costs(self, span: Span) -> list[TurnCost]:
         m, stage = self.method, span.stage
         m.step, m.progress, m.stage = span.start, span.start / self.config.steps, stage
-        with self.mode, self.counted:
-            self._enter(span, resumed=False)
+        self._try(functools.partial(self._enter_stage, span))
         players = [p for p in self.players.values() if stage.turns is None or p.turn.name in stage.turns]
         with self.mode:
             for player in players:
@@ -240,27 +244,33 @@ class Rehearsal(Trainer):
         for names, times in due.items():
             for place in PLACES:
                 PlacedDraws.place_in_range, PlacedDraws.asked = place, False
-                self._try_step([self.players[name] for name in names], batches, seen, times * (place == PLACES[0]))
+                step = ([self.players[name] for name in names], batches, seen, times * (place == PLACES[0]))
+                self._try(functools.partial(self._step, *step))
                 if not PlacedDraws.asked:
                     break
         return [self._cost(player, seen[player.turn.name], span) for player in players]
 
-    def _try_step(self, *step: Any) -> None:
-        """With all tensors fake; where values are needed that are no network's, with those that are made on the way as
-        they are. Raises UserError for a turn that asks for more."""
+    def _try(self, act: Callable[[Any], None]) -> None:
+        """``act(mode)`` with all tensors fake; where values are needed that are no network's, with those that are made
+        on the way as they are. Raises UserError for a method that asks for more."""
         try:
-            self._step(self.mode, *step)
+            act(self.mode)
         except _VALUES:
             try:
-                self._step(nullcontext(), *step)
+                act(nullcontext())
             except _VALUES as problem:
                 raise UserError(
-                    f"{self.method.slug!r} cannot be planned: what it computes depends on values of its networks "
-                    f"({problem})",
-                    cure="measure it with a few steps",
+                    f"{self.method.slug!r} cannot be planned: what it does depends on its networks' values ({problem})",
+                    cure="run a few steps and measure them",
                 ) from None
 
-    def _step(self, mode: Any, players: list[Player], batches: list[Any], seen: Mapping[str, _Seen], times: int) -> None:
+    def _enter_stage(self, span: Span, mode: Any) -> None:
+        with mode, self.counted:
+            self._enter(span, resumed=False)
+
+    def _step(
+        self, players: list[Player], batches: list[Any], seen: Mapping[str, _Seen], times: int, mode: Any
+    ) -> None:
         """One step of these turns. ``times``: how many steps of a cycle are like it."""
         with mode, self.counted:
             shown = [self._faked(batch) for batch in batches]
@@ -317,9 +327,46 @@ class Rehearsal(Trainer):
             total=seen.peak,
             flops=round(sum(flops * times for flops, times in seen.flops.items()) / runs),
         )
-        if self.processes > 1:
-            spread(cost, self, player)
+        if self.processes > 1 and self.config.parallel == "ddp":  # each turn's wrapper keeps a copy of its gradients
+            cost.exchange = sum(storage_bytes(p.trained) for p in self.players.values())
+            cost.total += cost.exchange
+        elif self.processes > 1:
+            self._shard(cost, player)
         return cost
+
+    def _shard(self, cost: TurnCost, player: Player) -> None:
+        """The same under FSDP: networks, gradients, moments and averages by shards, and on top the units that are whole
+        at one time: of the largest network what lies outside its blocks, two blocks (the next one is fetched while
+        the last one is used) and, where the turn trains them, two blocks' gradients."""
+        apart = cost.total - cost.weights - cost.optimizer - cost.averages
+        alive = min(max(0, apart - cost.activations), cost.gradients)  # of the gradients, at the peak
+        shards = sum(map(self._shard_bytes, player.trained))
+        cost.activations, alive = apart - alive, round(alive * shards / cost.gradients)
+        cost.weights = sum(map(self._shard_bytes, self.method.parameters()))
+        cost.weights += storage_bytes(self.method.buffers())
+        cost.optimizer = sum(map(self._shard_bytes, self._moments()))
+        cost.averages = sum(self._shard_bytes(v) for a in self.averages.values() for v in a.values.values())
+        cost.gradients, cost.exchange = shards, self._gathered(player)
+        cost.total = cost.weights + cost.optimizer + cost.averages + cost.activations + alive + cost.exchange
+
+    def _shard_bytes(self, tensor: Tensor) -> int:
+        """Of the first process, which has the largest part of the first dimension."""
+        if tensor.ndim == 0:
+            return tensor.nbytes
+        return math.ceil(tensor.shape[0] / self.processes) * (tensor.nbytes // tensor.shape[0])
+
+    def _gathered(self, player: Player) -> int:
+        mine, taken = {id(p) for p in player.trained}, set[int]()
+        units: list[tuple[int, int, nn.Module]] = []  # bytes of weights and of gradients
+        for unit in [*shard_units(self.method), self.method]:
+            own = [p for p in unit.parameters() if id(p) not in taken]
+            taken |= {id(p) for p in own}
+            units.append((sum(p.nbytes for p in own), sum(p.nbytes for p in own if id(p) in mine), unit))
+        roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
+        blocks = [(weights, gradients) for weights, gradients, unit in units if id(unit) not in roots]
+        whole = [(weights, gradients) for weights, gradients, unit in units if id(unit) in roots]
+        most = [max((pair[k] for pair in group), default=0) for group in (blocks, whole) for k in (0, 1)]
+        return 2 * most[0] + 2 * most[1] + most[2] + most[3]
 
 
 def _begin(player: Player) -> None:
@@ -329,7 +376,3 @@ def _begin(player: Player) -> None:
             p.grad = torch.zeros_like(p)
         player.optimizer.step()
         player.optimizer.zero_grad(set_to_none=True)
-
-
-def spread(cost: TurnCost, rehearsal: Rehearsal, player: Player) -> None:
-    raise NotImplementedError

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import cache_folder
@@ -48,6 +49,16 @@ class PromptedImages(Task):
             self.data = encode_prompts(source, self.teacher, cache, say)
         self.origin = self.data.origin
         self.teacher.denoiser.null = dict(self.data.null)
+
+    def sketch(self, recipe: Recipe) -> None:
+        """One picture with a prompt, as the pipeline's configs have it. The data are not looked at."""
+        self.teacher = PipelineGenerator.load(recipe.teacher)
+        text, null = self.teacher.conditions(["a"])
+        shown = {f"text/{name}": torch.zeros(value.shape, dtype=value.dtype) for name, value in text.items()}
+        shown["latents"] = torch.zeros(1, *self.teacher.denoiser.shape)
+        self.origin = "one prompt with a picture"
+        self.data = PromptedData([shown], ["a"], null, self.origin)
+        self.teacher.denoiser.null = dict(null)
 
     def check(self, method: Any) -> None:
         """Raises UserError where the method's sampler cannot be a scheduler of diffusers, or its discriminator would
