@@ -20,10 +20,10 @@ import stillroom as sr
 import tiny
 import tiny_pipelines
 import tiny_text
-from stillroom import cli
+from stillroom import cli, planning
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.rehearsal import Answered, Rehearsal, TurnCost, storage_bytes
+from stillroom.engine.rehearsal import Rehearsal, TurnCost, storage_bytes
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.method import Batch, Method, Terms, get_method, turn
@@ -87,8 +87,7 @@ def test_bytes_and_operations_of_two_layers_by_hand() -> None:
 
 
 def test_activations_of_a_wide_layer_by_hand() -> None:
-    """Of one wide layer, B = 1000 rows, 16 -> 1 without bias: rows and their ids, outputs, squares, and their
-    gradients."""
+    """One layer, 16 -> 1 without bias, on B = 1000 rows."""
 
     class Wide(Regression):
         def build(self, *teachers: Any) -> None:
@@ -100,10 +99,10 @@ def test_activations_of_a_wide_layer_by_hand() -> None:
         return method
 
     (cost,) = rehearsed(make, ArrayData(torch.randn(64, 16)), batch=1000)
-    rows, column = 4 * 1000 * 16 + 8 * 1000, 4 * 1000
-    # the most is alive in the backward pass of the square: x, y, the gradient of the mean (a number, seen as a column),
-    # 2 y, and their product
-    assert rows + 3 * column <= cost.activations <= rows + 4 * column + 64
+    rows, column = 4 * 1000 * 16 + 8 * 1000, 4 * 1000  # with the rows' ids
+    # the most is alive in the backward pass of the square: y, the gradient of the mean over all rows, y ** 1, 2 y ** 1,
+    # and the product of both; and two numbers, the loss and its own gradient
+    assert cost.activations == rows + 5 * column + 2 * 4
 
 
 def test_averages_and_sgd_are_what_the_engine_keeps() -> None:
@@ -195,7 +194,7 @@ def test_a_plan_is_within_15_per_cent_of_what_is_taken(tmp_path: Path, slug: str
         method.build(*copy.deepcopy(given))
         return method
 
-    real = Measured(make(), data(), EngineConfig(steps=8, batch=8, device="cpu"), show=False).measure()
+    real = Measured(make(), data(), EngineConfig(steps=60, batch=8, device="cpu"), show=False).measure()
     costs = rehearsed(make, data())
     assert {(stage, cost.turn) for cost in costs for stage in cost.stages} == set(real)
     for cost in costs:
@@ -270,9 +269,13 @@ def test_a_plan_reads_no_weights(folders: tuple[str, str], tmp_path: Path) -> No
         load_denoiser(bare)
 
 
-def test_what_is_advised_fits(folders: tuple[str, str]) -> None:
+def test_what_is_advised_fits(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ("recompute", "shard")  # each plan takes seconds
+    few = tuple(proposal for proposal in planning._PROPOSALS if proposal[0].startswith(wanted))
+    monkeypatch.setattr(planning, "_PROPOSALS", few)
+    monkeypatch.setattr(planning, "PROCESSES", (2,))
     start = plan(recipe(folders, "engine.batch=32"))
-    limit = round(0.6 * start.total)
+    limit = round(0.55 * start.total)
     found = plan(recipe(folders, "engine.batch=32"), memory=limit)
     assert found.fits is False
     assert found.advice is not None
@@ -318,7 +321,7 @@ def test_sizes_are_read_as_they_are_written() -> None:
     assert [bytes_of(text) for text in ("24GB", "80GiB", "1.5 MB", 7)] == [24 * 10**9, 80 * 2**30, 1_500_000, 7]
 
 
-@pytest.mark.parametrize("family", ["sd3", "pixart"])
+@pytest.mark.parametrize("family", ["sd3"])
 def test_a_pipeline_is_planned_from_its_configs(tmp_path: Path, family: str) -> None:
     folder = tiny_pipelines.save_pipeline(family, tmp_path / family)
     for file in folder.rglob("*.safetensors"):

@@ -147,7 +147,8 @@ class Plan:
             return 0
         from rich.console import Console
 
-        Console().print(turns_table(found))
+        console = Console()
+        (console if console.is_terminal else Console(width=160)).print(turns_table(found))
         print(*verdict(found), sep="\n")
         return 0
 

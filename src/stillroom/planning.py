@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stillroom.engine.rehearsal import Answered, Rehearsal, TurnCost
+from stillroom.engine.rehearsal import Rehearsal, TurnCost
 from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.models.skeleton import emptied, weights_unread
@@ -135,8 +135,7 @@ def _rehearsed(recipe: Recipe, world: int) -> Plan:
         for network in task.networks():
             if isinstance(network, nn.Module):
                 emptied(network, mode)
-        with mode, Answered():
-            method = build_method(recipe, task)
+        method = build_method(recipe, task)
         emptied(method, mode)
         rehearsal = Rehearsal(method, task.data, recipe.engine, world, mode)
         turns = rehearsal.turn_costs()

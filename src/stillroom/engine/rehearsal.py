@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -28,31 +26,12 @@ from stillroom.engine.stages import Span
 from stillroom.engine.trainer import Data, Trainer
 from stillroom.errors import UserError
 from stillroom.method import Draws, Method
+from stillroom.models.skeleton import NEED_VALUES, Answered
 
 LARGEST_CYCLE = 64
 """Steps after which a rehearsal stops looking for other combinations of turns."""
 PLACES = (0.5, 0.0, 1 - 2**-24)
 """Where whole-number draws fall in their range: in the middle, at its start, at its end."""
-
-
-class Answered(TorchDispatchMode):
-    """Answers for the values that fake tensors lack, where the answer is clear: checks are passed, a seed is 0."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
-            return args[0].answer
-        made = func(*args, **(kwargs or {}))
-        if func in _ANSWERS and isinstance(made, FakeTensor):
-            made.answer = _ANSWERS[func]  # type: ignore[attr-defined]
-        return made
-
-
-_ANSWERS: dict[Any, Any] = {
-    torch.ops.aten.all.default: True,
-    torch.ops.aten.any.default: False,
-    torch.ops.aten.randint.default: 0,
-    torch.ops.aten.randint.low: 0,
-}
 
 
 class Counted(Answered):
@@ -123,9 +102,6 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of all storages behind the tensors, each counted once."""
     storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class PlacedDraws(Draws):
@@ -255,10 +231,10 @@ class Rehearsal(Trainer):
         on the way as they are. Raises UserError for a method that asks for more."""
         try:
             act(self.mode)
-        except _VALUES:
+        except NEED_VALUES:
             try:
                 act(nullcontext())
-            except _VALUES as problem:
+            except NEED_VALUES as problem:
                 raise UserError(
                     f"{self.method.slug!r} cannot be planned: what it does depends on its networks' values ({problem})",
                     cure="run a few steps and measure them",
@@ -336,8 +312,9 @@ class Rehearsal(Trainer):
 
     def _shard(self, cost: TurnCost, player: Player) -> None:
         """The same under FSDP: networks, gradients, moments and averages by shards, and on top the units that are whole
-        at one time: of the largest network what lies outside its blocks, two blocks (the next one is fetched while
-        the last one is used) and, where the turn trains them, two blocks' gradients."""
+        at one time: what lies outside a network's blocks, and two blocks (the next one is fetched while the last one is
+        used). At the end of the backward pass activations are gone, but what lies outside the blocks has whole
+        gradients, twice: as they are, and as they are sent."""
         apart = cost.total - cost.weights - cost.optimizer - cost.averages
         alive = min(max(0, apart - cost.activations), cost.gradients)  # of the gradients, at the peak
         shards = sum(map(self._shard_bytes, player.trained))
@@ -346,8 +323,11 @@ class Rehearsal(Trainer):
         cost.weights += storage_bytes(self.method.buffers())
         cost.optimizer = sum(map(self._shard_bytes, self._moments()))
         cost.averages = sum(self._shard_bytes(v) for a in self.averages.values() for v in a.values.values())
-        cost.gradients, cost.exchange = shards, self._gathered(player)
-        cost.total = cost.weights + cost.optimizer + cost.averages + cost.activations + alive + cost.exchange
+        block, whole, gradients = self._units(player)
+        cost.gradients, cost.exchange = shards, whole + 2 * block
+        last = shards + whole + 2 * gradients
+        cost.total = cost.weights + cost.optimizer + cost.averages
+        cost.total += max(cost.activations + alive + cost.exchange, last)
 
     def _shard_bytes(self, tensor: Tensor) -> int:
         """Of the first process, which has the largest part of the first dimension."""
@@ -355,18 +335,21 @@ class Rehearsal(Trainer):
             return tensor.nbytes
         return math.ceil(tensor.shape[0] / self.processes) * (tensor.nbytes // tensor.shape[0])
 
-    def _gathered(self, player: Player) -> int:
+    def _units(self, player: Player) -> tuple[int, int, int]:
+        """Bytes of the largest block's weights, and of the weights and of the turn's gradients that lie outside the
+        blocks of a network, at most."""
         mine, taken = {id(p) for p in player.trained}, set[int]()
-        units: list[tuple[int, int, nn.Module]] = []  # bytes of weights and of gradients
+        roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
+        block = whole = gradients = 0
         for unit in [*shard_units(self.method), self.method]:
             own = [p for p in unit.parameters() if id(p) not in taken]
             taken |= {id(p) for p in own}
-            units.append((sum(p.nbytes for p in own), sum(p.nbytes for p in own if id(p) in mine), unit))
-        roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
-        blocks = [(weights, gradients) for weights, gradients, unit in units if id(unit) not in roots]
-        whole = [(weights, gradients) for weights, gradients, unit in units if id(unit) in roots]
-        most = [max((pair[k] for pair in group), default=0) for group in (blocks, whole) for k in (0, 1)]
-        return 2 * most[0] + 2 * most[1] + most[2] + most[3]
+            size = sum(p.nbytes for p in own)
+            if id(unit) in roots:
+                whole, gradients = max(whole, size), max(gradients, sum(p.nbytes for p in own if id(p) in mine))
+            else:
+                block = max(block, size)
+        return block, whole, gradients
 
 
 def _begin(player: Player) -> None:

@@ -4,16 +4,23 @@ what a training takes can be known before anything is read."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where a fake tensor's values would be needed."""
 
 _MODE: ContextVar[FakeTensorMode | None] = ContextVar("skeleton", default=None)
 
@@ -22,16 +29,14 @@ _MODE: ContextVar[FakeTensorMode | None] = ContextVar("skeleton", default=None)
 def weights_unread() -> Iterator[FakeTensorMode]:
     """Inside, everything that reads a model folder makes the network from its config instead. Yields the mode that its
     fake tensors belong to."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
     mode, ordinary = FakeTensorMode(allow_non_fake_inputs=True), nn.Module._apply
     token = _MODE.set(mode)
     nn.Module._apply = _convert  # type: ignore[method-assign]  # torch's own fails where a fake tensor stays as it is
-    FakeTensor.__deepcopy__ = _copied  # type: ignore[method-assign]  # and this one for buffers
+    copied, Tensor.__deepcopy__ = Tensor.__deepcopy__, _copied  # type: ignore[method-assign]  # and this for buffers
     try:
         yield mode
     finally:
-        del FakeTensor.__deepcopy__
+        Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
         nn.Module._apply = ordinary  # type: ignore[method-assign]
         _MODE.reset(token)
 
@@ -52,7 +57,7 @@ def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: b
 
 
 def _copied(tensor: Tensor, known: dict[int, Any]) -> Tensor:
-    """``copy.deepcopy`` of a fake tensor."""
+    """``copy.deepcopy`` of a tensor, without a look at its storage."""
     if id(tensor) not in known:
         new = tensor.detach().clone()
         known[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
@@ -64,9 +69,35 @@ def unread() -> bool:
     return _MODE.get() is not None
 
 
-def making() -> AbstractContextManager[Any]:
-    """Around the making of a network: its tensors are fake where weights are left unread, and ordinary ones else."""
-    return _MODE.get() or nullcontext()
+@contextmanager
+def making() -> Iterator[None]:
+    """Around the making of networks: their tensors are fake where weights are left unread, and ordinary ones else."""
+    mode = _MODE.get()
+    if mode is None:
+        yield
+    else:
+        with mode, Answered():
+            yield
+
+
+class Answered(TorchDispatchMode):
+    """Answers for the values that fake tensors lack, where the answer is clear: checks are passed, a seed is 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
+            return args[0].answer
+        made = func(*args, **(kwargs or {}))
+        if func in _ANSWERS and isinstance(made, FakeTensor):
+            made.answer = _ANSWERS[func]  # type: ignore[attr-defined]
+        return made
+
+
+_ANSWERS: dict[Any, Any] = {
+    torch.ops.aten.all.default: True,
+    torch.ops.aten.any.default: False,
+    torch.ops.aten.randint.default: 0,
+    torch.ops.aten.randint.low: 0,
+}
 
 
 def from_config(cls: Any, folder: Path) -> nn.Module:
@@ -104,8 +135,6 @@ def pipeline_from_configs(cls: Any, folder: Path, index: Mapping[str, Any]) -> A
 
 def emptied(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Replace what is left of ordinary parameters and buffers by fake ones, in place. Shared ones stay shared."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     known: dict[int, Any] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):

@@ -16,6 +16,7 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError, nearest
 from stillroom.method import Method, get_method
+from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
 
 IN_MEMORY = "(in memory)"
@@ -88,7 +89,7 @@ def build_method(recipe: Recipe, task: Task) -> Method:
     fit."""
     method = get_method(recipe.method)(recipe.method_options(), recipe.lora)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), making():
             torch.manual_seed(mix("build", recipe.engine.seed))  # heads and adapters start at random
             method.build(*task.networks())
     except ValueError as error:

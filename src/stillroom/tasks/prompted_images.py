@@ -17,6 +17,7 @@ from stillroom.diffusion.sampling import FewStepSampler, Sampler
 from stillroom.errors import UserError
 from stillroom.models.families import parameter_count
 from stillroom.models.pipeline import PipelineGenerator, few_step_scheduler, fingerprint, sized
+from stillroom.models.skeleton import NEED_VALUES
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import Task, say
 
@@ -53,7 +54,17 @@ class PromptedImages(Task):
     def sketch(self, recipe: Recipe) -> None:
         """One picture with a prompt, as the pipeline's configs have it. The data are not looked at."""
         self.teacher = PipelineGenerator.load(recipe.teacher)
-        text, null = self.teacher.conditions(["a"])
+        if (blank := self.teacher.family.blank) is not None:
+            text = blank(self.teacher.pipeline)
+            null = {name: value[0] for name, value in text.items()}
+        else:
+            try:
+                text, null = self.teacher.conditions(["a"])
+            except NEED_VALUES:
+                raise UserError(
+                    f"{self.teacher.family.title} reads as many rows as a text has words, which no config tells",
+                    cure="run a few steps and measure them",
+                ) from None
         shown = {f"text/{name}": torch.zeros(value.shape, dtype=value.dtype) for name, value in text.items()}
         shown["latents"] = torch.zeros(1, *self.teacher.denoiser.shape)
         self.origin = "one prompt with a picture"
