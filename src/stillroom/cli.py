@@ -147,8 +147,7 @@ class Plan:
             return 0
         from rich.console import Console
 
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(turns_table(found))
+        (Console() if sys.stdout.isatty() else Console(width=160)).print(turns_table(found))
         print(*verdict(found), sep="\n")
         return 0
 
