@@ -43,10 +43,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": BELOW_BENCH | {"bench", "tasks", "run"},
     "auto": BELOW_BENCH | {"run"},
     "exports": BELOW_BENCH | {"tasks", "run"},
+    "planning": BELOW_BENCH | {"bench", "tasks"},
     "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
     "cli": BELOW_BENCH
-    | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "exports", "catalogue", "__init__"},
-    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks", "exports"},
+    | {
+        "bench",
+        "report",
+        "proofs",
+        "run",
+        "synthesis",
+        "tasks",
+        "demo",
+        "exports",
+        "planning",
+        "catalogue",
+        "__init__",
+    },
+    "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks", "exports", "planning"},
     "__main__": {"cli"},
 }
 # Anybody may name these in an annotation (under TYPE_CHECKING): they are the contract, not an implementation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     from stillroom.models.folder import ImageGenerator
     from stillroom.models.text_classifier import TextClassifier
     from stillroom.models.text_image import TextImageGenerator
+    from stillroom.planning import Plan
 
 try:
     __version__ = version("stillroom")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["TrainingDiverged", "UserError", "distill", "export", "load", "methods"]
+__all__ = ["TrainingDiverged", "UserError", "distill", "export", "load", "methods", "plan"]
 
 
 def distill(
@@ -65,6 +67,30 @@ def distill(
     recipe = Recipe.load(method, **{key: value for key, value in given.items() if value is not None})
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
     return run(recipe, folder, resume, **objects).student
+
+
+def plan(
+    method: str,
+    *,
+    teacher: str | Path | None = None,
+    data: str | Path | None = None,
+    world: int = 1,
+    memory: int | str = 0,
+    overrides: Sequence[str] = (),
+    **options: Any,
+) -> Plan:
+    """What :func:`distill` with the same arguments would take: memory and operations of every turn.
+
+    overrides: recipe keys to change, as on the command line ("engine.batch=64"). world: processes, of one device each.
+    memory: of one device, in bytes or as text ("24GB"); where it is too little, the plan's ``advice`` says what to
+    change. options: the method's own options. Raises :class:`UserError` where a run would.
+    """
+    from stillroom.planning import plan as planned
+    from stillroom.recipe import Recipe
+
+    given = {key: str(value) for key, value in (("teacher", teacher), ("data", data)) if value is not None}
+    recipe = Recipe.load(method, overrides, **given, **{f"options.{key}": value for key, value in options.items()})
+    return planned(recipe, world=world, memory=memory)
 
 
 def load(

@@ -110,6 +110,50 @@ def _show(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Say what a recipe takes before it is run: memory and operations of each turn, and what to change."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")] = ""
+    """A method or shipped recipe by name, or a .yaml file."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
+    """Recipe keys to change, e.g. engine.batch=64 engine.parallel=fsdp."""
+    teacher: _Text = None
+    """A bench's teacher by name, or a model folder; its weights are not read."""
+    data: _Text = None
+    """A data set by name, or a folder of images."""
+    world: Annotated[int, arg(metavar="N")] = 1
+    """Processes, of one device each; engine.parallel says how they share the work."""
+    memory: Annotated[str, arg(metavar="SIZE", help_behavior_hint="")] = ""
+    """Memory of one device, e.g. 24GB or 80GiB: where it is too little, the plan says what to change."""
+    json: Annotated[bool, arg(help_behavior_hint="")] = False
+    """Print JSON, in bytes, instead of a table."""
+
+    def __call__(self) -> int:
+        from stillroom.recipe import DEFAULT, Recipe
+
+        source, overrides = self.recipe, list(self.overrides)
+        if "=" in source:
+            source, overrides = "", [source, *overrides]
+        given = {key: value for key, value in (("teacher", self.teacher), ("data", self.data)) if value is not None}
+        recipe = Recipe.load(source or DEFAULT, overrides, **given)
+        from stillroom.planning import plan, turns_table, verdict
+
+        found = plan(
+            recipe, world=self.world, memory=self.memory or 0, report=lambda line: print(line, file=sys.stderr)
+        )
+        if self.json:
+            import json
+
+            print(json.dumps(found.to_dict(), indent=2))
+            return 0
+        from rich.console import Console
+
+        (Console() if sys.stdout.isatty() else Console(width=160)).print(turns_table(found))
+        print(*verdict(found), sep="\n")
+        return 0
+
+
+@dataclass(frozen=True)
 class Prove:
     """Train a method and the baselines its paper argues against; check the paper's claims."""
 
@@ -407,7 +451,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Prove, Compare, Sample, Export, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
+COMMANDS = (Run, Plan, Prove, Compare, Sample, Export, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -451,7 +495,7 @@ def _parse(argv: list[str]) -> Any:
 
 def _overrides_last(argv: list[str]) -> list[str]:
     """``run dmd2 engine.batch=8 --steps 5 options.x=1``: overrides may stand anywhere."""
-    if argv[0] not in ("run", "teach"):
+    if argv[0] not in ("run", "plan", "teach"):
         return argv
     plain, moved = [], []
     for before, token in itertools.pairwise(argv):

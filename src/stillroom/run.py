@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from stillroom.diffusion.denoiser import Denoiser
 from stillroom.engine.checkpoint import lock_run, write_atomically, writing
 from stillroom.engine.track import check_installed, names_of
-from stillroom.engine.trainer import Trainer, mix
-from stillroom.errors import UserError, nearest
+from stillroom.engine.trainer import Trainer
+from stillroom.errors import UserError
 from stillroom.files import stay_inside
 from stillroom.method import Method, get_method
 from stillroom.models.families import parameter_count
@@ -26,7 +25,7 @@ from stillroom.models.pipeline import sized
 from stillroom.models.shipped import model_folder
 from stillroom.recipe import Recipe
 from stillroom.tasks import Task, load_model, make_task
-from stillroom.tasks.base import Generator
+from stillroom.tasks.base import Generator, build_method
 
 
 @dataclass
@@ -62,21 +61,7 @@ def run(
     cls = get_method(recipe.method)
     task = make_task(cls.task, recipe.teacher if teacher is None else teacher)
     task.load(recipe, teacher, data)
-    method = cls(recipe.method_options(), recipe.lora)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(mix("build", recipe.engine.seed))  # heads and adapters start at random
-            method.build(*task.networks())
-    except ValueError as error:
-        raise UserError(f"method {recipe.method!r} cannot use teacher {recipe.teacher!r}: {error}") from error
-    for role in recipe.lora:
-        if getattr(getattr(method, role, None), "adapter", None) is None:
-            roles = [name for name, part in method.named_children() if isinstance(part, Denoiser)]
-            raise UserError(
-                f"recipe key 'lora.{role}': {recipe.method!r} makes no LoRA of that name{nearest(role, roles)}",
-                cure=f"its networks: {', '.join(roles)}",
-            )
-    task.check(method)
+    method = build_method(recipe, task)
     trainer = Trainer(method, task.data, recipe.engine, run_dir, resume, recipe_hash=recipe.hash(), track=track)
     if not first:
         return RunResult(run_dir, _train(trainer, task))

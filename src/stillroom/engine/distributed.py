@@ -181,6 +181,21 @@ def shard(method: Method, world: World) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
+    # FSDP2 shards no scalars; those that never train (a CLIP model's temperature) stay whole
+    frozen = [part for part in method.modules() if getattr(part, "is_frozen", False)]
+    scalars = {p for part in frozen for p in part.parameters(recurse=False) if p.ndim == 0}
+    ignored: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
+    for unit in [*shard_units(method), method]:
+        if not isinstance(unit, FSDPModule):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True, **ignored)
+            for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
+                register_fsdp_forward_method(unit, entry)
+    for name in ("enter", *(turn.name for turn in method.turns())):
+        register_fsdp_forward_method(method, name)
+
+
+def shard_units(method: Method) -> list[nn.Module]:
+    """What :func:`shard` gathers at a time, innermost first, the method itself apart."""
     units = [
         element
         for module in method.modules()
@@ -196,17 +211,7 @@ def shard(method: Method, world: World) -> None:
         ):
             network = getattr(whole, "network", None)
             units += [network, whole] if isinstance(network, nn.Module) else [whole]
-    # FSDP2 shards no scalars; those that never train (a CLIP model's temperature) stay whole
-    frozen = [part for part in method.modules() if getattr(part, "is_frozen", False)]
-    scalars = {p for part in frozen for p in part.parameters(recurse=False) if p.ndim == 0}
-    ignored: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
-    for unit in [*units, method]:
-        if not isinstance(unit, FSDPModule):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True, **ignored)
-            for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
-                register_fsdp_forward_method(unit, entry)
-    for name in ("enter", *(turn.name for turn in method.turns())):
-        register_fsdp_forward_method(method, name)
+    return units
 
 
 def statistics(role: nn.Module) -> list[Tensor]:

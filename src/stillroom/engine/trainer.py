@@ -155,7 +155,7 @@ class Trainer:
         }
         self._state = state.changeable(m, self.players)
         for player in self.players.values():
-            player.reference = player.weight_rms()
+            player.reference = self._reference(player)
             player.modes = self._modes_of(player)
             player.statistics = [buffer for role in player.roles for buffer in statistics(m.role(role))]
         self._everything: dict[str, Tensor] = dict(m.named_parameters()) | dict(m.named_buffers())
@@ -165,6 +165,9 @@ class Trainer:
                 player.runner = Sharded(m, player.turn)
             elif self.world.size > 1:
                 player.runner = DataParallel(m, player.turn, player.trained)
+
+    def _reference(self, player: Player) -> float:
+        return player.weight_rms()
 
     def _modes_of(self, player: Player) -> dict[nn.Module, bool]:
         """The modes that the modules themselves choose when the turn's roles are told to train."""

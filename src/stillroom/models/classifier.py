@@ -18,6 +18,7 @@ from stillroom.models.folder import SIDE_FILE, read_shards
 from stillroom.models.pixels import PROCESSOR, Pixels, pixels_of, save_processor
 from stillroom.models.plain_folder import PLAIN, auto_config, check_config, config_from_file, without_bar
 from stillroom.models.prompts import is_text_image_model
+from stillroom.models.skeleton import from_config, unread
 from stillroom.models.two_heads import restore, two_heads
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -135,6 +136,8 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
     versions of transformers are understood. Raises UserError for weights that are missing, damaged or of another
     shape."""
     check_config(folder)
+    if unread():
+        return from_config(cls, folder)
     try:
         with without_bar():
             network, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **PLAIN)

@@ -24,6 +24,7 @@ from stillroom.models.families import (
 from stillroom.models.lora import LoraDenoiser
 from stillroom.models.mar import MAR
 from stillroom.models.mlp import PointMLP
+from stillroom.models.skeleton import making, unread
 
 NETWORK_FOLDERS = ("transformer", "unet", "network")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -143,12 +144,13 @@ def load_network(folder: str | Path) -> nn.Module:
     place = network_folder(folder)
     config = read_json(place / "config.json")
     class_name = config.get("_class_name", "")
-    with reading(place / "config.json"):
+    with reading(place / "config.json"), making():
         if class_name in OWN_NETWORKS:
             network = OWN_NETWORKS[class_name](**{k: v for k, v in config.items() if not k.startswith("_")})
         else:
             network = make_network(class_name, config)
-    load_weights(network, place / WEIGHTS)
+    if not unread():
+        load_weights(network, place / WEIGHTS)
     return network.eval()
 
 

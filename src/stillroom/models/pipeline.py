@@ -33,6 +33,7 @@ from stillroom.models.pipeline_families import (
     network_of,
 )
 from stillroom.models.plain_folder import CONFIG, check_config, without_bar
+from stillroom.models.skeleton import pipeline_from_configs, unread
 
 INDEX = "model_index.json"
 LORA = "lora"
@@ -286,6 +287,8 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def _from_pretrained(class_name: str, folder: Path) -> Any:
     import diffusers
 
+    if unread():
+        return pipeline_from_configs(getattr(diffusers, class_name), folder, read_json(folder / INDEX))
     diffusers.utils.logging.disable_progress_bar()
     try:
         with without_bar():

@@ -31,7 +31,8 @@ class Family:
     where latents are packed outside the network (packed). arguments: of the pipeline's own call, for a picture without
     guidance. guided: the name of the guidance scale among them; offset: what it lacks of ours, where 1 is none. size:
     of a picture, where the network's config does not say. frames: latents are clips ``[C, 1, h, w]`` of one frame.
-    checks: ``(what is unsupported, test of the pipeline)``.
+    checks: ``(what is unsupported, test of the pipeline)``. blank: zeros for the longest text, where the length of what
+    ``encode`` makes depends on the text.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Family:
     size: Size | None = None
     frames: bool = False
     checks: tuple[tuple[str, Callable[[Any], bool]], ...] = ()
+    blank: Callable[[Any], dict[str, Tensor]] | None = None
 
     # --- shapes ---------------------------------------------------------------------------------------------------
     def factor(self, pipeline: Any) -> int:
@@ -264,6 +266,12 @@ def _qwen(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:
     return {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask}
 
 
+def _qwen_blank(pipeline: Any) -> dict[str, Tensor]:
+    length, width = call_default(pipeline, "max_sequence_length"), pipeline.transformer.config["joint_attention_dim"]
+    mask = torch.ones(1, length, dtype=torch.bool)
+    return {"encoder_hidden_states": torch.zeros(1, length, width), "encoder_hidden_states_mask": mask}
+
+
 def _qwen_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     height, width = x.shape[-2:]
     shapes = [[(1, height // 2, width // 2)]]  # the first row's stands for the batch
@@ -343,6 +351,7 @@ FAMILIES: dict[str, Family] = {
         ("QwenImagePipeline",),
         _qwen,
         call=_qwen_call,
+        blank=_qwen_blank,
         null=" ",
         patch=2,
         packed=True,

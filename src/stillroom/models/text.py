@@ -16,6 +16,7 @@ from stillroom.errors import UserError, nearest
 from stillroom.models.families import device_of, read_json
 from stillroom.models.freezing import frozen
 from stillroom.models.plain_folder import auto_tokenizer, check_config, without_bar
+from stillroom.models.skeleton import from_config, unread
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 LENGTH = 128
@@ -141,6 +142,8 @@ def load_pretrained(cls: Any, folder: Path, may_lack: tuple[str, ...] = ()) -> n
     Raises UserError naming the folder when weights are missing, damaged, or not those of its config.json.
     """
     check_config(folder)
+    if unread():
+        return from_config(cls, folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights", cure="only safetensors files are read, never pickles")
     try:

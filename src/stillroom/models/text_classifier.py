@@ -16,6 +16,7 @@ from stillroom.errors import UserError, nearest, reading
 from stillroom.models.families import device_of, read_json
 from stillroom.models.folder import SIDE_FILE
 from stillroom.models.plain_folder import auto_config, auto_tokenizer, config_from_file
+from stillroom.models.skeleton import making
 from stillroom.models.text import TOKENIZER, load_pretrained
 
 CONFIG = "config.json"
@@ -94,7 +95,8 @@ def load_text_network(folder: Path, classes: int) -> tuple[nn.Module, Any]:
         else:
             body = load_pretrained(AutoModel, folder, may_lack=("pooler.",))
             config.num_labels = classes
-            network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            with making():
+                network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
             report = network.base_model.load_state_dict(body.state_dict(), strict=False)
             if odd := [k for k in (*report.missing_keys, *report.unexpected_keys) if not k.startswith("pooler.")]:
                 raise ValueError(f"a classifier of this kind has no place for {odd[0]}")

@@ -8,9 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import Sampler
+from stillroom.engine.trainer import mix
+from stillroom.errors import UserError, nearest
+from stillroom.method import Method, get_method
+from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
 
 IN_MEMORY = "(in memory)"
@@ -46,6 +52,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def sketch(self, recipe: Recipe) -> None:
+        """Like :meth:`load`, for a plan: networks have no weights (:func:`~stillroom.models.skeleton.weights_unread`),
+        and what networks would have to compute of the data has the right shapes alone."""
+        self.load(recipe)
+
     def check(self, method: Any) -> None:
         """Raises UserError where the built method does not fit this task. Default: it does."""
 
@@ -71,6 +82,27 @@ class Task:
         ``{who: {"nfe", "params", "latency_ms", "macs"}, "scores": {who: ...}, "bench": ..., "score_names": ...}``.
         """
         raise NotImplementedError
+
+
+def build_method(recipe: Recipe, task: Task) -> Method:
+    """The recipe's method with its networks, made from those of the loaded ``task``. Raises UserError where they do not
+    fit."""
+    method = get_method(recipe.method)(recipe.method_options(), recipe.lora)
+    try:
+        with torch.random.fork_rng(), making():
+            torch.manual_seed(mix("build", recipe.engine.seed))  # heads and adapters start at random
+            method.build(*task.networks())
+    except ValueError as error:
+        raise UserError(f"method {recipe.method!r} cannot use teacher {recipe.teacher!r}: {error}") from error
+    for role in recipe.lora:
+        if getattr(getattr(method, role, None), "adapter", None) is None:
+            roles = [name for name, part in method.named_children() if isinstance(part, Denoiser)]
+            raise UserError(
+                f"recipe key 'lora.{role}': {recipe.method!r} makes no LoRA of that name{nearest(role, roles)}",
+                cure=f"its networks: {', '.join(roles)}",
+            )
+    task.check(method)
+    return method
 
 
 def sampling_cost(generator: Any, draw: Callable[[int], Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from stillroom.models.classifier import ImageClassifier, asked, channels_of, con
 from stillroom.models.families import parameter_count
 from stillroom.models.prompts import PromptClassifier, is_text_image_model
 from stillroom.models.shipped import SHIPPED, model_folder
+from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
@@ -147,7 +148,7 @@ class Classification(Recognition):
             found = ImageClassifier.load(folder)
             self.check_names(name, found.classes, self.data.classes)
             return asked(found)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), making():
             torch.manual_seed(mix("network", seed, place))
             return make_classifier(name, self.data.shape[0], len(self.data.classes))
 

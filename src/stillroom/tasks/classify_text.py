@@ -13,6 +13,7 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.models.encoder_reader import token_table
+from stillroom.models.skeleton import making
 from stillroom.models.text_classifier import (
     MINILM,
     TextClassifier,
@@ -89,7 +90,7 @@ class TextClassification(Recognition):
         vocabulary = len(self._one_tokenizer(tokenizers, ready))
         for place, name in enumerate(self.names):
             if place not in networks:
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(), making():
                     torch.manual_seed(mix("network", recipe.engine.seed, place))
                     networks[place] = make_encoder(name, vocabulary, classes)
         return tuple(networks[place] for place in range(len(self.names))), tokenizers

@@ -23,6 +23,7 @@ from stillroom.models.encoder import ENCODERS, VISION_OF, ImageEncoder, architec
 from stillroom.models.families import parameter_count
 from stillroom.models.mae import ARCHITECTURES, make_encoder
 from stillroom.models.pixels import pixels_of
+from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 
@@ -89,7 +90,7 @@ class Encoding(Task):
             return TRAINED[name](FashionEncodersBench())
         if place and name in ARCHITECTURES:
             raise UserError(f"teacher {name!r} is an untrained network", cure="give a trained one's folder")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), making():
             torch.manual_seed(mix("network", recipe.engine.seed, place))
             return make_encoder(name, self.data.shape[0], self.data.shape[-1])
 

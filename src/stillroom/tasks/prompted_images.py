@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import cache_folder
@@ -16,6 +17,7 @@ from stillroom.diffusion.sampling import FewStepSampler, Sampler
 from stillroom.errors import UserError
 from stillroom.models.families import parameter_count
 from stillroom.models.pipeline import PipelineGenerator, few_step_scheduler, fingerprint, sized
+from stillroom.models.skeleton import NEED_VALUES
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import Task, say
@@ -49,6 +51,26 @@ class PromptedImages(Task):
             self.data = encode_prompts(source, self.teacher, cache, say)
         self.origin = self.data.origin
         self.teacher.denoiser.null = dict(self.data.null)
+
+    def sketch(self, recipe: Recipe) -> None:
+        """One picture with a prompt, as the pipeline's configs have it. The data are not looked at."""
+        self.teacher = PipelineGenerator.load(recipe.teacher)
+        if (blank := self.teacher.family.blank) is not None:
+            text = blank(self.teacher.pipeline)
+            null = {name: value[0] for name, value in text.items()}
+        else:
+            try:
+                text, null = self.teacher.conditions(["a"])
+            except NEED_VALUES:
+                raise UserError(
+                    f"{self.teacher.family.title} reads as many rows as a text has words, which no config tells",
+                    cure="run a few steps and measure them",
+                ) from None
+        shown = {f"text/{name}": torch.zeros(value.shape, dtype=value.dtype) for name, value in text.items()}
+        shown["latents"] = torch.zeros(1, *self.teacher.denoiser.shape)
+        self.origin = "one prompt with a picture"
+        self.data = PromptedData([shown], ["a"], null, self.origin)
+        self.teacher.denoiser.null = dict(null)
 
     def check(self, method: Any) -> None:
         """Raises UserError where the method's sampler cannot be a scheduler of diffusers, or its discriminator would

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import cache_folder
@@ -61,6 +62,28 @@ class TextImages(Task):
         self.data = data if data is not None else self._data(recipe)
         self.origin = self.data.origin
 
+    def sketch(self, recipe: Recipe) -> None:
+        """A batch of latents and captions in the shapes of the teachers' space."""
+        self.sources = self._teachers(recipe.teacher, None)
+        self.space = next(iter(self.sources.values())).space
+        wanted, folder = recipe.synthesis, Path(recipe.data).expanduser()
+        if recipe.data != "scenes" and not wanted.images and not (folder / MANIFEST).is_file():
+            raise _no_store(recipe.data)
+        self.data = self._blank(recipe, self.space.shape)
+        if wanted.small:
+            small = (self.space.codec.channels, *self.space.codec.grid((wanted.small, wanted.small)))
+            self.data.parts["small"] = self._blank(recipe, small)
+        if (folder / "pairs").is_dir() or (recipe.data == "scenes" and wanted.pairs):
+            self.data.parts["pairs"] = self._blank(recipe, self.space.shape)
+        self.origin = self.data.origin
+
+    def _blank(self, recipe: Recipe, shape: tuple[int, ...]) -> CaptionedData:
+        rows = torch.zeros(recipe.engine.batch, *shape)
+        mirrored = rows if recipe.synthesis.mirror else None
+        text = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in self.space.text.encode([""]).items()}
+        which = torch.zeros(len(rows), dtype=torch.long)
+        return CaptionedData(rows, [""], which, text, std=rows, mirrored=mirrored, mirrored_std=mirrored)
+
     def _teachers(self, named: str, given: Any) -> dict[str, TextImageGenerator]:
         if given is not None:
             return {"teacher": given}
@@ -75,10 +98,7 @@ class TextImages(Task):
         if wanted.images:
             folder = self._synthesised(recipe)
         elif not (folder / MANIFEST).is_file():
-            raise UserError(
-                f"data {recipe.data!r} are no stored images of a teacher",
-                cure="make them with `stillroom synthesize`, or let the run make them: synthesis.images=10000",
-            )
+            raise _no_store(recipe.data)
         encode = functools.partial(store_data, space=self.space, cache=cache_folder() / "stores", report=say)
         data = encode(folder, sizes={"small": wanted.small} if wanted.small else {}, mirror=wanted.mirror)
         if (folder / "pairs").is_dir():
@@ -156,6 +176,13 @@ class TextImages(Task):
             "score_names": scores["student"]["names"],
             "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
         }
+
+
+def _no_store(data: str) -> UserError:
+    return UserError(
+        f"data {data!r} are no stored images of a teacher",
+        cure="make them with `stillroom synthesize`, or let the run make them: synthesis.images=10000",
+    )
 
 
 def card_scores(name: str, sampler: Sampler, bench: ScenesBench, n: int) -> dict[str, Any]:

@@ -1,0 +1,361 @@
+"""A training gone through without numbers: the trainer's own turns on fake tensors, watched by a counter of bytes and
+of floating-point operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.distributed import shard_units
+from stillroom.engine.player import Player
+from stillroom.engine.precision import networks
+from stillroom.engine.stages import Span
+from stillroom.engine.trainer import Data, Trainer
+from stillroom.errors import UserError
+from stillroom.method import Draws, Method
+from stillroom.models.skeleton import NEED_VALUES, Answered
+
+LARGEST_CYCLE = 64
+"""Steps after which a rehearsal stops looking for other combinations of turns."""
+PLACES = (0.5, 0.0, 1 - 2**-24)
+"""Where whole-number draws fall in their range: in the middle, at its start, at its end."""
+
+
+class Counted(Answered):
+    """Counts the bytes of all storages alive, gradients apart, and floating-point operations.
+
+    ``peak``: the most bytes alive at once since :meth:`restart`; ``other``: the same without gradients. Works on fake
+    tensors and on real ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, tuple[Any, int]] = {}
+        self._gradients: set[int] = set()
+        self.alive = self.in_gradients = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.flops = 0
+        self.peak, self.other = self.alive, self.alive - self.in_gradients
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, if it is a new one."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            del self._known[key]
+            self.alive -= size
+            if key in self._gradients:
+                self._gradients.discard(key)
+                self.in_gradients -= size
+
+        self._known[key] = (weakref.ref(storage, freed), size)
+        self.alive += size
+        self.peak, self.other = max(self.peak, self.alive), max(self.other, self.alive - self.in_gradients)
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """A parameter's gradient has been summed up: its bytes are gradients from now on."""
+        assert parameter.grad is not None
+        key = id(parameter.grad.untyped_storage())
+        if key in self._known and key not in self._gradients:
+            self._gradients.add(key)
+            self.in_gradients += self._known[key][1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        self.flops += _flops(func, args, kwargs, made)
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
+        return made
+
+
+def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:
+    """By torch's own formulas; it has none for the CPU's fused attention, whose shapes are those of the others."""
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    formula = flop_registry.get(func._overloadpacket)
+    return int(formula(*args, **kwargs, out_val=made)) if formula else 0
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages behind the tensors, each counted once."""
+    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class PlacedDraws(Draws):
+    """Draws whose whole numbers all fall at one place of their range, since fake tensors have no values. ``asked``: the
+    turn drew such a number."""
+
+    place_in_range, asked = 0.5, False
+    mode: Any = nullcontext()
+
+    def normal(self, *shape: int) -> Tensor:
+        with self.mode:
+            return torch.empty(self._global(shape))[self.rows]
+
+    uniform = normal
+
+    def index(self, high: int) -> int:
+        type(self).asked |= high > 1
+        return min(int(high * type(self).place_in_range), high - 1)
+
+
+@dataclass
+class TurnCost:
+    """What one turn takes on one process, in bytes, and the floating-point operations of one update, forward and
+    backward, as torch counts them (two for each multiply-accumulate).
+
+    weights: all networks, whether they are trained or not, buffers too. optimizer, averages: of all turns so far.
+    activations: the most that tensors other than these and the gradients held at once: what the backward pass needs,
+    what is computed on the way, the batch, and what the method keeps. total: the highest sum at one moment; the parts
+    need not peak together. exchange: what several processes take for their exchange.
+    """
+
+    stages: list[str]
+    turn: str
+    every: int
+    trained: int
+    frozen: int
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+    total: int
+    flops: int
+    exchange: int = 0
+
+    def same(self, other: TurnCost) -> bool:
+        return dataclasses.replace(self, stages=[]) == dataclasses.replace(other, stages=[])
+
+
+@dataclass
+class _Seen:
+    """The highest figures of a turn, and its operations by the number of steps that took so many."""
+
+    peak: int = 0
+    other: int = 0
+    flops: Counter = field(default_factory=Counter)
+
+
+class Rehearsal(Trainer):
+    """Goes once through each stage of a method whose tensors are fake, as the first of ``world`` processes.
+
+    ``mode``: that of the fake tensors. Raises UserError for settings that do not fit, and for what cannot be known so.
+    """
+
+    def __init__(self, method: Method, data: Data, config: EngineConfig, world: int, mode: Any) -> None:
+        parts = config.accumulate * world
+        if config.batch % parts:
+            raise UserError(
+                f"engine.batch={config.batch} does not split over {world} processes x {config.accumulate} "
+                "micro-batches",
+                cure=f"choose a multiple of {parts}",
+            )
+        # the first of N processes sees the first of N times as many micro-batches
+        alone = dataclasses.replace(config, accumulate=parts, device="cpu", compile=False, check_freezing=False)
+        self.counted, self.mode, self.processes = Counted(), mode, world
+        super().__init__(method, data, alone, show=False)
+        if config.draws == "per-rank":
+            raise UserError("a plan knows engine.draws=global only", cure="leave engine.draws at its default")
+        self._rows = self._rows[: config.accumulate]
+
+    def _seed(self, m: Method, step: int, turn: int, micro: int) -> None:
+        m.draw = PlacedDraws(self._generator, self._rows[micro], self.config.batch)
+        m.draw.mode = self.mode
+
+    def _reference(self, player: Player) -> float:
+        return 0.0  # fake weights have no size
+
+    def turn_costs(self) -> list[TurnCost]:
+        """Every turn of every stage, in order; stages in which a turn costs the same share an entry."""
+        found: list[TurnCost] = []
+        for span in self.spans:
+            for cost in self._stage_costs(span):
+                if twin := next((other for other in found if other.same(cost)), None):
+                    twin.stages += cost.stages
+                else:
+                    found.append(cost)
+        return found
+
+    def _stage_costs(self, span: Span) -> list[TurnCost]:
+        m, stage = self.method, span.stage
+        m.step, m.progress, m.stage = span.start, span.start / self.config.steps, stage
+        self._try(functools.partial(self._enter_stage, span))
+        players = [p for p in self.players.values() if stage.turns is None or p.turn.name in stage.turns]
+        with self.mode:
+            for player in players:
+                _begin(player)
+        for tensor in self._resident():
+            self.counted.see(tensor)
+        cycle = min(math.lcm(*(player.period for player in players)), LARGEST_CYCLE)
+        due = Counter(
+            tuple(player.turn.name for player in players if step % player.period == 0) for step in range(cycle)
+        )
+        del due[()]
+        seen = {player.turn.name: _Seen() for player in players}
+        batches = [span.data.batch(0, span.start, self.config.batch, rows) for rows in self._rows]
+        for names, times in due.items():
+            for place in PLACES:
+                PlacedDraws.place_in_range, PlacedDraws.asked = place, False
+                step = ([self.players[name] for name in names], batches, seen, times * (place == PLACES[0]))
+                self._try(functools.partial(self._step, *step))
+                if not PlacedDraws.asked:
+                    break
+        return [self._cost(player, seen[player.turn.name], span) for player in players]
+
+    def _try(self, act: Callable[[Any], None]) -> None:
+        """``act(mode)`` with all tensors fake; where values are needed that are no network's, with those that are made
+        on the way as they are. Raises UserError for a method that asks for more."""
+        try:
+            act(self.mode)
+        except NEED_VALUES:
+            try:
+                act(nullcontext())
+            except NEED_VALUES as problem:
+                raise UserError(
+                    f"{self.method.slug!r} cannot be planned: what it does depends on its networks' values ({problem})",
+                    cure="run a few steps and measure them",
+                ) from None
+
+    def _enter_stage(self, span: Span, mode: Any) -> None:
+        with mode, self.counted:
+            self._enter(span, resumed=False)
+
+    def _step(
+        self, players: list[Player], batches: list[Any], seen: Mapping[str, _Seen], times: int, mode: Any
+    ) -> None:
+        """One step of these turns. ``times``: how many steps of a cycle are like it."""
+        with mode, self.counted:
+            shown = [self._faked(batch) for batch in batches]
+            shared: list[dict[str, Any]] = [{} for _ in shown]
+            for player in players:
+                self._focus(player)
+                hooks = [p.register_post_accumulate_grad_hook(self.counted.is_gradient) for p in player.trained]
+                self.counted.restart()
+                self._take_turn(player, shown, shared)
+                for hook in hooks:
+                    hook.remove()
+                entry = seen[player.turn.name]
+                entry.peak, entry.other = max(entry.peak, self.counted.peak), max(entry.other, self.counted.other)
+                entry.flops[self.counted.flops] += times
+                player.norm, player.notes = None, {}
+        self.method.shared, self.method.notes = {}, {}
+
+    def _faked(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            made = type(batch)() if isinstance(batch, dict) else {}
+            made.update({key: self._faked(value) for key, value in batch.items()})
+            return made
+        if not isinstance(batch, Tensor):
+            return batch
+        with self.mode:
+            return torch.empty(batch.shape, dtype=batch.dtype)
+
+    def _resident(self) -> list[Tensor]:
+        return [*self._weights(), *self._moments(), *(v for a in self.averages.values() for v in a.values.values())]
+
+    def _weights(self) -> list[Tensor]:
+        return [*self.method.parameters(), *self.method.buffers()]
+
+    def _moments(self) -> list[Tensor]:
+        states = [state for player in self.players.values() for state in player.optimizer.state.values()]
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+    def _cost(self, player: Player, seen: _Seen, span: Span) -> TurnCost:
+        everything = sum(p.numel() for p in self.method.parameters())
+        trained = sum(p.numel() for p in player.trained)
+        resident = storage_bytes(self._resident())
+        runs = max(1, seen.flops.total())
+        cost = TurnCost(
+            stages=[span.stage.name],
+            turn=player.turn.name,
+            every=player.period,
+            trained=trained,
+            frozen=everything - trained,
+            weights=storage_bytes(self._weights()),
+            gradients=storage_bytes(player.trained),
+            optimizer=storage_bytes(self._moments()),
+            averages=storage_bytes(v for a in self.averages.values() for v in a.values.values()),
+            activations=seen.other - resident,
+            total=seen.peak,
+            flops=round(sum(flops * times for flops, times in seen.flops.items()) / runs),
+        )
+        if self.processes > 1 and self.config.parallel == "ddp":  # each turn's wrapper keeps a copy of its gradients
+            cost.exchange = sum(storage_bytes(p.trained) for p in self.players.values())
+            cost.total += cost.exchange
+        elif self.processes > 1:
+            self._shard(cost, player)
+        return cost
+
+    def _shard(self, cost: TurnCost, player: Player) -> None:
+        """The same under FSDP: networks, gradients, moments and averages by shards, and on top the units that are whole
+        at one time: what lies outside a network's blocks, and two blocks (the next one is fetched while the last one is
+        used). At the end of the backward pass activations are gone, but what lies outside the blocks has whole
+        gradients, twice: as they are, and as they are sent."""
+        apart = cost.total - cost.weights - cost.optimizer - cost.averages
+        alive = min(max(0, apart - cost.activations), cost.gradients)  # of the gradients, at the peak
+        shards = sum(map(self._shard_bytes, player.trained))
+        cost.activations, alive = apart - alive, round(alive * shards / cost.gradients)
+        cost.weights = sum(map(self._shard_bytes, self.method.parameters()))
+        cost.weights += storage_bytes(self.method.buffers())
+        cost.optimizer = sum(map(self._shard_bytes, self._moments()))
+        cost.averages = sum(self._shard_bytes(v) for a in self.averages.values() for v in a.values.values())
+        block, whole, gradients = self._units(player)
+        cost.gradients, cost.exchange = shards, whole + 2 * block
+        last = shards + whole + 2 * gradients
+        cost.total = cost.weights + cost.optimizer + cost.averages
+        cost.total += max(cost.activations + alive + cost.exchange, last)
+
+    def _shard_bytes(self, tensor: Tensor) -> int:
+        """Of the first process, which has the largest part of the first dimension."""
+        if tensor.ndim == 0:
+            return tensor.nbytes
+        return math.ceil(tensor.shape[0] / self.processes) * (tensor.nbytes // tensor.shape[0])
+
+    def _units(self, player: Player) -> tuple[int, int, int]:
+        """Bytes of the largest block's weights, and of the weights and of the turn's gradients that lie outside the
+        blocks of a network, at most."""
+        mine, taken = {id(p) for p in player.trained}, set[int]()
+        roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
+        block = whole = gradients = 0
+        for unit in [*shard_units(self.method), self.method]:
+            own = [p for p in unit.parameters() if id(p) not in taken]
+            taken |= {id(p) for p in own}
+            size = sum(p.nbytes for p in own)
+            if id(unit) in roots:
+                whole, gradients = max(whole, size), max(gradients, sum(p.nbytes for p in own if id(p) in mine))
+            else:
+                block = max(block, size)
+        return block, whole, gradients
+
+
+def _begin(player: Player) -> None:
+    """Let a turn's optimizer make its state, as its first step would."""
+    if any(p not in player.optimizer.state for p in player.trained):
+        for p in player.trained:
+            p.grad = torch.zeros_like(p)
+        player.optimizer.step()
+        player.optimizer.zero_grad(set_to_none=True)
