@@ -45,20 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exports": BELOW_BENCH | {"tasks", "run"},
     "planning": BELOW_BENCH | {"bench", "tasks"},
     "run": BELOW_BENCH | {"bench", "report", "proofs", "tasks", "__init__"},
+    "arguments": TOOLS,
     "cli": BELOW_BENCH
-    | {
-        "bench",
-        "report",
-        "proofs",
-        "run",
-        "synthesis",
-        "tasks",
-        "demo",
-        "exports",
-        "planning",
-        "catalogue",
-        "__init__",
-    },
+    | {"bench", "report", "proofs", "run", "synthesis", "tasks", "demo", "exports", "planning", "catalogue"}
+    | {"arguments", "__init__"},
     "__init__": BELOW_BENCH | {"bench", "report", "proofs", "run", "tasks", "exports", "planning"},
     "__main__": {"cli"},
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.eight_bit import adamw_8bit
+from stillroom.engine.eight_bit import adamw_8bit, first_states
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.method import Method, Optim, turn
@@ -73,6 +73,8 @@ def test_it_goes_where_adamw_goes_with_a_quarter_of_the_state() -> None:
     moved, apart = there - before, there - here
     assert float(apart.norm() / moved.norm()) < 0.03
     assert state_bytes(small) < 0.35 * state_bytes(full)  # the bias and the quantisation's tables stay at full width
+    foreseen = first_states(small.method.student.parameters())  # type: ignore[union-attr]
+    assert state_bytes(small) == sum(v.nbytes for state in foreseen.values() for v in state.values())
 
 
 @pytest.mark.usefixtures("bitsandbytes")

@@ -5,23 +5,16 @@ Exit codes: 0 done; 1 training diverged, or ``doctor`` found something wrong; 2 
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
-import io
-import itertools
-import operator
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, arg
 
+from stillroom.arguments import parse
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.files import stay_inside
 
@@ -457,7 +450,7 @@ COMMANDS = (Run, Plan, Prove, Compare, Sample, Export, Report, Methods, Bench, T
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. ``argv`` defaults to the process's arguments."""
     try:
-        return _parse(list(sys.argv[1:] if argv is None else argv))()
+        return parse(COMMANDS, list(sys.argv[1:] if argv is None else argv))()
     except UserError as error:
         rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
         print(f"stillroom{rank}: {error}", file=sys.stderr)
@@ -465,55 +458,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"stillroom: {stop or 'interrupted'}", file=sys.stderr)
         return 130
-
-
-def _parse(argv: list[str]) -> Any:
-    """The command that ``argv`` asks for. A mistake is one line, as every other error; ``--help`` exits."""
-    if not argv:
-        argv = ["--help"]
-    names = [cls.__name__.lower() for cls in COMMANDS]
-    if not argv[0].startswith("-") and argv[0] not in names:
-        close = difflib.get_close_matches(argv[0], names, n=1, cutoff=0.5)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(f"unknown command {argv[0]!r}{hint}", cure=f"commands: {', '.join(names)}")
-    commands = [Annotated[cls, subcommand(name)] for cls, name in zip(COMMANDS, names, strict=True)]
-    error = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(error):
-            return tyro.cli(
-                functools.reduce(operator.or_, commands),
-                args=_overrides_last(argv),
-                prog="stillroom",
-                description="A teacher goes in, a smaller or faster student comes out.",
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_one_line(error.getvalue()), cure=f"see `stillroom {argv[0]} --help`") from None
-
-
-def _overrides_last(argv: list[str]) -> list[str]:
-    """``run dmd2 engine.batch=8 --steps 5 options.x=1``: overrides may stand anywhere."""
-    if argv[0] not in ("run", "plan", "teach"):
-        return argv
-    plain, moved = [], []
-    for before, token in itertools.pairwise(argv):
-        is_override = re.match(r"[A-Za-z_][\w.-]*=", token) and not before.startswith("--")
-        (moved if is_override else plain).append(token)
-    return [argv[0], *plain, *moved]
-
-
-def _one_line(box: str) -> str:
-    """tyro's boxed message in one line: what is wrong and, for a misspelt option, the nearest one."""
-    lines = [line.strip("│╭╰╮╯ \t").strip("─ ") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line)
-    if bad := re.search(r"Unrecognized options: (\S+?),? ", text + " "):
-        meant = re.search(r"Perhaps you meant: (--[\w-]+)", text)
-        return f"unknown argument {bad[1]!r}" + (f" (did you mean {meant[1]!r}?)" if meant else "")
-    if bad := re.search(r"Error parsing (\S+?):.* from \['(.*?)'\]", text):
-        return f"{bad[1]}: {bad[2]!r} is not of the right kind"
-    return text.split(" Argument helptext:")[0].split(" For full helptext")[0]
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

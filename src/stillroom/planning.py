@@ -253,6 +253,11 @@ def _half_precision(now: _Try) -> list[_Try]:
     return [] if now.recipe.engine.precision == "bf16" else [now.changed("engine.precision=bf16")]
 
 
+def _eight_bit(now: _Try) -> list[_Try]:
+    name = now.recipe.engine.optim.get("all", {}).get("name")
+    return [] if name == "adamw8bit" else [now.changed("engine.optim.all.name=adamw8bit")]
+
+
 def _no_averages(now: _Try) -> list[_Try]:
     return [now.changed("engine.export=student").changed("engine.ema=[]")] if now.recipe.engine.ema else []
 
@@ -261,6 +266,7 @@ _PROPOSALS: tuple[tuple[str, Callable[[_Try], list[_Try]]], ...] = (
     ("train adapters on the teacher's weights (LoRA)", _lora),
     ("recompute activations in the backward pass", _checkpointing),
     ("smaller micro-batches, the batch is the same", _smaller_batch),
+    ("keep the optimizer's moments in a byte each (bitsandbytes)", _eight_bit),
     ("shard the networks over several devices (FSDP)", _sharding),
     ("compute in bf16", _half_precision),
     ("keep no averaged weights", _no_averages),

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import shard_units
+from stillroom.engine.eight_bit import first_states
 from stillroom.engine.player import Player
 from stillroom.engine.precision import networks
 from stillroom.engine.stages import Span
@@ -354,7 +355,9 @@ class Rehearsal(Trainer):
 
 def _begin(player: Player) -> None:
     """Let a turn's optimizer make its state, as its first step would."""
-    if any(p not in player.optimizer.state for p in player.trained):
+    if player.optim.name == "adamw8bit":  # bitsandbytes has no kernels for tensors without values
+        player.optimizer.state.update(first_states(player.trained))
+    elif any(p not in player.optimizer.state for p in player.trained):
         for p in player.trained:
             p.grad = torch.zeros_like(p)
         player.optimizer.step()
