@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from stillroom.engine.checkpoint import write_atomically
 from stillroom.errors import UserError, nearest
 
 PROJECT = "stillroom"
@@ -59,7 +60,7 @@ class Service:
         self.module: Any = importlib.import_module(self.name)
         self.seen = run_dir / f"{self.name}.step"
         resumed = self.seen.is_file()
-        self.last = int(self.seen.read_text() or 0) if resumed else 0
+        self.last = int(self.seen.read_text()) if resumed else 0
         self.begin(run_dir, resumed)
         for row in rows:
             self.write(row)
@@ -70,7 +71,7 @@ class Service:
     def write(self, row: Row) -> None:
         if row["step"] > self.last:
             self.last = row["step"]
-            self.seen.write_text(f"{self.last}\n")  # first: a crash in between costs a row, not a row twice
+            write_atomically(self.seen, f"{self.last}\n")  # first: a crash in between costs a row, none comes twice
             self.module.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def close(self) -> None:
