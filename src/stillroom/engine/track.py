@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillroom.engine.checkpoint import write_atomically
 from stillroom.errors import UserError, nearest
 
 PROJECT = "stillroom"
@@ -69,6 +68,8 @@ class Service:
         raise NotImplementedError
 
     def write(self, row: Row) -> None:
+        from stillroom.engine.checkpoint import write_atomically  # brings torch, which reading a recipe must not
+
         if row["step"] > self.last:
             self.last = row["step"]
             write_atomically(self.seen, f"{self.last}\n")  # first: a crash in between costs a row, none comes twice
