@@ -59,7 +59,7 @@ class Service:
         self.module: Any = importlib.import_module(self.name)
         self.seen = run_dir / f"{self.name}.step"
         resumed = self.seen.is_file()
-        self.last = int(self.seen.read_text() or 0) if resumed else 0
+        self.last = int(self.seen.read_text()) if resumed else 0
         self.begin(run_dir, resumed)
         for row in rows:
             self.write(row)
@@ -68,9 +68,11 @@ class Service:
         raise NotImplementedError
 
     def write(self, row: Row) -> None:
+        from stillroom.engine.checkpoint import write_atomically  # brings torch, which reading a recipe must not
+
         if row["step"] > self.last:
             self.last = row["step"]
-            self.seen.write_text(f"{self.last}\n")  # first: a crash in between costs a row, not a row twice
+            write_atomically(self.seen, f"{self.last}\n")  # first: a crash in between costs a row, none comes twice
             self.module.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def close(self) -> None:

@@ -137,19 +137,25 @@ def quantize(source: Path, path: Path) -> None:
 
 
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------
-def _write_openvino(program: Any, path: Path, part: Part) -> None:
-    import openvino
-
+@contextlib.contextmanager
+def unreported() -> Iterator[None]:
+    """OpenVINO reports its import and each conversion to its makers, unless it believes to run in CI."""
     usual = os.environ.get("CI")
-    os.environ["CI"] = "true"  # what keeps its converter from reporting to its makers
+    os.environ["CI"] = "true"
     try:
-        with torch.no_grad(), quiet():
-            model = openvino.convert_model(program)
+        yield
     finally:
         if usual is None:
             del os.environ["CI"]
         else:
             os.environ["CI"] = usual
+
+
+def _write_openvino(program: Any, path: Path, part: Part) -> None:
+    with torch.no_grad(), quiet(), unreported():
+        import openvino
+
+        model = openvino.convert_model(program)
     for ports, names in ((model.inputs, part.inputs), (model.outputs, part.outputs)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
@@ -157,7 +163,8 @@ def _write_openvino(program: Any, path: Path, part: Part) -> None:
 
 
 def _open_openvino(path: Path) -> Runner:
-    import openvino
+    with unreported():
+        import openvino
 
     # without the hint, processors with bf16 units compute in bf16
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
