@@ -45,7 +45,8 @@ def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: b
     """``nn.Module._apply``: what stands behind ``.to()`` and ``.float()``."""
     for child in module.children() if recurse else ():
         child._apply(function)
-    for tensors in (module._parameters, module._buffers):
+    owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in owned:
         for name, tensor in tensors.items():
             if tensor is not None:
                 with torch.no_grad():
