@@ -19,6 +19,7 @@ import pytest
 
 import stillroom
 from stillroom import cli
+from stillroom.arguments import parse
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
 
@@ -111,7 +112,7 @@ def check_stillroom(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             cli.main(words)
         assert not stop.value.code
         return
-    command: Any = cli._parse(words)
+    command: Any = parse(cli.COMMANDS, words)
     if words[0] in CHEAP:
         assert command() == 0
     elif words[0] == "run" and command.resume is None:
@@ -140,7 +141,7 @@ def test_a_command_in_the_text_is_one(block: Block, place: Path, monkeypatch: py
     if words[0] in CHEAP and len(words) == 1 and words[0] != "methods":
         words += ["fashion"] if words[0] == "bench" else ["runs/x"]
     if words[0] in ("doctor", "bench") or "denoising-student" in words:  # a run that is not there; tests/test_docs.py's
-        cli._parse(words)
+        parse(cli.COMMANDS, words)
         return
     check_stillroom(words, monkeypatch)
 

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[type[Method], dict[str, Any], int]] = {
 }
 
 CASES["captions"] = (DHO, {"labelled": 2, "prompts": ("the {}.",), "zeta": 0.1}, 2)
+CASES["few-shot"] = (DHO, {**CASES["captions"][1], "cache": "tuned", "cache_share": 1.0}, 2)
 
 
 def network(seed: int) -> nn.Module:
@@ -53,7 +54,7 @@ def trained(case: str, **settings: Any) -> dict[str, Tensor]:
     cls, options, networks = CASES[case]
     method = cls(cls.Options(**options))
     given = [network(seed) for seed in range(networks)]
-    if case == "captions":
+    if case in ("captions", "few-shot"):
         torch.manual_seed(1)
         given[1] = PromptClassifier(*tiny_clip("abc", ["the {}."], 4, 2, width=8), "abc")
     method.build(*given)

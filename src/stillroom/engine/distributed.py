@@ -203,6 +203,8 @@ def shard_units(method: Method) -> list[nn.Module]:
         for element in module
         if not isinstance(element, nn.ModuleList | nn.ModuleDict)
     ]
+    # Parts of a block that its network also calls from outside: diffusers' DiT asks its first block's embedding again.
+    units += [module for module in method.modules() if type(module).__name__ == "CombinedTimestepLabelEmbeddings"]
     # innermost first: a unit takes the parameters that no unit inside it has taken
     units = [unit for unit in reversed(list(method.modules())) if any(unit is element for element in units)]
     for role in method.children():

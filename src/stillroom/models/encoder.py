@@ -125,7 +125,7 @@ def encoder_of(network: Any) -> Any:
     """The encoder inside a masked autoencoder or a classifier, or the network itself."""
     if isinstance(network, PooledClassifier):
         return network.encoder
-    if type(network).__name__ == "CLIPVisionModel":
+    if type(network).__name__.endswith("CLIPVisionModel"):  # FSDP renames the class
         return network
     return getattr(network, "base_model", network)  # transformers' name for a model without its heads
 

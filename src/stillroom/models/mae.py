@@ -103,12 +103,16 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 # --- what a network is ------------------------------------------------------------------------------------------------
 def is_masked(network: nn.Module) -> bool:
     """Whether it is an encoder that can leave patches out."""
-    return type(network).__name__ == "ViTMAEModel"
+    from transformers import ViTMAEModel
+
+    return isinstance(network, ViTMAEModel)
 
 
 def require_decoder(network: nn.Module, who: str) -> Any:
     """The network as a masked autoencoder. Raises UserError for one without a decoder."""
-    if type(network).__name__ != "ViTMAEForPreTraining":
+    from transformers import ViTMAEForPreTraining
+
+    if not isinstance(network, ViTMAEForPreTraining):
         raise UserError(
             f"the {who} is a {type(network).__name__}, which has no decoder",
             cure="give a ViTMAEForPreTraining of transformers",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -91,7 +93,7 @@ def build_method(recipe: Recipe, task: Task) -> Method:
     try:
         with torch.random.fork_rng(), making():
             torch.manual_seed(mix("build", recipe.engine.seed))  # heads and adapters start at random
-            method.build(*task.networks())
+            method.build(*_to_shard(recipe, task.networks()))
     except ValueError as error:
         raise UserError(f"method {recipe.method!r} cannot use teacher {recipe.teacher!r}: {error}") from error
     for role in recipe.lora:
@@ -103,6 +105,15 @@ def build_method(recipe: Recipe, task: Task) -> Method:
             )
     task.check(method)
     return method
+
+
+def _to_shard(recipe: Recipe, networks: Sequence[Any]) -> Sequence[Any]:
+    """The networks, copied where the first process will need whole ones after the method's have been sharded: it draws
+    the teachers' samples for the report."""
+    first, several = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if recipe.engine.parallel != "fsdp" or not first or not several:
+        return networks
+    return [copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in networks]
 
 
 def sampling_cost(generator: Any, draw: Callable[[int], Any]) -> dict[str, Any]:
