@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -153,8 +154,7 @@ def unreported() -> Iterator[None]:
 
 def _write_openvino(program: Any, path: Path, part: Part) -> None:
     with torch.no_grad(), quiet(), unreported():
-        import openvino
-
+        openvino: Any = importlib.import_module("openvino")
         model = openvino.convert_model(program)
     for ports, names in ((model.inputs, part.inputs), (model.outputs, part.outputs)):
         for port, name in zip(ports, names, strict=True):
@@ -164,8 +164,7 @@ def _write_openvino(program: Any, path: Path, part: Part) -> None:
 
 def _open_openvino(path: Path) -> Runner:
     with unreported():
-        import openvino
-
+        openvino: Any = importlib.import_module("openvino")
     # without the hint, processors with bf16 units compute in bf16
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
