@@ -44,7 +44,7 @@ def picture(models: dict[str, TextImageGenerator], out: Path) -> None:
         cells = torch.nn.functional.pad((images + 1) / 2, (0, 2, 0, 2), value=1.0)  # [rows, columns, 3, 34, 34]
         sheet = cells.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
         axis.imshow(sheet.clamp(0, 1).numpy(), interpolation="nearest")
-        axis.set_title(f"{name}, {model.sampler.nfe} network evaluations", fontsize=9)
+        axis.set_title(f"{name}\n{model.sampler.nfe} network evaluations", fontsize=9)
         axis.set_xticks([])
         middles = [34 * row + 16 for row in range(len(captions))]
         axis.set_yticks(middles, captions if axis is axes[0] else [""] * len(captions), fontsize=9)
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "scenes.png")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    models = {name: load_generator(name) for name in (*MODELS, chosen.student)}
+    models = {Path(name).name: load_generator(name) for name in (*MODELS, chosen.student)}
     bench = ScenesBench()
     captions = bench.captions(chosen.n)
     texts = [caption.text for caption in captions]
