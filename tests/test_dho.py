@@ -34,7 +34,7 @@ from stillroom.proofs.worlds import get_world
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from tiny import CLASSES, make_data
-from workers.toy import Stop, stop_after
+from workers.toy import fitted
 
 C, N = 3, 30
 
@@ -460,13 +460,7 @@ def few_shot(clip: PromptClassifier, folder: Path | None = None, stop: int = 0, 
     method.build(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, C)), clip)
     config = EngineConfig(steps=8, batch=6, checkpoint_every=1, log_every=1, check_freezing=True)
     run = Trainer(method, small(), config, folder, folder is not None and not stop, show=False)
-    if stop:
-        run.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            run.fit()
-    else:
-        run.fit()
-    return run
+    return fitted(run, stop)
 
 
 def test_a_few_shot_teacher_is_tuned_first_and_then_teaches(clip: PromptClassifier) -> None:

@@ -16,7 +16,7 @@ from stillroom.engine.eight_bit import adamw_8bit, first_states
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.method import Method, Optim, turn
-from workers.toy import Points, Stop, stop_after, weights
+from workers.toy import Points, fitted, weights
 
 
 class Wide(Method):
@@ -44,13 +44,7 @@ def trained(name: str, folder: Path | None = None, resume: bool = False, stop: i
     method.build()
     options = {"steps": 60, "batch": 16, "checkpoint_every": 7, "optim": {"all": {"name": name}}, **settings}
     run = Trainer(method, Points(), EngineConfig(**options), folder, resume, show=False)
-    if stop:
-        run.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            run.fit()
-    else:
-        run.fit()
-    return run
+    return fitted(run, stop)
 
 
 def state_bytes(run: Trainer) -> int:

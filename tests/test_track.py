@@ -18,19 +18,13 @@ from stillroom.engine import track
 from stillroom.errors import UserError
 from stillroom.recipe import Recipe
 from tiny import FAST, make_data, make_teacher
-from workers.toy import Stop, stop_after, trainer
+from workers.toy import fitted, trainer
 
 
 def train(folder: Path, *names: str, stop: int = 0, resume: bool = False) -> Any:
     run = trainer(folder, resume)
     run.track = list(names)
-    if stop:
-        run.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            run.fit()
-    else:
-        run.fit()
-    return run
+    return fitted(run, stop)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

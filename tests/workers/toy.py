@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +161,18 @@ def stop_after(step: int) -> Any:
             raise Stop
 
     return callback
+
+
+def fitted(run: Trainer, stop: int = 0) -> Trainer:
+    """The run after its training; with ``stop``, left after so many steps as a crash would leave it."""
+    if not stop:
+        run.fit()
+        return run
+    run.callbacks.append(stop_after(stop))
+    with contextlib.suppress(Stop):
+        run.fit()
+        raise AssertionError(f"the run did not reach step {stop}")
+    return run
 
 
 def weights(trained: Trainer) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Service:
+class Service(ABC):
     """What trackio and wandb share: ``init``, ``log(row, step)``, ``finish``. Rows up to the last step that they
     have seen are not sent again: the run's ``<name>.step`` says which that was."""
 
@@ -64,8 +65,8 @@ class Service:
         for row in rows:
             self.write(row)
 
-    def begin(self, run_dir: Path, resumed: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, run_dir: Path, resumed: bool) -> None: ...
 
     def write(self, row: Row) -> None:
         from stillroom.engine.checkpoint import write_atomically  # brings torch, which reading a recipe must not

@@ -254,7 +254,6 @@ class ScenesWorld:
         images: int = 2000,
         captions: int = 0,
         teachers: Sequence[str] = teachers,
-        mirror: bool = False,
         pairs: int = 0,
     ) -> CaptionedData:
         """``images`` images of the shipped store, by these teachers, each of another caption; with ``captions`` so few
@@ -265,7 +264,7 @@ class ScenesWorld:
         if len(rows) < images:
             raise UserError(f"{folder} has {len(rows)} images by {', '.join(teachers)}", cure=f"ask for {len(rows)}")
         texts = [store.captions[i] for i in rows]
-        found = encode_images(store.images[torch.tensor(rows)], texts, self.space, mirror, self.name)
+        found = encode_images(store.images[torch.tensor(rows)], texts, self.space, name=self.name)
         if pairs:
             real, asked = scene_set(pairs, PAIRS_SEED, "train")
             found.parts["pairs"] = encode_images(real, [caption.text for caption in asked], self.space)
