@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from stillroom.diffusion.process import VP
 from stillroom.errors import UserError
 from stillroom.models.mar import MAR, CrossBlock, MARSettings, take
-from stillroom.models.token_head import TokenDiffusionHead, respaced
+from stillroom.models.token_head import Prediction, TokenDiffusionHead, respaced
 from tiny_mar import DIM, PLACES, latents, make_mar, random_parts, texts
 
 COSINE = VP("squaredcos_cap_v2", 1000)
@@ -102,20 +102,23 @@ def test_a_new_heads_blocks_are_the_identity() -> None:
     assert torch.equal(seen[0], seen[1])
 
 
-def test_squared_error_by_hand() -> None:
-    head, given = make_head(), head_inputs()
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_squared_error_by_hand(prediction: Prediction) -> None:
+    head, given = make_head(prediction=prediction), head_inputs()
     mse, _ = head.errors(**given)
     kept = torch.cumprod(1 - cosine_betas(), 0).float()
     for b, r, m in [(0, 0, 0), (2, 1, 3)]:
         t, eps = given["t"][b, r, m], given["eps"][b, r, m]
         x_t = kept[t].sqrt() * given["x"][b, m] + (1 - kept[t]).sqrt() * eps
         said, _ = head(x_t, head.times(t[None])[0] + head.embed_z(given["z"][b, m]))
-        assert float(mse[b, r, m]) == pytest.approx(float((said - eps).square().mean()), rel=1e-4)
+        asked = eps if prediction == "eps" else kept[t].sqrt() * eps - (1 - kept[t]).sqrt() * given["x"][b, m]
+        assert float(mse[b, r, m]) == pytest.approx(float((said - asked).square().mean()), rel=1e-4)
 
 
-def test_variational_bound_by_torch_distributions() -> None:
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_variational_bound_by_torch_distributions(prediction: Prediction) -> None:
     """KL of the reverse step, and at t = 0 the mass in a bin of 2/255, in bits per dimension."""
-    head, given = make_head(), head_inputs()
+    head, given = make_head(prediction=prediction), head_inputs()
     given["t"][0, 0] = torch.tensor([0, 1, 999, 500])
     given["x"][0] = torch.tensor([-1.0, 0.3, 1.0])
     _, vb = head.errors(**given)
@@ -138,7 +141,11 @@ def test_variational_bound_by_torch_distributions() -> None:
                 betas[t] * before.sqrt() * x0 + (1 - before) * (1 - betas[t]).sqrt() * x_t
             ) / (1 - kept[t])  # fmt: skip
 
-        ours = Normal(mean((x_t - (1 - kept[t]).sqrt() * said) / kept[t].sqrt()), (0.5 * log_variance).exp())
+        by_eps, by_v = (
+            (x_t - (1 - kept[t]).sqrt() * said) / kept[t].sqrt(),
+            kept[t].sqrt() * x_t - (1 - kept[t]).sqrt() * said,
+        )
+        ours = Normal(mean(by_eps if prediction == "eps" else by_v), (0.5 * log_variance).exp())
         if t:
             bits = kl_divergence(Normal(mean(x), posterior.sqrt().expand(3)), ours)
         else:
@@ -190,11 +197,12 @@ def test_looked_up_time_embeddings_are_the_computed_ones() -> None:
 
 # --- the head's sampler -----------------------------------------------------------------------------------------------
 class Exact(TokenDiffusionHead):
-    """Knows the noise in samples of a normal law: ``E[eps | x_t] = sigma (x_t - alpha mu) / (alpha^2 s^2 + sigma^2)``.
+    """Knows the noise in samples of a normal law: ``E[eps | x_t] = sigma (x_t - alpha mu) / (alpha^2 s^2 + sigma^2)``,
+    or v: ``E[v | x_t] = (E[eps | x_t] - sigma x_t) / alpha``, since ``x_t`` is ``alpha x0 + sigma eps``.
     The embedding of a time is made to carry the time itself; ``z`` is the mean."""
 
-    def __init__(self, std: float) -> None:
-        super().__init__(1, 1, 2, 0, learned_variance=False)
+    def __init__(self, std: float, prediction: Prediction) -> None:
+        super().__init__(1, 1, 2, 0, learned_variance=False, prediction=prediction)
         self.std = std
 
     def times(self, t: Tensor) -> Tensor:
@@ -203,11 +211,19 @@ class Exact(TokenDiffusionHead):
     def forward(self, x_t: Tensor, y: Tensor) -> tuple[Tensor, None]:
         table, t = respaced(self.process, 1000), y[..., :1].round().long()
         signal, noise = table.signal[t], table.noise[t]
-        return noise * (x_t - signal * y[..., 1:]) / ((signal * self.std) ** 2 + noise**2), None
+        signal, noise, x_t = (
+            signal.double(),
+            noise.double(),
+            x_t.double(),
+        )  # v: a small difference over a small number
+        eps = noise * (x_t - signal * y[..., 1:]) / ((signal * self.std) ** 2 + noise**2)
+        return (eps if self.prediction == "eps" else (eps - noise * x_t) / signal).float(), None
 
 
-def exact_samples(steps: int, mean: float = 0.5, std: float = 0.7, n: int = 20000, **settings: Any) -> Tensor:
-    head = Exact(std)
+def exact_samples(
+    steps: int, mean: float = 0.5, std: float = 0.7, n: int = 20000, prediction: Prediction = "eps", **settings: Any
+) -> Tensor:
+    head = Exact(std, prediction)
     head.embed_z = torch.nn.Linear(1, 2, bias=False)
     head.embed_z.weight.data = torch.tensor([[0.0], [1.0]])
     g = torch.Generator().manual_seed(0)
@@ -215,10 +231,17 @@ def exact_samples(steps: int, mean: float = 0.5, std: float = 0.7, n: int = 2000
     return head.sample(z, torch.randn(n, 1, generator=g), head.plan(steps), generator=g, **settings)
 
 
-def test_ancestral_sampling_with_the_exact_noise_draws_the_law() -> None:
-    x = exact_samples(250)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ancestral_sampling_with_the_exact_answer_draws_the_law(prediction: Prediction) -> None:
+    x = exact_samples(250, prediction=prediction)
     assert float(x.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(x.std()) == pytest.approx(0.7, rel=0.03)
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip": 0.6}, {"temperature": 0.3}])
+def test_both_predictions_draw_the_same_tokens(settings: dict[str, float]) -> None:
+    ours, theirs = (exact_samples(20, n=200, prediction=p, **settings) for p in ("eps", "v"))  # type: ignore[arg-type]
+    assert torch.allclose(ours, theirs, atol=1e-3)
 
 
 def test_temperature_zero_draws_less_widely() -> None:

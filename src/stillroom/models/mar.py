@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillroom.errors import UserError
-from stillroom.models.token_head import Respaced, TokenDiffusionHead
+from stillroom.models.token_head import Prediction, Respaced, TokenDiffusionHead
 
 TEXT = "encoder_hidden_states"
 """The condition that the network reads: text features ``[B, T, text_width]``. Padding is attended to as text is."""
@@ -47,6 +47,7 @@ class MARSettings:
     head_width: int | None = _at_least(1)
     head_blocks: int | None = _at_least(0)
     learned_variance: bool | None = None
+    prediction: Prediction | None = None
     attention_dropout: float | None = _at_least(0)
     dropout: float | None = _at_least(0)
     position_std: float | None = _at_least(0)
@@ -165,7 +166,7 @@ class MAR(nn.Module):
     channels, patch: a latent ``[B, channels, H, W]`` is cut into tokens of ``channels * patch^2`` numbers.
     grid: (rows, columns) of tokens that the three position tables are stored for; other grids get them resized.
     text_width: of the text features. aligner_blocks: transformer blocks of the text aligner.
-    head_width, head_blocks, learned_variance: of the diffusion head.
+    head_width, head_blocks, learned_variance, prediction: of the diffusion head.
     attention_dropout, dropout: of the transformer blocks. position_std: initial scale of the position tables; 0.02 is
     the paper's, a small network on a small grid learns places sooner from 0.5.
 
@@ -194,6 +195,7 @@ class MAR(nn.Module):
         attention_dropout: float = 0.1,
         dropout: float = 0.1,
         position_std: float = 0.02,
+        prediction: Prediction = "eps",
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -231,7 +233,9 @@ class MAR(nn.Module):
         self.cross_in = nn.Linear(width, width)
         self.cross_positions = nn.Parameter(torch.empty(1, places, width))
         self.cross_blocks, self.cross_norm = blocks(CrossBlock, cross_blocks), norm(width)
-        self.head = TokenDiffusionHead(self.token_dim, width, head_width, head_blocks, learned_variance)
+        self.head = TokenDiffusionHead(
+            self.token_dim, width, head_width, head_blocks, learned_variance, prediction=prediction
+        )
         self.reset()
 
     def reset(self) -> None:

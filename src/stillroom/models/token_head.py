@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from stillroom.diffusion.process import VP
 
 FREQUENCIES = 256
+Prediction = Literal["eps", "v"]
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,20 @@ class HeadBlock(nn.Module):
 
 
 class TokenDiffusionHead(nn.Module):
-    """Noise prediction for tokens ``[..., dim]`` under vectors ``z [..., z_width]``: VP, cosine schedule, 1000 steps.
+    """Denoising of tokens ``[..., dim]`` under vectors ``z [..., z_width]``: VP, cosine schedule, 1000 steps.
 
+    prediction: ``eps``, the noise, or ``v = signal eps - noise x0`` (arXiv 2202.00512). An error of v is one of eps
+    over ``signal^2``: at much noise, where it is decided *what* a token shows, the squared error of eps hardly counts.
     learned_variance: the network also says where between ``beta~`` and ``beta`` the variance of the reverse step lies
     (arXiv 2102.09672, eq. 15); without it that variance is ``beta~``.
     """
 
     def __init__(
         self, dim: int, z_width: int, width: int = 1536, blocks: int = 8, learned_variance: bool = True,
-        steps: int = 1000,
+        steps: int = 1000, prediction: Prediction = "eps",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dim, self.width, self.learned_variance = dim, width, learned_variance
+        self.dim, self.width, self.learned_variance, self.prediction = dim, width, learned_variance, prediction
         self.process = VP("squaredcos_cap_v2", steps)
         self.embed_time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_z = nn.Linear(z_width, width)
@@ -134,8 +138,9 @@ class TokenDiffusionHead(nn.Module):
         return F.embedding(t, every)
 
     def forward(self, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(eps [..., dim], v)`` at ``x_t`` under ``y [..., width]``, the sum of the embeddings of time and ``z``; v
-        is the variance's place (None where it is fixed). ``x_t`` may lack leading dimensions of ``y``."""
+        """``(said [..., dim], place)`` at ``x_t`` under ``y [..., width]``, the sum of the embeddings of time and of
+        ``z``: the prediction, and the variance's place (None where it is fixed). ``x_t`` may lack leading dimensions
+        of ``y``."""
         parts, h = self._modulate(F.silu(y)), self.embed_x(x_t)
         for i, block in enumerate(self.blocks):
             h = block(h, *parts[3 * i : 3 * i + 3])
@@ -155,15 +160,19 @@ class TokenDiffusionHead(nn.Module):
         """Denoising errors with everything random given: ``R`` draws per token share one ``z``.
 
         z: ``[B, M, z_width]``; x: clean tokens ``[B, M, dim]``; t: integers ``[B, R, M]``; eps: ``[B, R, M, dim]``.
-        Returns ``l_mse [B, R, M]``, the mean over dim of ``(eps - eps_hat)^2``, and ``l_vb [B, R, M]`` in bits per dim
-        (None with fixed variance), which sees ``eps_hat`` detached: it trains the variance alone.
+        Returns ``l_mse [B, R, M]``, the mean over dim of the prediction's squared error, and ``l_vb [B, R, M]`` in bits
+        per dim (None with fixed variance), which sees the prediction detached: it trains the variance alone.
         """
         table = respaced(self.process, self.process.steps).to(t.device)
-        x = x.unsqueeze(1)
-        x_t = table.signal[t][..., None] * x + table.noise[t][..., None] * eps
-        eps_hat, v = self(x_t, self.times(t) + self.embed_z(z).unsqueeze(1))
-        mse = (eps - eps_hat).square().mean(-1)
-        return mse, None if v is None else self._bound(table, eps_hat.detach() - eps, v, x, x_t, t)
+        x, signal, noise = x.unsqueeze(1), table.signal[t][..., None], table.noise[t][..., None]
+        x_t = signal * x + noise * eps
+        said, place = self(x_t, self.times(t) + self.embed_z(z).unsqueeze(1))
+        off = said - (eps if self.prediction == "eps" else signal * eps - noise * x)
+        mse = off.square().mean(-1)
+        if place is None:
+            return mse, None
+        off = off.detach() if self.prediction == "eps" else signal * off.detach()  # of the noise
+        return mse, self._bound(table, off, place, x, x_t, t)
 
     def _bound(self, table: Respaced, off: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """``KL(q(x_{t-1} | x_t, x0) || p)``, and at t = 0 ``-log p(x0 | x_1)`` of values in bins of 2/255."""
@@ -197,17 +206,19 @@ class TokenDiffusionHead(nn.Module):
     ) -> Tensor:
         """DDPM's ancestral sampling of tokens ``[..., dim]`` from unit ``noise``.
 
-        z: ``[1, ..., z_width]``, or ``[2, ..., z_width]`` with the conditional vectors first; then the noise
+        z: ``[1, ..., z_width]``, or ``[2, ..., z_width]`` with the conditional vectors first; then the
         prediction is ``null + guidance (cond - null)``, one state serves both, and the variance is the conditional's.
         temperature: factor on the noise added by each step. clip: > 0 bounds the implied x0 to [-clip, clip].
         """
         table, times = plan
         about, x = self.embed_z(z), noise.float()
         for i in reversed(range(len(table.times))):
-            eps, v = self(x, about + times[i])
-            said = eps[0] if len(z) == 1 else eps[1] + guidance * (eps[0] - eps[1])
-            if clip > 0:
-                x0 = ((x - table.noise[i] * said) / table.signal[i]).clamp(-clip, clip)
+            both, v = self(x, about + times[i])
+            said = both[0] if len(z) == 1 else both[1] + guidance * (both[0] - both[1])
+            if self.prediction == "v" or clip > 0:
+                x0 = self._x0(said, x, table.signal[i], table.noise[i])
+                if clip > 0:
+                    x0 = x0.clamp(-clip, clip)
                 mean = table.x0_weight[i] * x0 + table.xt_weight[i] * x
             else:
                 mean = table.scale[i] * x - table.eps_weight[i] * said
@@ -220,6 +231,9 @@ class TokenDiffusionHead(nn.Module):
             fresh = torch.randn(x.shape, generator=generator, device=device).to(x)
             x = mean + temperature * torch.exp(0.5 * log_variance) * fresh
         raise AssertionError("a plan has at least one step")
+
+    def _x0(self, said: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return signal * x_t - noise * said if self.prediction == "v" else (x_t - noise * said) / signal
 
 
 def _between(v: Tensor, log_beta: Tensor, log_posterior: Tensor) -> Tensor:

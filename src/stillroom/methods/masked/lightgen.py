@@ -100,9 +100,16 @@ class LightGen(Method):
             self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
 
     def take_over(self, folder: Path) -> None:
-        """Begin with the weights of a finished student of the same sizes."""
+        """Begin with the weights of a finished student of the same sizes, whose head predicts the same."""
+        start = load_network(folder)
+        ours = self.student.config["prediction"]
+        if (theirs := dict(start.config).get("prediction", ours)) != ours:  # other classes of networks fail below
+            raise UserError(
+                f"options.start: the head of the student in {folder} predicts {theirs}, that of options.network {ours}",
+                cure=f"set options.network.prediction={theirs}",
+            )
         try:
-            self.student.load_state_dict(load_network(folder).state_dict())
+            self.student.load_state_dict(start.state_dict())
         except RuntimeError:
             raise UserError(
                 f"options.start: the student in {folder} has other sizes than options.network",
