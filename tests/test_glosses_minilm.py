@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
     def tiny() -> tuple[torch.nn.Module, object]:
         with torch.random.fork_rng():
-            return tiny_text.encoder(layers=6, classes=45, vocabulary=len(tokenizer)), tokenizer
+            return tiny_text.encoder(layers=6, classes=45, vocabulary=len(tokenizer), initializer_range=0.5), tokenizer
 
     monkeypatch.setattr(glosses_minilm, "minilm", tiny)
     monkeypatch.setattr(glosses_minilm, "load_texts", lambda name, split: whole(name, split).take(torch.arange(100)))
@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_stored_encoder_answers_as_its_network_does_and_asks_it_about_unknown_texts() -> None:
-    network, data = tiny_text.encoder(layers=4), tiny_text.data()
+    network, data = tiny_text.encoder(layers=4, initializer_range=0.5), tiny_text.data()
     known = StoredStates(data.array, data.lengths, stored_states(network, data.array, data.lengths, (2, 4), batch=7))
     stored = copy.deepcopy(StoredEncoder(network, (2, 4), known).eval())
     assert stored.known is known
