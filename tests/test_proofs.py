@@ -72,7 +72,7 @@ def test_variations_merge_and_equal_arms_share_a_key() -> None:
 @pytest.mark.parametrize("slug", sorted(proofs()))
 def test_shipped_proofs_have_both_levels_controls_and_valid_options(slug: str) -> None:
     levels = {proof.level: proof for proof in get_proofs(slug)}
-    assert set(levels) == ({"mechanism"} if get_method(slug).wing == "language" else {"mechanism", "image"})
+    assert set(levels) == {"mechanism", "text" if get_method(slug).wing == "language" else "image"}
     for proof in levels.values():
         names = {arm.name for arm in proof.arms}
         assert "untouched" in names

@@ -22,7 +22,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-LEVELS = ("image", "mechanism")
+LEVELS = ("image", "text", "mechanism")
 VERDICTS = {"holds": "✅ holds", "fails": "❌ fails", "unresolved": "➖ unresolved"}
 
 
@@ -59,7 +59,7 @@ class Sources:
         return {"slug": slug, "arxiv": cls.paper.arxiv, "wing": cls.wing, "purpose": purpose}
 
     def claims(self, slug: str) -> list[dict[str, Any]]:
-        """All claims of a method, those on images first, each with its ``floor`` and ``result``."""
+        """All claims of a method, those on the bench first, each with its ``floor`` and ``result``."""
         found = [
             claim | {"floor": (result.get("floor") or {}).get(claim["world"]) or {}, "result": result}
             for result in self.results.get(slug, [])

@@ -154,8 +154,8 @@ class Prove:
     """Methods by name."""
     seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2)
     """One training per arm and seed."""
-    level: Literal["mechanism", "image", "all"] = "all"
-    """Tiny closed-form worlds (seconds), real images (minutes), or both."""
+    level: Literal["mechanism", "image", "text", "all"] = "all"
+    """Tiny worlds (seconds), real images or texts (minutes), or all that a method has."""
     jobs: Annotated[int, arg(metavar="N")] = 1
     """Trainings at the same time."""
 

@@ -120,18 +120,27 @@ class GlossesBench:
         return scores
 
 
-def kept(network: nn.Module, name: str, make: Callable[[nn.Module], None]) -> nn.Module:
-    """``network`` with the weights that ``make`` gave it once; they lie in the cache."""
+def kept_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` gave once; it lies in the cache."""
     file = cache_folder() / "glosses" / f"{name}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
         if not file.exists():
-            make(network)
             aside = Path(f"{file}.part")
-            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, aside)
+            save_file({key: value.contiguous() for key, value in make().items()}, aside)
             aside.replace(file)
-    network.load_state_dict(load_file(file))
+    return load_file(file)
+
+
+def kept(network: nn.Module, name: str, make: Callable[[nn.Module], None]) -> nn.Module:
+    """``network`` with the weights that ``make`` gave it once."""
+
+    def weights() -> dict[str, Tensor]:
+        make(network)
+        return network.state_dict()
+
+    network.load_state_dict(kept_tensors(name, weights))
     return network.eval()
 
 
@@ -174,15 +183,15 @@ def pretrain(network: Any, data: Any) -> None:
     network.base_model.load_state_dict(language.bert.state_dict(), strict=False)
 
 
-def tune(network: nn.Module, data: TextData) -> None:
-    """Fine-tuning on labels by cross-entropy."""
+def tune(network: nn.Module, data: TextData, steps: int = 0, lr: float = 0.0) -> None:
+    """Fine-tuning on labels by cross-entropy; steps and rate are those of ``TUNING`` where none are given."""
 
     def loss(step: int) -> Tensor:
         batch = data.batch(0, step, int(TUNING["batch"]))
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         return F.cross_entropy(class_logits(network, inputs), batch["cond"]["label"])
 
-    train(network, loss, int(TUNING["steps"]), TUNING["lr"])
+    train(network, loss, steps or int(TUNING["steps"]), lr or TUNING["lr"])
 
 
 def train(network: nn.Module, loss: Callable[[int], Tensor], steps: int, lr: float) -> None:

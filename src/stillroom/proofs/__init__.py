@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def proofs() -> dict[str, tuple[Proof, ...]]:
-    """All proofs by method slug: one per level (mechanism, image)."""
+    """All proofs by method slug: one per level (mechanism, image or text)."""
     found = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")

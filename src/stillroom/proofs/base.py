@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-Level = Literal["mechanism", "image"]
+Level = Literal["mechanism", "image", "text"]
+"""On worlds with closed forms or of minutes; or on a bench of images, or of texts."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from stillroom.method import get_method
 from stillroom.models.initial import fresh_weights
 from stillroom.models.mae import learned
 from stillroom.proofs import get_proofs
-from stillroom.proofs.base import Arm, Claim, Proof
+from stillroom.proofs.base import Arm, Claim, Level, Proof
 from stillroom.proofs.worlds import World, get_world
 from stillroom.recipe import Recipe
 
@@ -174,11 +174,12 @@ def prove(
 ) -> list[dict[str, Any]]:
     """Run what is missing of the proofs of ``slugs``, write ``results/<slug>.json``, return those results.
 
-    level: ``mechanism``, ``image`` or ``all``. arms: only train these arms (claims stay as they are until all are in).
+    level: ``mechanism``, ``image``, ``text`` or ``all``. arms: only train these arms (claims stay as they are until all
+    are in).
     An arm already measured with the same settings is not run again. Raises UserError for unknown slugs.
     """
-    if level not in ("mechanism", "image", "all"):
-        raise UserError(f"unknown level {level!r}", cure="choose mechanism, image or all")
+    if level not in (levels := (*get_args(Level), "all")):
+        raise UserError(f"unknown level {level!r}", cure=f"choose one of: {', '.join(levels)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("a proof needs distinct seeds", cure="for example --seeds 0 1 2")
     chosen = [p for slug in slugs for p in get_proofs(slug) if level in ("all", p.level)]
@@ -216,7 +217,7 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
         floors[proof.world], notes[proof.world] = get_world(proof.world).floor(), proof.note
         commits |= {run["commit"] for runs in measured.values() for run in runs}
         machines |= {run["machine"] for runs in measured.values() for run in runs}
-        if proof.level == "image" and proof.arms[0].name in measured:
+        if proof.level != "mechanism" and proof.arms[0].name in measured:
             health = _bands(measured[proof.arms[0].name])
         for claim in proof.claims:
             if claim.left in measured and (not claim.right or claim.right in measured):

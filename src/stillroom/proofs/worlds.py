@@ -36,7 +36,7 @@ from stillroom.proofs.worlds_encoders import (
     FashionTwoWorld,
 )
 from stillroom.proofs.worlds_labels import DigitsWorld, FashionLabelsWorld, FashionSemiWorld, SemiDigitsWorld
-from stillroom.proofs.worlds_language import GlossesTaskWorld, GlossesWorld
+from stillroom.proofs.worlds_language import GlossesTaskWorld, GlossesWorld, MiniLMTaskWorld, MiniLMWorld
 from stillroom.synthesis import synthesize
 
 Scores = dict[str, Any]
@@ -333,6 +333,8 @@ WORLDS: dict[str, type] = {
         FashionTwoWorld,
         GlossesWorld,
         GlossesTaskWorld,
+        MiniLMWorld,
+        MiniLMTaskWorld,
     )
 }
 

@@ -1,4 +1,5 @@
-"""Worlds of text: WordNet's definitions, to be sorted into 45 classes by small encoders."""
+"""Worlds of text: WordNet's definitions, to be sorted into 45 classes by small encoders, under a small teacher that is
+made here or under all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stillroom.bench.glosses import GlossesBench
+from stillroom.bench.glosses_minilm import MiniLMGlossesBench
 from stillroom.data.texts import TextData
 from stillroom.diffusion.sampling import Sampler
 
@@ -74,3 +76,19 @@ class GlossesTaskWorld(GlossesWorld):
 
     def teacher(self) -> tuple[nn.Module, ...]:
         return self.bench.network(), self.bench.tuned()
+
+
+class MiniLMWorld(GlossesWorld):
+    """The same with all-MiniLM-L6-v2 as teacher, before and after fine-tuning on 2,000 definitions. All seeds have the
+    same labelled texts and the same teacher."""
+
+    name = "glosses-minilm"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.bench = MiniLMGlossesBench()
+
+
+class MiniLMTaskWorld(MiniLMWorld, GlossesTaskWorld):
+    """The same for methods that begin with a fine-tuned teacher."""
+
+    name = "glosses-minilm-task"
