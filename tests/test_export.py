@@ -301,6 +301,16 @@ def test_the_pages_text_pipeline_is_that_of_transformers(tmp_path: Path, monkeyp
     assert [answer["label"] for answer in names["answers"]] == model.classify(names["texts"])
 
 
+def test_the_servers_code_stands_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tools/serve.py runs the page's code, on another port."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import serve
+
+    for name in serve.SERVERS:
+        assert serve.code_of(name) == block(name)
+        assert block(name).count(serve.PORT) == 1
+
+
 EXPORTABLE = [name for name in PIPELINES if name != "z-image"]
 
 
