@@ -172,7 +172,7 @@ PARTS = {
     ("classifiers.md", "student.classify(images)"): "reads the student of a run",
     ("data.md", "scene_set("): "draws a thousand pictures",
     ("export.md", "network = onnxruntime.InferenceSession("): "run by tests/test_export.py",
-    ("export.md", 'run["transformer"]('): "run by tests/test_export.py",
+    ("export.md", "transformer(None"): "run by tests/test_export.py",
     ("export.md", "openvino.Core()"): "run by tests/test_export.py",
     ("export.md", "torch.export.load("): "run by tests/test_export.py",
     ("export.md", 'answers = pipeline("text-classification"'): "run by tests/test_export.py",

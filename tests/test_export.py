@@ -184,8 +184,9 @@ def test_the_pages_onnx_code_draws_what_the_student_draws(tmp_path: Path, monkey
 # --- a masked generator -----------------------------------------------------------------------------------------------
 def masked(**settings: Any) -> TextImageGenerator:
     """Of 4x4 tokens, in another grid than its position tables are stored for."""
-    space = TextImageSpace(tiny_text(length=16, words=vocabulary()), tiny_codec(), (16, 16))
-    mar = make_mar(channels=space.codec.channels, text_width=space.text.width, grid=(3, 4), **settings)
+    space = TextImageSpace(tiny_text(length=16, words=vocabulary()), tiny_codec(blocks=1), (8, 8))
+    sizes = {"channels": space.codec.channels, "text_width": space.text.width, "cross_blocks": 1, "head_blocks": 1}
+    mar = make_mar(grid=(3, 4), **sizes, **settings)
     return TextImageGenerator(mar, MaskedSampler(5, 2.5, "linear", 0.9, head_steps=4, clip=2.0), space)
 
 
