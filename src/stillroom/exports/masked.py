@@ -3,7 +3,7 @@ and each file takes all tokens under a mask."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from stillroom.models.text_image import TextImageGenerator
 from stillroom.models.token_head import TokenDiffusionHead, respaced, time_features
 
 
-def is_masked(model: Any) -> bool:
+def is_masked(model: Any) -> TypeGuard[TextImageGenerator]:
     return isinstance(model, TextImageGenerator) and isinstance(model.network, MAR)
 
 
@@ -40,6 +40,11 @@ class Conditions(nn.Module):
     The encoder takes all places, of which a known one sees the known ones alone; what it says about the others is
     dropped.
     """
+
+    encoder_positions: Tensor
+    decoder_positions: Tensor
+    cross_positions: Tensor
+    itself: Tensor
 
     def __init__(self, mar: MAR, grid: tuple[int, int]) -> None:
         super().__init__()
