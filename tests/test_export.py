@@ -18,20 +18,26 @@ from torch import Tensor
 
 import stillroom as sr
 from stillroom import cli
+from stillroom.data.captions import vocabulary
 from stillroom.data.source import load_data
+from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.process import EDM
 from stillroom.diffusion.sampling import FewStepSampler, TwoHeadPass
 from stillroom.errors import UserError
 from stillroom.exports import Exported, export_model, formats, work
+from stillroom.exports.masked import masked_parts
 from stillroom.exports.parts import NetworkCall, Part
 from stillroom.models.classifier import ImageClassifier, make_classifier
 from stillroom.models.encoder import ImageEncoder
 from stillroom.models.folder import ImageGenerator
 from stillroom.models.pipeline import PipelineGenerator
 from stillroom.models.text_classifier import TextClassifier
+from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 from stillroom.models.two_heads import exchange
 from stillroom.recipe import Recipe
+from test_text_image import tiny_codec, tiny_text
 from tiny import CLASSES, SIZE, make_data, make_teacher
+from tiny_mar import make_mar
 from tiny_pipelines import PIPELINES, make_pipeline
 from tiny_text import CLASSES as KINDS
 from tiny_text import WORDS, encoder, tokenizer
@@ -175,6 +181,76 @@ def test_the_pages_onnx_code_draws_what_the_student_draws(tmp_path: Path, monkey
     assert np.abs(names["images"] - drawn.numpy()).max() < 1e-4
 
 
+# --- a masked generator -----------------------------------------------------------------------------------------------
+def masked(**settings: Any) -> TextImageGenerator:
+    """Of 4x4 tokens, in another grid than its position tables are stored for."""
+    space = TextImageSpace(tiny_text(length=16, words=vocabulary()), tiny_codec(blocks=1), (8, 8))
+    sizes = {"channels": space.codec.channels, "text_width": space.text.width, "cross_blocks": 1, "head_blocks": 1}
+    mar = make_mar(grid=(3, 4), **sizes, **settings)
+    return TextImageGenerator(mar, MaskedSampler(5, 2.5, "linear", 0.9, head_steps=4, clip=2.0), space)
+
+
+@ONNX
+@pytest.mark.parametrize(
+    "settings", [{"learned_variance": True}, pytest.param({"learned_variance": False}, marks=pytest.mark.slow)]
+)
+def test_the_pages_loop_draws_what_the_masked_student_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """The loop's random numbers, in its order, are put in the place of torch's."""
+    monkeypatch.chdir(tmp_path)
+    model = masked(**settings)
+    made = export_model(model, "onnx", "exports/lightgen-onnx", seconds=0.0)
+    assert list(made.facts["files"]) == [f"{name}.onnx" for name in ("text_encoder", "transformer", "head", "decoder")]
+    names: dict[str, Any] = {}
+    exec(block("A masked generator"), names)
+    assert names["known"].all()
+    random = np.random.default_rng(0)
+    mar: Any = model.network
+    noise = mar.latents(torch.from_numpy(random.standard_normal(names["start"].shape, dtype=np.float32)), (4, 4))
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.from_numpy(random.random(tuple(shape))))
+    monkeypatch.setattr(
+        torch, "randn", lambda shape, **_: torch.from_numpy(random.standard_normal(tuple(shape), dtype=np.float32))
+    )
+    latents = model.sampler.sample(mar, noise, model.cond(names["texts"]))
+    images = model.space.codec.decode(latents).numpy()
+    assert images.std() > 0.05
+    assert np.abs(names["tokens"] - mar.tokens(latents).numpy()).max() < 1e-3
+    assert np.abs(names["images"] - images).max() < 1e-3
+
+
+@torch.no_grad()
+def test_the_masked_network_is_the_models_own_for_any_number_of_known_tokens() -> None:
+    """None, some and all but one; and what unknown tokens hold does not matter."""
+    part = masked_parts(masked())["transformer"]
+    tokens, _, text = part.example(3, torch.Generator().manual_seed(0))
+    order = torch.rand(tokens.shape[:2]).argsort(1)
+    for count in (0, 1, 9, 15):
+        known = order < count
+        theirs = part.eager(tokens, known, text)
+        noisy = torch.where(known[..., None], tokens, torch.randn_like(tokens))
+        for mine, other, wanted in zip(
+            part.module(tokens, known, text), part.module(noisy, known, text), theirs, strict=True
+        ):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(*theirs, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino", "torch"])
+def test_the_shipped_masked_student_is_exported(tmp_path: Path, to: str) -> None:
+    formats.FORMATS[to].check(to)
+    made = export_model("lightgen", to, tmp_path / "out", **BRIEF)
+    assert len(made.facts["files"]) == 4
+    for file in made.facts["files"].values():
+        assert file["parity"]["max_abs_error"] < 1e-4
+        assert [row["batch"] for row in file["latency"]] == [1, 32]
+    assert made.facts["steps"][-1] == {"left": 1, "after": 0, "guidance": 1.5}
+    assert [made.facts["head"][i]["time"] for i in (0, -1)] == [999, 0]
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+
+
 @ONNX
 def test_a_quantised_classifier_is_smaller_and_scored_before_and_after(tmp_path: Path) -> None:
     data = str(make_data(tmp_path / "data"))
@@ -224,6 +300,16 @@ def test_the_pages_text_pipeline_is_that_of_transformers(tmp_path: Path, monkeyp
     names: dict[str, Any] = {}
     exec(block("transformers"), names)
     assert [answer["label"] for answer in names["answers"]] == model.classify(names["texts"])
+
+
+def test_the_servers_code_stands_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tools/serve.py runs the page's code, on another port."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import serve
+
+    for name in serve.SERVERS:
+        assert serve.code_of(name) == block(name)
+        assert block(name).count(serve.PORT) == 1
 
 
 EXPORTABLE = [name for name in PIPELINES if name != "z-image"]
@@ -348,7 +434,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path: Path, monkeypa
     refused(tmp_path, "only image generators have a whole", image_encoder(), "torch", whole=True)
     refused(tmp_path, "takes 2 network evaluations", student(tmp_path, (0.9, 0.4)), "torch", whole=True)
     refused(tmp_path, "does not say how large its images are; give --data", classifier(), "torch")
-    refused(tmp_path, "a MAR fills masked tokens", sr.load("lightgen"), "torch")
+    refused(tmp_path, "a masked generator is exported in parts", masked(), "torch", whole=True)
     refused(tmp_path, "no model 'fashon' (did you mean 'fashion'?)", "fashon", "torch")
     refused(tmp_path, "no texts at 'nothing'", text_classifier(), "torch", data="nothing")
     monkeypatch.setattr(formats.Format, "check", lambda *_: None)

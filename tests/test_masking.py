@@ -107,11 +107,11 @@ def plain_sample(sampler: MaskedSampler, mar: MAR, noise: Tensor, text: Tensor, 
     order = torch.rand(n, PLACES, generator=g).argsort(1)
     counts = token_counts(PLACES, sampler.steps)
     for left, after in zip(counts[:-1], counts[1:], strict=True):
-        aligned = torch.cat([mar._align(text), mar.null_text.expand(n, text.shape[1], -1)])
+        aligned = torch.cat([mar.align(text), mar.null_text.expand(n, text.shape[1], -1)])
         visible = order[:, left:].repeat(2, 1)
-        decoded = mar._decode(tokens.repeat(2, 1, 1), visible, (4, 4))
+        decoded = mar.decode(tokens.repeat(2, 1, 1), visible, (4, 4))
         everywhere = torch.arange(PLACES).expand(2 * n, -1)
-        z = mar._cross(decoded, everywhere, mar._remember(aligned), (4, 4))
+        z = mar.cross(decoded, everywhere, mar.keys_and_values(aligned), (4, 4))
         at = order[:, after:left]
         z = take(z, at.repeat(2, 1)).reshape(2, n, left - after, -1)
         w = sampler.guidance_at((PLACES - after) / PLACES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -96,16 +97,56 @@ def test_a_denoiser_answers_as_its_pipeline_does(teacher: PipelineGenerator, gui
     student = teacher.student(teacher.denoiser, FewStepSampler((1.0,), guidance=guidance))
     theirs, ours = drawn_latents(student)
     assert theirs.shape == ours.shape
-    if guidance > 1 and teacher.family.title == "Qwen-Image":
-        # Its pipeline scales each guided token back to the length of the unguided one; our guidance does not.
-        noise = pack(noise_of(teacher, [3, 4]))
-        cond, _ = teacher.conditions(PROMPTS)
-        with torch.no_grad():
-            plain = pack(teacher.denoiser(noise_of(teacher, [3, 4]), 1.0, cond).value)
-        guided = noise - ours
-        ours = noise - guided * plain.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
     scale = float(theirs.std())
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * scale)
+
+
+@torch.no_grad()
+def test_a_guided_prediction_is_that_of_the_pipelines_own_loop(loaded: Callable[[str], PipelineGenerator]) -> None:
+    """What Qwen-Image's loop hands to its scheduler: guided tokens as long as the conditional ones. Also asked through
+    an adapter, and of a copy without one."""
+    teacher = loaded("qwen-image")
+    generator = PipelineGenerator(teacher.pipeline, OwnScheduler(3, 4.0), teacher.denoiser, teacher.size)
+    scheduler, seen = generator.pipeline.scheduler, []
+    real = scheduler.step
+
+    def step(value: Tensor, t: Tensor, latents: Tensor, **more: Any) -> Any:
+        seen.append((value, scheduler.sigmas[scheduler.step_index or 0], latents))
+        return real(value, t, latents, **more)
+
+    scheduler.step = step
+    try:
+        generator.sample(PROMPTS, seed=[3, 4])
+    finally:
+        scheduler.step = real
+    assert len(seen) == 3
+    cond, teacher.denoiser.null = teacher.conditions(PROMPTS)
+    role = lora_role(copy.deepcopy(teacher.denoiser), "student", rank=2, targets=("to_q",))
+    height, width = teacher.denoiser.shape[-2:]
+    for theirs, sigma, latents in seen:
+        t = teacher.denoiser.process.time_of(1 - sigma, sigma)
+        for denoiser in (teacher.denoiser, role, role.merged()):  # type: ignore[attr-defined]
+            ours = pack(denoiser(unpack(latents, height, width), t, cond, 4.0).value)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        plain = pack(teacher.denoiser(unpack(latents, height, width), t, cond).value)
+        torch.testing.assert_close(ours.norm(dim=-1), plain.norm(dim=-1), rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(ours, plain, rtol=1e-2)
+
+
+GUIDED = {
+    "sd": {"guidance_rescale": 0.0}, "sdxl": {"guidance_rescale": 0.0}, "sd3": {"skip_guidance_layers": None},
+    "z-image": {"cfg_normalization": False, "cfg_truncation": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_what_docs_say_of_guidance_is_off_in_the_pipelines(name: str) -> None:
+    """Changes of the guidance that our teachers do not make are none by default."""
+    import diffusers
+
+    cls = getattr(diffusers, PIPELINES[name][0])
+    defaults = inspect.signature(cls.__call__).parameters
+    assert {key: defaults[key].default for key in GUIDED[name]} == GUIDED[name]
 
 
 def test_several_steps_ask_at_the_right_times(teacher: PipelineGenerator) -> None:

@@ -16,6 +16,8 @@ Kind = Literal["x0", "eps", "v", "edm"]
 KINDS: tuple[str, ...] = get_args(Kind)
 Cond = Mapping[str, Tensor]
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+Guide = Callable[[Tensor, Tensor, float], Tensor]
+"""``(conditional, unconditional, w)`` to the guided output, all ``[B, ...]`` in the network's own output space."""
 
 
 class Prediction:
@@ -83,12 +85,16 @@ def plain_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tenso
     return network(x, time, cond)
 
 
+def plain_guide(conditional: Tensor, unconditional: Tensor, w: float) -> Tensor:
+    return unconditional + w * (conditional - unconditional)
+
+
 class Denoiser(nn.Module):
     """``denoiser(x_t, t, cond, guidance)``.
 
     network: any module; ``call`` says how it is asked (models.families has the diffusers conventions).
     null: the value of each condition that means "unconditional" (a scalar, or a tensor without the batch dimension).
-    shape: shape of one sample, ``(C, H, W)`` for images.
+    shape: shape of one sample, ``(C, H, W)`` for images. guide: how guidance puts the two answers together.
     """
 
     adapter: str | None = None  # name of the LoRA role that this denoiser speaks with
@@ -102,6 +108,7 @@ class Denoiser(nn.Module):
         null: Mapping[str, Any] | None = None,
         shape: tuple[int, ...] = (),
         call: NetworkCall = plain_call,
+        guide: Guide = plain_guide,
     ) -> None:
         super().__init__()
         if prediction not in KINDS:
@@ -109,7 +116,7 @@ class Denoiser(nn.Module):
         if prediction == "edm" and not isinstance(process, EDM):
             raise ValueError("the preconditioned 'edm' prediction needs the EDM process")
         self.network, self.process, self.prediction = network, process, prediction
-        self.null, self.shape, self.call = dict(null or {}), tuple(shape), call
+        self.null, self.shape, self.call, self.guide = dict(null or {}), tuple(shape), call, guide
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """``cond`` with every entry replaced by its "unconditional" value."""
@@ -135,8 +142,9 @@ class Denoiser(nn.Module):
             return self.call(self.network, x_t, time, cond).float()
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
-        """Prediction at ``x_t [B, ...]``, ``t [B]`` or scalar. ``guidance`` w: ``uncond + w (cond - uncond)`` in the
-        network's own output space; w = 1 and w = 0 cost one evaluation, other values two (in one batch)."""
+        """Prediction at ``x_t [B, ...]``, ``t [B]`` or scalar. ``guidance`` w: ``uncond + w (cond - uncond)``, or
+        what ``guide`` makes of it, in the network's own output space; w = 1 and w = 0 cost one evaluation, other values
+        two (in one batch)."""
         cond = cond or {}
         t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
         if guidance == 1.0 or not cond:
@@ -148,7 +156,7 @@ class Denoiser(nn.Module):
             both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
             times = torch.cat([t, t]) if t.ndim else t
             conditional, unconditional = self.native(torch.cat([x_t, x_t]), times, both).chunk(2)
-            value = unconditional + guidance * (conditional - unconditional)
+            value = self.guide(conditional, unconditional, guidance)
         return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
 
 

@@ -144,19 +144,15 @@ def parts_of(model: Any, whole: bool = False, size: tuple[int, int] | None = Non
     if isinstance(model, TextClassifier):
         names = ("input_ids", "attention_mask")
         axes = {name: {1: "length"} for name in names}
-        return {"model": Part(Logits(model.network, model.sampler, names), names, ("logits",), _texts(model), axes)}
+        example = token_ids(model.tokenizer, min(TOKENS, model.length))
+        return {"model": Part(Logits(model.network, model.sampler, names), names, ("logits",), example, axes)}
     raise UserError(f"a {type(model).__name__} cannot be exported", cure="give a student of stillroom, or its folder")
 
 
 def denoiser_of(model: Any) -> Denoiser:
-    """The denoiser of an image generator, a LoRA merged. Raises UserError for a masked generator."""
+    """The denoiser of an image generator that is no masked one, a LoRA merged."""
     found = model.network if isinstance(model, TextImageGenerator) else model.denoiser
-    if not isinstance(found, Denoiser):
-        raise UserError(
-            f"a {type(found).__name__} fills masked tokens in steps of different shapes, which no single exported file "
-            "can hold",
-            cure="export a denoiser or a recogniser",
-        )
+    assert isinstance(found, Denoiser)
     return found.merged() if isinstance(found, LoraDenoiser) else found
 
 
@@ -277,9 +273,9 @@ def _words(given: Mapping[str, Tensor]) -> Example:
     return example
 
 
-def _texts(model: TextClassifier) -> Example:
-    length, words = min(TOKENS, model.length), len(model.tokenizer)
-    pad = int(model.tokenizer.pad_token_id or 0)
+def token_ids(tokenizer: Any, length: int) -> Example:
+    """Random texts: ids and masks ``[B, length]``, padded at the end."""
+    words, pad = len(tokenizer), int(tokenizer.pad_token_id or 0)
 
     def example(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         ids = torch.randint(words, (batch, length), generator=generator)

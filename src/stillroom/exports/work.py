@@ -24,11 +24,13 @@ from stillroom.engine.checkpoint import writing
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.probes import linear_probe, nearest_neighbours
 from stillroom.exports.formats import FORMATS, Runner, capture, quantize
+from stillroom.exports.masked import is_masked, masked_facts, masked_parts
 from stillroom.exports.parts import Part, denoiser_of, parts_of, sampling_steps
 from stillroom.files import digest
 from stillroom.models.classifier import ImageClassifier
 from stillroom.models.encoder import ImageEncoder
 from stillroom.models.shipped import model_folder
+from stillroom.models.text import TOKENIZER
 from stillroom.models.text_classifier import TextClassifier
 from stillroom.recipe import Recipe
 from stillroom.run import load_generator
@@ -95,7 +97,7 @@ def export_model(
         raise UserError("int8 is for classifiers and encoders", cure="leave --int8 out")
     data, test = _data(data, recipe, model)
     shape = test.shape[-2:] if isinstance(model, ImageClassifier) and test is not None else None
-    parts = parts_of(model, whole, shape)
+    parts = masked_parts(model, whole) if is_masked(model) else parts_of(model, whole, shape)
     judge = _judge(model, data, test) if int8 and data is not None else None
     facts: dict[str, Any] = {
         "source": source, "kind": type(model).__name__, "format": to, "versions": FORMATS[to].versions(),
@@ -113,6 +115,8 @@ def export_model(
         with writing(aside):
             for stem, part in parts.items():
                 facts["files"] |= _write(aside, stem, part, to, seconds, int8, judge)
+            if is_masked(model):
+                model.space.text.tokenizer.save_pretrained(aside / TOKENIZER)
             (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             aside.chmod(0o755)
             _put(aside, out)
@@ -291,7 +295,9 @@ def _facts(model: Any) -> dict[str, Any]:
         found["classes"] = list(classes)
     if isinstance(model, TextClassifier):
         found["length"] = model.length
-    if not isinstance(model, ImageClassifier | ImageEncoder | TextClassifier):
+    if is_masked(model):
+        found |= masked_facts(model)
+    elif not isinstance(model, ImageClassifier | ImageEncoder | TextClassifier):
         denoiser = denoiser_of(model)
         found |= {
             "process": denoiser.process.to_dict(), "prediction": denoiser.prediction,

@@ -99,7 +99,10 @@ class LoraDenoiser(Denoiser):
     """The view of a shared network through one adapter."""
 
     def __init__(self, base: Denoiser, role: str) -> None:
-        super().__init__(base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call)
+        super().__init__(
+            base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call,
+            guide=base.guide,
+        )  # fmt: skip
         self.adapter = role
 
     def role_parameters(self) -> dict[str, nn.Parameter]:
@@ -129,5 +132,6 @@ def plain_copy(denoiser: Denoiser, role: str | None = None) -> Denoiser:
             setattr(network.get_submodule(parent), leaf, plain)
     network.__dict__.pop("lora_switch", None)
     return Denoiser(
-        network, denoiser.process, denoiser.prediction, null=denoiser.null, shape=denoiser.shape, call=denoiser.call
-    )
+        network, denoiser.process, denoiser.prediction, null=denoiser.null, shape=denoiser.shape, call=denoiser.call,
+        guide=denoiser.guide,
+    )  # fmt: skip

@@ -83,9 +83,11 @@ class Attention(nn.Module):
         b, n, w = x.shape
         return x.view(b, n, parts, self.heads, w // parts // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """seen: bool, True where a query looks at a key; None: everywhere."""
         b, heads, n, width = q.shape
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        dropped = self.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropped)
         y = self.out(y.transpose(1, 2).reshape(b, n, heads * width))
         return F.dropout(y, self.dropout, self.training)
 
@@ -95,9 +97,9 @@ class SelfAttention(Attention):
         super().__init__(width, heads, attention_dropout, dropout)
         self.qkv = nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = self.split(self.qkv(x), 3)
-        return self.attend(q, k, v)
+        return self.attend(q, k, v, seen)
 
 
 class CrossAttention(Attention):
@@ -133,8 +135,8 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, heads, attention_dropout, dropout)
         self.mlp = MLP(width, ratio, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), seen)
         return x + self.mlp(self.norm2(x))
 
 
@@ -271,8 +273,9 @@ class MAR(nn.Module):
     def latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The inverse of :meth:`tokens`."""
         (rows, columns), p = grid, self.patch
-        x = tokens.reshape(len(tokens), rows, columns, self.channels, p, p)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), self.channels, rows * p, columns * p)
+        b = tokens.shape[0]  # len() would fix the batch of an exported network
+        x = tokens.reshape(b, rows, columns, self.channels, p, p)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(b, self.channels, rows * p, columns * p)
 
     # --- the network's parts --------------------------------------------------------------------------------------
     def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -287,17 +290,17 @@ class MAR(nn.Module):
         assert image.shape[2:] == grid
         return image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], self.width)
 
-    def _align(self, text: Tensor) -> Tensor:
+    def align(self, text: Tensor) -> Tensor:
         """Text features ``[B, T, text_width]`` to ``[B, T, W]``."""
         c = self.align_in(text)
         for block in self.align_blocks:
             c = block(c)
         return self.align_norm(c)
 
-    def _remember(self, aligned: Tensor) -> Memory:
+    def keys_and_values(self, aligned: Tensor) -> Memory:
         return [block.remember(aligned) for block in self.cross_blocks]  # type: ignore[operator]
 
-    def _decode(self, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode(self, tokens: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the visible tokens ``visible [B, V]`` (indices; V may be 0) of ``tokens [B, N, d]`` say about every
         place: ``[B, N, W]``. The text has no part in it."""
         x = self.encoder_in(take(tokens, visible))
@@ -311,7 +314,7 @@ class MAR(nn.Module):
             x = block(x)
         return self.decoder_norm(x)
 
-    def _cross(self, decoded: Tensor, at: Tensor, memory: Memory, grid: tuple[int, int]) -> Tensor:
+    def cross(self, decoded: Tensor, at: Tensor, memory: Memory, grid: tuple[int, int]) -> Tensor:
         """``z [K B, M, W]`` at the places ``at [B, M]``, for ``K B`` rows of text, of which row ``k B + i`` goes with
         sample i. Only the places asked for are computed: no place sees another here."""
         x = self.cross_in(take(decoded, at))
@@ -340,13 +343,13 @@ class MAR(nn.Module):
         is replaced by the null text (after the aligner). Raises UserError where the latents do not fit.
         """
         grid, tokens = self.grid_of(latents), self.tokens(latents)
-        aligned = self._align(text)
+        aligned = self.align(text)
         if drop is not None:
             aligned = torch.where(drop[:, None, None], self.null_text.to(aligned.dtype), aligned)
         aligned = aligned.repeat(len(latents) // len(aligned), 1, 1)
         hidden = order[:, :masked]
-        decoded = self._decode(tokens, order[:, masked:], grid)
-        z = self._cross(decoded, hidden, self._remember(aligned), grid)
+        decoded = self.decode(tokens, order[:, masked:], grid)
+        z = self.cross(decoded, hidden, self.keys_and_values(aligned), grid)
         mse, vb = self.head.errors(z, take(tokens, hidden), t, eps)
         return MaskedLoss(mse.mean((1, 2)), None if vb is None else vb.mean((1, 2)), z)
 
@@ -354,10 +357,10 @@ class MAR(nn.Module):
     def remember(self, text: Tensor, given: bool = True, null: bool = False) -> Memory:
         """All that the text ``[B, T, text_width]`` contributes to a whole sampling: rows for the text itself (where
         ``given``), then rows for the null text (where ``null``)."""
-        parts = [self._align(text)] if given else []
+        parts = [self.align(text)] if given else []
         if null:
             parts.append(self.null_text.expand(len(text), text.shape[1], -1))
-        return self._remember(torch.cat(parts))
+        return self.keys_and_values(torch.cat(parts))
 
     def plan(self, head_steps: int) -> tuple[Respaced, Tensor]:
         """What every token sampled in ``head_steps`` steps needs (see :meth:`TokenDiffusionHead.plan`)."""
@@ -383,7 +386,7 @@ class MAR(nn.Module):
         memory: of :meth:`remember`, with null rows where ``guidance`` is to act. noise: unit, ``[B, M, d]``. The
         encoder and the decoder, which do not see the text, run once for both halves of the guidance.
         """
-        z = self._cross(self._decode(tokens, visible, grid), at, memory, grid)
+        z = self.cross(self.decode(tokens, visible, grid), at, memory, grid)
         z = z.reshape(-1, *noise.shape[:2], self.width).float()
         return self.head.sample(
             z, noise, plan, guidance=guidance, temperature=temperature, clip=clip, generator=generator

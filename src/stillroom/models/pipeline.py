@@ -87,7 +87,8 @@ class PipelineGenerator:
         if denoiser is None:
             process, kind = self.family.process(pipeline, self.size)
             network = network_of(pipeline)
-            denoiser = Denoiser(network, process, kind, shape=shape, call=self.family.call)  # type: ignore[arg-type]
+            asked = {"call": self.family.call, "guide": self.family.guide}
+            denoiser = Denoiser(network, process, kind, shape=shape, **asked)  # type: ignore[arg-type]
         self.denoiser = denoiser.eval()
         self.sampler = sampler or OwnScheduler()
         self.pipeline = copy.copy(pipeline)
@@ -225,7 +226,7 @@ class PipelineGenerator:
         family = family_of(index["_class_name"], str(folder))
         denoiser = Denoiser(
             network_of(pipeline), process_from_dict(side["process"]), side["prediction"],
-            shape=family.shape(pipeline, size), call=family.call,
+            shape=family.shape(pipeline, size), call=family.call, guide=family.guide,
         )  # fmt: skip
         return cls(pipeline, sampler_from_dict(side["sampler"]), denoiser, size, folder)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Cond, NetworkCall
+from stillroom.diffusion.denoiser import Cond, Guide, NetworkCall, plain_guide
 from stillroom.diffusion.process import Process, RectifiedFlow
 from stillroom.errors import UserError
 from stillroom.models.families import diffusers_call, process_from_scheduler
@@ -25,20 +25,21 @@ class Family:
     """A family of pipelines.
 
     title: what people call it. pipelines: diffusers' class names. encode: ``(pipeline, prompts, size)`` to the
-    conditions ``[B, ...]`` that ``call`` passes to the network. null: the prompt of the unconditional branch;
-    encode_null: how that one is encoded, where it is another way than ``encode``. zero_null: under which config entry
-    of the pipeline the unconditional text is zeros instead (SDXL). patch: latent positions per token along each side,
-    where latents are packed outside the network (packed). arguments: of the pipeline's own call, for a picture without
-    guidance. guided: the name of the guidance scale among them; offset: what it lacks of ours, where 1 is none. size:
-    of a picture, where the network's config does not say. frames: latents are clips ``[C, 1, h, w]`` of one frame.
-    checks: ``(what is unsupported, test of the pipeline)``. blank: zeros for the longest text, where the length of what
-    ``encode`` makes depends on the text.
+    conditions ``[B, ...]`` that ``call`` passes to the network. guide: as its pipeline guides by default. null: the
+    prompt of the unconditional branch; encode_null: how that one is encoded, where it is another way than ``encode``.
+    zero_null: under which config entry of the pipeline the unconditional text is zeros instead (SDXL). patch: latent
+    positions per token along each side, where latents are packed outside the network (packed). arguments: of the
+    pipeline's own call, for a picture without guidance. guided: the name of the guidance scale among them; offset:
+    what it lacks of ours, where 1 is none. size: of a picture, where the network's config does not say. frames:
+    latents are clips ``[C, 1, h, w]`` of one frame. checks: ``(what is unsupported, test of the pipeline)``. blank:
+    zeros for the longest text, where the length of what ``encode`` makes depends on the text.
     """
 
     title: str
     pipelines: tuple[str, ...]
     encode: Callable[[Any, list[str], Size], dict[str, Tensor]]
     call: NetworkCall = diffusers_call
+    guide: Guide = plain_guide
     null: str = ""
     encode_null: Callable[[Any, list[str], Size], dict[str, Tensor]] | None = None
     zero_null: str = ""
@@ -279,6 +280,14 @@ def _qwen_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tenso
     return unpack(answer[0], height, width)
 
 
+def _qwen_guide(conditional: Tensor, unconditional: Tensor, w: float) -> Tensor:
+    """Each guided token, of 2x2 positions, has the length of the conditional one."""
+    plain, guided = pack(conditional), pack(plain_guide(conditional, unconditional, w))
+    lengths = [x.norm(dim=-1, keepdim=True) for x in (plain, guided)]
+    scaled = guided * (lengths[0] / lengths[1].clamp_min(torch.finfo(guided.dtype).tiny))
+    return unpack(scaled, *conditional.shape[-2:])
+
+
 def _z_image(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:
     length = call_default(pipeline, "max_sequence_length")
     rows, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
@@ -351,6 +360,7 @@ FAMILIES: dict[str, Family] = {
         ("QwenImagePipeline",),
         _qwen,
         call=_qwen_call,
+        guide=_qwen_guide,
         blank=_qwen_blank,
         null=" ",
         patch=2,

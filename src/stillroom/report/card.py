@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stillroom.report import score_rows, speed_rows, teachers, training_rows
+from stillroom.report import ARROWS, PLAIN_NAMES, score_rows, speed_rows, teachers, training_rows
 
 if TYPE_CHECKING:
     from stillroom.method import Paper
@@ -20,6 +22,8 @@ PIPELINES = {
     "encode": "image-feature-extraction",
 }
 """Tasks whose students are models of transformers, and what model hubs call them."""
+DRAWING = {"text-image": "text-to-image"}
+"""The same of students that draw; hubs have no name for drawing classes."""
 
 
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
@@ -28,8 +32,9 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         return pipeline_card(recipe, result, paper)
     task = str(result.get("task"))
     front: dict[str, Any] = {"library_name": "transformers" if task in PIPELINES else "diffusers"}
-    front |= {"pipeline_tag": PIPELINES[task]} if task in PIPELINES else {}
+    front |= {"pipeline_tag": tag} if (tag := (PIPELINES | DRAWING).get(task)) else {}
     front["tags"] = ["stillroom", "distillation", recipe.method]
+    front |= model_index(recipe, result, (PIPELINES | DRAWING).get(task, "image-generation"))
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", ""]
     calls = result["student"]["nfe"]
     steps = f"{calls} network evaluation{'s' if calls > 1 else ''}"
@@ -49,11 +54,7 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     lines += [
         f"{makes}, distilled by [stillroom](https://pypi.org/project/stillroom/).",
         "",
-        f"- Method: `{recipe.method}`, [{paper.title}]({paper.url}) ({paper.venue or paper.year})",
-        f"- Data: {result['data']}",
-        f"- Recipe hash: `{result['recipe_hash']}`; the recipe is at the end of this card",
-        *(f"- {name}: {value}" for name, value in training_rows(result)),
-        f"- Machine: {result['machine']}; stillroom {result['stillroom']}, torch {result['torch']}",
+        *_made(recipe, result, paper),
         "",
         "## Use",
         "",
@@ -64,31 +65,14 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         use,
         "```",
         "",
+        *_measured(recipe, result),
     ]
-    if scores := score_rows(result):
-        lines += [
-            "## Scores",
-            "",
-            f"| {' | '.join(['score', 'student', *names, 'floor (real images)'])} |",
-            f"| --- |{' ---: |' * (len(names) + 2)}",
-        ]
-        lines += [
-            f"| {r['name']} {r['better']} | {' | '.join(r[who] for who in ('student', *names, 'floor'))} |"
-            for r in scores
-        ]
-        lines += ["", f"Reference: {result['bench']['reference']}.", ""]
-    lines += [
-        "## Cost of a sample",
-        "",
-        f"| | {' | '.join(['student', *names])} |",
-        f"| --- |{' ---: |' * (len(names) + 1)}",
-    ]
-    lines += [f"| {r['name']} | {' | '.join(r[who] for who in ('student', *names))} |" for r in speed_rows(result)]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
 
 
 def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
-    """The card of a student that diffusers loads by itself: teacher, method, data, use, costs, licence, recipe."""
+    """The card of a student that diffusers loads by itself: teacher, method, data, use, scores, costs, licence,
+    recipe."""
     about, calls = result["pipeline"], result["student"]["nfe"]
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     front["license"] = about["licence"] or "other"
@@ -98,10 +82,10 @@ def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         "base_model": Path(recipe.teacher.rpartition("@")[0] or recipe.teacher).name,
         "tags": ["stillroom", "distillation", "text-to-image", recipe.method],
     }
+    front |= model_index(recipe, result, "text-to-image")
     steps = f"{len(about['timesteps'])} step{'s' if len(about['timesteps']) > 1 else ''}"
     asked = {"height": about["size"][0], "width": about["size"][1], **about["arguments"]}
     times = ", ".join(f"{time:g}" for time in about["timesteps"])
-    scores = score_rows(result)
     folder = f"{Path(result['name'])}/student"
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", "",
@@ -109,11 +93,7 @@ def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         f"evaluation{'s' if calls > 1 else ''} (the teacher takes {result['teacher']['nfe']}), distilled by "
         "[stillroom](https://pypi.org/project/stillroom/).",
         "",
-        f"- Method: `{recipe.method}`, [{paper.title}]({paper.url}) ({paper.venue or paper.year})",
-        f"- Data: {result['data']}",
-        f"- Recipe hash: `{result['recipe_hash']}`; the recipe is at the end of this card",
-        *(f"- {name}: {value}" for name, value in training_rows(result)),
-        f"- Machine: {result['machine']}; stillroom {result['stillroom']}, torch {result['torch']}",
+        *_made(recipe, result, paper),
         "", "## Use", "", "diffusers is all that is needed:", "",
         "```python",
         "import diffusers",
@@ -140,16 +120,9 @@ def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
             "(peft). Take the scheduler of this folder with it.",
             "",
         ]
-    lines += ["## Scores", ""]
-    if scores:
-        lines += ["| score | student | teacher |", "| --- | ---: | ---: |"]
-        lines += [f"| {row['name']} {row['better']} | {row['student']} | {row['teacher']} |" for row in scores]
-    else:
-        lines += ["None were measured: there is no bench for these prompts."]
-    lines += ["", "## Cost of a sample", "", "| | student | teacher |", "| --- | ---: | ---: |"]
-    lines += [f"| {row['name']} | {row['student']} | {row['teacher']} |" for row in speed_rows(result)]
     said = f"whose card says `{about['licence']}`" if about["licence"] else "whose folder names none"
     lines += [
+        *_measured(recipe, result),
         "", "## Licence", "",
         f"The weights derive from those of `{recipe.teacher}`, {said}; the teacher's licence, and that of the data, "
         "bind this model too.",
@@ -157,8 +130,71 @@ def pipeline_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", recipe.to_yaml().strip(), "```", ""])
 
 
+def _made(recipe: Recipe, result: dict[str, Any], paper: Paper) -> list[str]:
+    return [
+        f"- Method: `{recipe.method}`, [{paper.title}]({paper.url}) ({paper.venue or paper.year})",
+        f"- Data: {result['data']}",
+        f"- Recipe hash: `{result['recipe_hash']}`; the recipe is at the end of this card",
+        *(f"- {name}: {value}" for name, value in training_rows(result)),
+        f"- Machine: {result['machine']}; stillroom {result['stillroom']}, torch {result['torch']}",
+    ]
+
+
+# --- what was measured ------------------------------------------------------------------------------------------------
+def model_index(recipe: Recipe, result: dict[str, Any], task: str) -> dict[str, Any]:
+    """The student's scores under the key ``model-index``, as hubs' widgets read them; empty where nothing was
+    measured. Values are those of ``result.json``."""
+    scores, names = result.get("scores", {}).get("student", {}), result.get("score_names", {})
+    args = {"n": result.get("bench", {}).get("n"), "seed": recipe.evaluate.seed}
+    metrics = [
+        {"type": key, "value": scores[key], "name": names.get(key) or PLAIN_NAMES.get(key, key), "args": args}
+        for key in ARROWS
+        if isinstance(scores.get(key), int | float) and math.isfinite(scores[key])
+    ]
+    if not metrics:
+        return {}
+    data = re.sub(r"[^\w.-]+", "-", Path(recipe.data).name).strip("-") or "data"
+    dataset = {"type": data, "name": result["bench"]["reference"]}
+    return {"model-index": [{"name": result["name"], "results": [
+        {"task": {"type": task}, "dataset": dataset, "metrics": [{**row, "args": dict(args)} for row in metrics]},
+    ]}]}  # fmt: skip
+
+
+def _measured(recipe: Recipe, result: dict[str, Any]) -> list[str]:
+    """The tables of scores and costs, student beside teachers, with what they were measured on; or that nothing was."""
+    names, scores = teachers(result), score_rows(result)
+    floor = ["floor"] * any(row["floor"] != "–" for row in scores)
+    lines = ["## Scores", ""]
+    if scores:
+        lines += [
+            f"| {' | '.join(['score', 'student', *names, *(f'{who} (real images)' for who in floor)])} |",
+            f"| --- |{' ---: |' * (1 + len(names) + len(floor))}",
+            *(_row(f"{row['name']} {row['better']}", row, ("student", *names, *floor)) for row in scores),
+            "",
+            f"n = {result['bench']['n']:,}, seed {recipe.evaluate.seed}. Reference: {result['bench']['reference']}.",
+        ]
+        if earlier := result["bench"].get("earlier"):
+            lines[-1] += (
+                f" The scores of {' and '.join(earlier)} were measured before this run, with the same sampler, n and "
+                "judge."
+            )
+    elif recipe.evaluate.n == 0:
+        lines.append("Nothing was measured: the run was made with `evaluate.n=0`.")
+    else:
+        lines.append("No scores were measured: there is no bench for these data.")
+    lines += ["", "## Cost of a sample", "", f"| | {' | '.join(['student', *names])} |"]
+    lines += [f"| --- |{' ---: |' * (len(names) + 1)}"]
+    return lines + [_row(row["name"], row, ("student", *names)) for row in speed_rows(result)]
+
+
+def _row(name: str, cells: dict[str, str], columns: tuple[str, ...]) -> str:
+    """Of a Markdown table, in which ``|`` ends a cell unless it is escaped."""
+    escaped = name.replace("|", r"\|")
+    return f"| {' | '.join([escaped, *(cells[who] for who in columns)])} |"
+
+
 def example(result: dict[str, Any]) -> str:
-    """What to ask the student for: captions where its rows are captions, else classes, else a number."""
-    if any(" " in row for row in result["rows"]):
+    """What to ask the student for: captions where it draws captions, else classes, else a number."""
+    if result.get("task") == "text-image":
         return repr(result["rows"][:2])
     return "[0, 1, 2]" if any(result["rows"]) else "8"

@@ -116,6 +116,14 @@ def _to_shard(recipe: Recipe, networks: Sequence[Any]) -> Sequence[Any]:
     return [copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in networks]
 
 
+def teacher_names(names: Sequence[str]) -> list[str]:
+    """What tables and files call teachers: the last parts of their names, but ``teacher-1`` and so on where these are
+    not unique, or are those of the student's or the floor's column."""
+    short = [Path(name).name for name in names]
+    taken = {"", "student", "floor"}
+    return [f"teacher-{i}" if name in taken or short.count(name) > 1 else name for i, name in enumerate(short, start=1)]
+
+
 def sampling_cost(generator: Any, draw: Callable[[int], Any]) -> dict[str, Any]:
     """``latency_ms`` (median of 30 calls, by batch size) and ``macs`` per sample of ``draw(batch)``."""
     from stillroom.evaluation import cost

@@ -59,6 +59,7 @@ class ClassImages(Task):
             who: {"nfe": generator.sampler.nfe, "params": parameter_count(generator.denoiser)}
             for who, generator in generators.items()
         }
+        measured["task"] = "class-image"
         if recipe.evaluate.n == 0:
             return measured
         from stillroom.bench.fashion import SHAPE, FashionBench
@@ -72,14 +73,12 @@ class ClassImages(Task):
         n = min(recipe.evaluate.n, bench.train.n)
         say(f"scoring {n:,} samples")
         student_scores = score(bench, student, n, recipe.evaluate.seed)
-        scores = {
-            "student": student_scores,
-            "teacher": teacher_scores(bench, self.teacher, recipe.teacher, n, recipe.evaluate.seed),
-            "floor": bench.floor(n),
-        }
+        taught, earlier = teacher_scores(bench, self.teacher, recipe.teacher, n, recipe.evaluate.seed)
+        scores = {"student": student_scores, "teacher": taught, "floor": bench.floor(n)}
         told = ("n", "extractor", "reference", "names")
+        about = {key: student_scores[key] for key in ("n", "extractor", "reference")}
         return measured | {
-            "bench": {key: student_scores[key] for key in ("n", "extractor", "reference")},
+            "bench": about | {"earlier": ["teacher"] if earlier else []},
             "score_names": student_scores["names"],
             "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
         }
@@ -182,19 +181,21 @@ def score(bench: FashionBench, generator: ImageGenerator, n: int, seed: int) -> 
     return bench.score(generator.sample(labels if class_count(generator.denoiser) else n, seed=seed), labels)
 
 
-def teacher_scores(bench: FashionBench, teacher: ImageGenerator, name: str, n: int, seed: int) -> dict[str, Any]:
-    """A teacher takes tens of evaluations per sample, so its scores come from its own card where that has them, and are
-    else kept in the cache, by its very files."""
+def teacher_scores(
+    bench: FashionBench, teacher: ImageGenerator, name: str, n: int, seed: int
+) -> tuple[dict[str, Any], bool]:
+    """The scores, and whether they were measured earlier: a teacher takes tens of evaluations per sample, so they come
+    from its own card where that has them, and are else kept in the cache, by its very files."""
     from stillroom.bench.fashion import cache_folder
 
     if name == IN_MEMORY:
-        return score(bench, teacher, n, seed)
+        return score(bench, teacher, n, seed), False
     folder = model_folder(name)
     expected = {"n": n, "extractor": bench.extractor.name, "reference": bench.test.origin}
     for row in _teacher_card(folder).get("samplers", ()):
         known = row["scores"]
         if row["sampler"] == teacher.sampler.to_dict() and all(known[key] == value for key, value in expected.items()):
-            return dict(known)
+            return dict(known), True
     digest = hashlib.sha256(
         f"{bench.train.fingerprint} {bench.test.fingerprint} {bench.extractor.name} {n} {seed}".encode()
     )
@@ -202,13 +203,13 @@ def teacher_scores(bench: FashionBench, teacher: ImageGenerator, name: str, n: i
         digest.update(path.read_bytes())
     path = cache_folder() / "teachers" / f"{digest.hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8"))), True
     say(f"scoring the teacher (once; {teacher.sampler.nfe} network evaluations for each of {n:,} samples)")
     scores = score(bench, teacher, n, seed)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not results
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(scores))
-    return scores
+    return scores, False
 
 
 def _teacher_card(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from stillroom.models.mae import ARCHITECTURES, make_encoder
 from stillroom.models.pixels import pixels_of
 from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
-from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
+from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say, teacher_names
 
 TRAINED = {
     "fashion-mae": lambda bench: bench.teacher,
@@ -59,7 +59,7 @@ class Encoding(Task):
         else:
             listed = [name.strip() for name in recipe.teacher.split(",")]
             self._networks = tuple(self._read(name, recipe, place) for place, name in enumerate(listed))
-            self.names = [Path(name).name or f"teacher-{i}" for i, name in enumerate(listed[1:], 1)]
+            self.names = teacher_names(listed[1:])
         for name, network in zip((recipe.teacher.split(",")[0], *self.names), self._networks, strict=True):
             config = check_encoder(network, name).config
             theirs, mine = (config.num_channels, config.image_size), (channels, width)

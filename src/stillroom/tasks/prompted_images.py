@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from stillroom.models.skeleton import NEED_VALUES
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
 from stillroom.tasks.base import Task, say
+from stillroom.tasks.text_images import of_scenes, scene_scores
 
 ROWS, COLUMNS = 4, 4
 """Of a grid of samples: prompts, and images of each."""
@@ -105,7 +108,27 @@ class PromptedImages(Task):
             who: {"nfe": generator.sampler.nfe, "params": parameter_count(generator.denoiser)}
             for who, generator in generators.items()
         }
-        return measured | {"pipeline": facts(self.teacher, student)}
+        measured["pipeline"] = facts(self.teacher, student)
+        if recipe.evaluate.n == 0:
+            return measured
+        say("timing student and teacher")
+        for who, generator in generators.items():
+            measured[who]["latency_ms"] = {"1": picture_time(generator, self.data.captions[0])}
+        if not of_scenes(self.data.captions, student.size):
+            return measured
+        return measured | scene_scores(generators, {}, recipe.evaluate.n, recipe.evaluate.seed)
+
+
+def picture_time(generator: PipelineGenerator, prompt: str) -> float:
+    """Milliseconds of one picture: the median of thirty calls after a first one, or of as many, at least three, as a
+    minute holds."""
+    taken: list[float] = []
+    generator.sample([prompt])
+    while len(taken) < 3 or (len(taken) < 30 and sum(taken) < 60):
+        began = time.perf_counter()
+        generator.sample([prompt])  # its answer lies on the CPU, so the device is done
+        taken.append(time.perf_counter() - began)
+    return round(1000 * statistics.median(taken), 3)
 
 
 def prompt_rows(generator: PipelineGenerator, prompts: list[str], n: int, seed: int) -> tuple[list[str], Tensor]:

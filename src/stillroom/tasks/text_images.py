@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.bench.fashion import cache_folder
-from stillroom.bench.scenes import ScenesBench
+from stillroom.bench.scenes import LEAST, ScenesBench
 from stillroom.data.captioned import CaptionedData, encode_images
 from stillroom.data.captions import parse_caption
 from stillroom.data.pairs import read_captions
@@ -27,7 +27,7 @@ from stillroom.models.shipped import model_folder
 from stillroom.models.text_image import TextImageGenerator, TextImageSpace
 from stillroom.recipe import Recipe
 from stillroom.synthesis import plan_hash, synthesize
-from stillroom.tasks.base import COLUMNS, Task, sampling_cost, say
+from stillroom.tasks.base import COLUMNS, Task, sampling_cost, say, teacher_names
 
 EXAMPLES = {
     "single": "a photo of a seven",
@@ -85,12 +85,14 @@ class TextImages(Task):
         return CaptionedData(rows, [""], which, text, std=rows, mirrored=mirrored, mirrored_std=mirrored)
 
     def _teachers(self, named: str, given: Any) -> dict[str, TextImageGenerator]:
+        self.folders: dict[str, Path] = {}
         if given is not None:
             return {"teacher": given}
         names = [name.strip() for name in named.split(",")]
         if len(set(names)) != len(names):
             raise UserError(f"teacher {named!r} names one twice", cure="give each teacher once, separated by commas")
-        return {Path(name).name: TextImageGenerator.load(model_folder(name)) for name in names}
+        self.folders = dict(zip(teacher_names(names), map(model_folder, names), strict=True))
+        return {name: TextImageGenerator.load(folder) for name, folder in self.folders.items()}
 
     def _data(self, recipe: Recipe) -> CaptionedData:
         wanted, shipped = recipe.synthesis, recipe.data == "scenes"
@@ -140,10 +142,7 @@ class TextImages(Task):
     @property
     def of_scenes(self) -> bool:
         """Whether the data speak the scenes' grammar, so that the bench can judge the pictures."""
-        try:
-            return all(parse_caption(text) for text in self.data.captions[:50]) and self.space.size == (32, 32)
-        except UserError:
-            return False
+        return of_scenes(self.data.captions, self.space.size)
 
     def measure(self, recipe: Recipe, student: TextImageGenerator) -> dict[str, Any]:
         generators = {"student": student, **self.sources}
@@ -151,6 +150,7 @@ class TextImages(Task):
             who: {"nfe": generator.sampler.nfe, "params": parameter_count(generator.network)}
             for who, generator in generators.items()
         }
+        measured["task"] = "text-image"
         if recipe.evaluate.n == 0:
             return measured
         say("timing student and teachers")
@@ -159,23 +159,37 @@ class TextImages(Task):
             measured[who] |= sampling_cost(generator, lambda batch, g=generator: g.sample([caption] * batch))
         if not self.of_scenes:
             return measured
-        bench, n, seed = ScenesBench(report=say), recipe.evaluate.n, recipe.evaluate.seed
-        captions = bench.captions(n)
-        texts = [caption.text for caption in captions]
-        say(f"scoring {n:,} samples of the student")
-        scores = {"student": bench.score(student.sample(texts, seed=seed), captions)}
-        for name, source in self.sources.items():
-            scores[name] = card_scores(name, source.sampler, bench, n)
-            if not scores[name]:
-                say(f"scoring {n:,} samples of {name}")
-                scores[name] = bench.score(source.sample(texts, seed=seed), captions)
-        scores["floor"] = bench.floor(n)
-        told = ("n", "extractor", "reference", "names")
-        return measured | {
-            "bench": {key: scores["student"][key] for key in ("n", "extractor", "reference")},
-            "score_names": scores["student"]["names"],
-            "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
-        }
+        return measured | scene_scores(generators, self.folders, recipe.evaluate.n, recipe.evaluate.seed)
+
+
+def of_scenes(captions: Sequence[str], size: tuple[int, int]) -> bool:
+    """Whether captions and pictures are the scenes bench's, so that it can judge them."""
+    try:
+        return all(parse_caption(text) for text in captions[:50]) and tuple(size) == (32, 32)
+    except UserError:
+        return False
+
+
+def scene_scores(generators: Mapping[str, Any], folders: Mapping[str, Path], n: int, seed: int) -> dict[str, Any]:
+    """``bench``, ``score_names`` and ``scores`` of :meth:`Task.measure` on the scenes bench, with the floor. folders:
+    of those that may have a card with their scores."""
+    bench, n = ScenesBench(report=say), max(n, LEAST)
+    captions = bench.captions(n)
+    scores, earlier = {}, []
+    for name, generator in generators.items():
+        scores[name] = card_scores(folders[name], generator.sampler, bench, n) if name in folders else {}
+        if scores[name]:
+            earlier.append(name)
+            continue
+        say(f"scoring {n:,} samples of {name}")
+        scores[name] = bench.score(generator.sample([caption.text for caption in captions], seed=seed), captions)
+    scores["floor"] = bench.floor(n)
+    told, first = ("n", "extractor", "reference", "names"), next(iter(scores.values()))
+    return {
+        "bench": {key: first[key] for key in ("n", "extractor", "reference")} | {"earlier": earlier},
+        "score_names": first["names"],
+        "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
+    }
 
 
 def _no_store(data: str) -> UserError:
@@ -185,11 +199,12 @@ def _no_store(data: str) -> UserError:
     )
 
 
-def card_scores(name: str, sampler: Sampler, bench: ScenesBench, n: int) -> dict[str, Any]:
-    """A shipped teacher's scores from its card, where they are those of this sampler, parser and N; else nothing."""
+def card_scores(folder: Path, sampler: Sampler, bench: ScenesBench, n: int) -> dict[str, Any]:
+    """A teacher's scores from the card in its folder, where they are those of this sampler, parser and N; else
+    nothing."""
     try:
-        card = json.loads((model_folder(name) / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, UserError):
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     for row in card.get("samplers", ()):
         known = row["scores"]
