@@ -192,7 +192,12 @@ def masked(**settings: Any) -> TextImageGenerator:
 
 @ONNX
 @pytest.mark.parametrize(
-    "settings", [{"learned_variance": True}, pytest.param({"learned_variance": False}, marks=pytest.mark.slow)]
+    "settings",
+    [
+        {"learned_variance": True, "prediction": "v"},
+        pytest.param({"learned_variance": False}, marks=pytest.mark.slow),
+        pytest.param({"learned_variance": False, "prediction": "v"}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_pages_loop_draws_what_the_masked_student_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -246,7 +251,7 @@ def test_the_shipped_masked_student_is_exported(tmp_path: Path, to: str) -> None
     for file in made.facts["files"].values():
         assert file["parity"]["max_abs_error"] < 1e-4
         assert [row["batch"] for row in file["latency"]] == [1, 32]
-    assert made.facts["steps"][-1] == {"left": 1, "after": 0, "guidance": 1.5}
+    assert made.facts["steps"][-1] == {"left": 1, "after": 0, "guidance": 2.0}
     assert [made.facts["head"][i]["time"] for i in (0, -1)] == [999, 0]
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
 

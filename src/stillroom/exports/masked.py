@@ -82,9 +82,10 @@ class Conditions(nn.Module):
         return given, null
 
 
-class TokenNoise(nn.Module):
-    """The head: noisy tokens ``[B, d]``, times ``[B]`` (integers) and conditions ``[B, W]`` to the ``noise [B, d]`` in
-    them and ``between [B, d]``: where between its bounds the logarithm of the step's variance lies (0: the lower)."""
+class TokenHead(nn.Module):
+    """The head: noisy tokens ``[B, d]``, times ``[B]`` (integers) and conditions ``[B, W]`` to the head's own ``output
+    [B, d]`` (the noise in them, or v) and ``between [B, d]``: where between its bounds the logarithm of the step's
+    variance lies (0: the lower)."""
 
     def __init__(self, head: TokenDiffusionHead) -> None:
         super().__init__()
@@ -97,8 +98,8 @@ class TokenNoise(nn.Module):
         return self._answer(noisy, self.network.times(time), conditions)
 
     def _answer(self, noisy: Tensor, times: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
-        noise, v = self.network(noisy, times + self.network.embed_z(conditions))
-        return noise, torch.zeros_like(noise) if v is None else (v + 1) / 2
+        output, place = self.network(noisy, times + self.network.embed_z(conditions))
+        return output, torch.zeros_like(output) if place is None else (place + 1) / 2
 
 
 class DecodeTokens(nn.Module):
@@ -119,7 +120,7 @@ def masked_parts(model: TextImageGenerator, whole: bool = False) -> dict[str, Pa
     mar, text, codec, grid = model.network, model.space.text, model.space.codec, grid_of(model)
     assert isinstance(mar, MAR)
     places, dim, length = grid[0] * grid[1], mar.token_dim, text.length
-    conditions, noise = Conditions(mar, grid), TokenNoise(mar.head)
+    conditions, head = Conditions(mar, grid), TokenHead(mar.head)
 
     def masked(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         count = int(torch.randint(places, (), generator=generator))
@@ -147,7 +148,7 @@ def masked_parts(model: TextImageGenerator, whole: bool = False) -> dict[str, Pa
             reference=conditions.as_the_model,
         ),
         "head": Part(
-            noise, ("noisy", "time", "conditions"), ("noise", "between"), noisy, reference=noise.as_the_model
+            head, ("noisy", "time", "conditions"), ("output", "between"), noisy, reference=head.as_the_model
         ),
         "decoder": Part(
             DecodeTokens(mar, grid, Decode(codec)), ("tokens",), ("images",), drawn, reference=pictures
@@ -165,12 +166,15 @@ def masked_facts(model: TextImageGenerator) -> dict[str, Any]:
     """What a loop around the files needs (docs/export.md): the ``length`` of captions in tokens; how many ``tokens`` an
     image has, and their width; the ``steps``, in which the last of a random order are predicted, from how many are
     ``left`` to how many are left ``after``; and the ``head``'s own steps, the noisiest first
-    (:class:`~stillroom.models.token_head.Respaced`)."""
+    (:class:`~stillroom.models.token_head.Respaced`), each with how its answer becomes a clean token: ``x0_of_sample
+    noisy + x0_of_output output``."""
     sampler, mar, (rows, columns) = model.sampler, model.network, grid_of(model)
     assert isinstance(sampler, MaskedSampler)
     assert isinstance(mar, MAR)
     counts, table = token_counts(rows * columns, sampler.steps), respaced(mar.head.process, sampler.head_steps)
-    fields = {name: values.tolist() for name, values in vars(table).items()}
+    x0 = (table.signal, -table.noise) if mar.head.prediction == "v" else (1 / table.signal, -table.noise / table.signal)
+    every = vars(table) | {"x0_of_sample": x0[0], "x0_of_output": x0[1]}
+    fields = {name: values.tolist() for name, values in every.items()}
     fields["time"] = fields.pop("times")
     return {
         "sampler": sampler.to_dict(),
