@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.distributed import shard_units
+from stillroom.engine.distributed import host_units, owned
 from stillroom.engine.eight_bit import first_states
+from stillroom.engine.offload import untrained
 from stillroom.engine.player import Player
 from stillroom.engine.precision import networks
 from stillroom.engine.stages import Span
@@ -70,6 +71,11 @@ class Counted(Answered):
         self._known[key] = (weakref.ref(storage, freed), size)
         self.alive += size
         self.peak, self.other = max(self.peak, self.alive), max(self.other, self.alive - self.in_gradients)
+
+    def overlook(self, tensors: Iterable[Tensor]) -> None:
+        """Count these storages as nothing: they are not on the device."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self._known[id(storage)] = (storage, 0)
 
     def is_gradient(self, parameter: Tensor) -> None:
         """A parameter's gradient has been summed up: its bytes are gradients from now on."""
@@ -128,7 +134,8 @@ class TurnCost:
     """What one turn takes on one process, in bytes, and the floating-point operations of one update, forward and
     backward, as torch counts them (two for each multiply-accumulate).
 
-    weights: all networks, whether they are trained or not, buffers too. optimizer, averages: of all turns so far.
+    weights: all networks, whether they are trained or not, buffers too. host: those of them that ``engine.offload``
+    keeps in host memory; they count nowhere else. optimizer, averages: of all turns so far.
     activations: the most that tensors other than these and the gradients held at once: what the backward pass needs,
     what is computed on the way, the batch, and what the method keeps. total: the highest sum at one moment; the parts
     need not peak together. exchange: what several processes take for their exchange.
@@ -147,6 +154,7 @@ class TurnCost:
     total: int
     flops: int
     exchange: int = 0
+    host: int = 0
 
     def same(self, other: TurnCost) -> bool:
         return dataclasses.replace(self, stages=[]) == dataclasses.replace(other, stages=[])
@@ -179,6 +187,8 @@ class Rehearsal(Trainer):
         alone = dataclasses.replace(config, accumulate=parts, device="cpu", compile=False, check_freezing=False)
         self.counted, self.mode, self.processes = Counted(), mode, world
         super().__init__(method, data, alone, show=False)
+        self.host = self.offload.held if self.offload else []
+        self.counted.overlook(self.host)
         if config.draws == "per-rank":
             raise UserError("a plan knows engine.draws=global only", cure="leave engine.draws at its default")
         self._rows = self._rows[: config.accumulate]
@@ -279,7 +289,9 @@ class Rehearsal(Trainer):
         return [*self._weights(), *self._moments(), *(v for a in self.averages.values() for v in a.values.values())]
 
     def _weights(self) -> list[Tensor]:
-        return [*self.method.parameters(), *self.method.buffers()]
+        """Those on the device."""
+        away = {id(p) for p in self.host}
+        return [p for p in (*self.method.parameters(), *self.method.buffers()) if id(p) not in away]
 
     def _moments(self) -> list[Tensor]:
         states = [state for player in self.players.values() for state in player.optimizer.state.values()]
@@ -303,6 +315,7 @@ class Rehearsal(Trainer):
             activations=seen.other - resident,
             total=seen.peak,
             flops=round(sum(flops * times for flops, times in seen.flops.items()) / runs),
+            host=storage_bytes(self.host),
         )
         if self.processes > 1 and self.config.parallel == "ddp":  # each turn's wrapper keeps a copy of its gradients
             cost.exchange = sum(storage_bytes(p.trained) for p in self.players.values())
@@ -320,7 +333,9 @@ class Rehearsal(Trainer):
         alive = min(max(0, apart - cost.activations), cost.gradients)  # of the gradients, at the peak
         shards = sum(map(self._shard_bytes, player.trained))
         cost.activations, alive = apart - alive, round(alive * shards / cost.gradients)
-        cost.weights = sum(map(self._shard_bytes, self.method.parameters()))
+        frozen = untrained(self.method) if self.config.offload else ()
+        cost.host = sum(self._shard_bytes(p) for _, own in host_units(self.method, frozen) for p in own)
+        cost.weights = sum(map(self._shard_bytes, self.method.parameters())) - cost.host
         cost.weights += storage_bytes(self.method.buffers())
         cost.optimizer = sum(map(self._shard_bytes, self._moments()))
         cost.averages = sum(self._shard_bytes(v) for a in self.averages.values() for v in a.values.values())
@@ -339,12 +354,10 @@ class Rehearsal(Trainer):
     def _units(self, player: Player) -> tuple[int, int, int]:
         """Bytes of the largest block's weights, and of the weights and of the turn's gradients that lie outside the
         blocks of a network, at most."""
-        mine, taken = {id(p) for p in player.trained}, set[int]()
+        mine = {id(p) for p in player.trained}
         roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
         block = whole = gradients = 0
-        for unit in [*shard_units(self.method), self.method]:
-            own = [p for p in unit.parameters() if id(p) not in taken]
-            taken |= {id(p) for p in own}
+        for unit, own in owned(self.method):
             size = sum(p.nbytes for p in own)
             if id(unit) in roots:
                 whole, gradients = max(whole, size), max(gradients, sum(p.nbytes for p in own if id(p) in mine))

@@ -22,6 +22,7 @@ from stillroom.engine.distributed import DataParallel, Sharded, World, local, sh
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.export import Outline
 from stillroom.engine.interrupt import Interrupted, StopRequest
+from stillroom.engine.offload import Offload, untrained
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.progress import Progress
 from stillroom.engine.stages import Span, lay_out
@@ -118,14 +119,17 @@ class Trainer:
 
     def _prepare_method(self) -> None:
         m, c = self.method, self.config
-        m.to(self.world.device)
+        self._sharded = self.world.size > 1 and c.parallel == "fsdp"
+        self.offload: Offload | None = None
+        self._place()
         self._generator = torch.Generator(device=self.world.device)
         self._seed(m, -1, -1, 0)
         m.eval()
         m.prepare(self.data)
         m.requires_grad_(False)
+        if self.offload is not None:  # there may be other networks now
+            self._place()
         self.world.spread([*m.parameters(), *m.buffers()])
-        self._sharded = self.world.size > 1 and c.parallel == "fsdp"
         self._outline = Outline(m, self._exported_role()) if self._sharded else None
         if c.activation_checkpointing:
             precision.checkpoint_activations(m)
@@ -136,7 +140,23 @@ class Trainer:
                 if isinstance(network := getattr(role, "network", None), nn.Module):
                     network.compile()
         if self._sharded:
-            shard(m, self.world)
+            if self.offload is not None:
+                self.offload.stop()
+            shard(m, self.world, untrained(m) if c.offload else ())
+
+    def _place(self) -> None:
+        """The method to the device, but for what ``engine.offload`` keeps in host memory."""
+        if not self.config.offload:
+            self.method.to(self.world.device)
+            return
+        if self.offload is not None:
+            self.offload.stop()
+        self.offload = Offload(self.method, self.world.device)
+        if not self.offload.held:
+            raise UserError(
+                "engine.offload is on, but every weight of this method is trained", cure="set engine.offload to false"
+            )
+        self.offload.start(self.method)
 
     def _make_players(self) -> None:
         m, c = self.method, self.config
@@ -492,7 +512,7 @@ class Trainer:
         average = self.averages.get(self.config.export)
         values = dict(self.method.named_parameters()) | (average.values if average else {})
         role = self._exported_role()
-        return (self._outline or Outline(self.method, role)).filled(values, role)
+        return (self._outline or Outline(self.method, role)).filled(values, role).to(self.world.device)
 
     def _exported_role(self) -> nn.Module:
         of = {ema.get("name", "ema"): ema.get("of", "student") for ema in self.config.ema}
