@@ -270,6 +270,11 @@ def test_it_is_advised_where_frozen_weights_dominate(tmp_path: Path, monkeypatch
     assert advised == [("engine.offload=true",), ()]
 
 
+def test_it_is_no_part_of_a_recipes_hash() -> None:
+    """A run may be resumed with it or without it."""
+    assert Recipe.load("sim").hash() == Recipe.load("sim", ["engine.offload=true"]).hash()
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 class Alone(Method):
     slug = "alone"

@@ -127,8 +127,13 @@ class Trainer:
         m.eval()
         m.prepare(self.data)
         m.requires_grad_(False)
-        if self.offload is not None:  # there may be other networks now
-            self._place()
+        if self.offload is not None:
+            self._place()  # there may be other networks now
+            if not self.offload.held:
+                raise UserError(
+                    "engine.offload is on, but every weight of this method is trained",
+                    cure="set engine.offload to false",
+                )
         self.world.spread([*m.parameters(), *m.buffers()])
         self._outline = Outline(m, self._exported_role()) if self._sharded else None
         if c.activation_checkpointing:
@@ -152,10 +157,6 @@ class Trainer:
         if self.offload is not None:
             self.offload.stop()
         self.offload = Offload(self.method, self.world.device)
-        if not self.offload.held:
-            raise UserError(
-                "engine.offload is on, but every weight of this method is trained", cure="set engine.offload to false"
-            )
         self.offload.start(self.method)
 
     def _make_players(self) -> None:
