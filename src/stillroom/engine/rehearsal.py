@@ -167,6 +167,21 @@ class _Seen:
     peak: int = 0
     other: int = 0
     flops: Counter = field(default_factory=Counter)
+    passed: set[int] = field(default_factory=set)  # units that the backward pass comes by
+    first: set[int] = field(default_factory=set)  # those of them whose input asks for no gradient
+
+
+@dataclass
+class _Whole:
+    """Bytes that a process under FSDP has whole in a turn's backward pass: of the largest block (two are there: the
+    next one is fetched while the last one is used) and of its gradients (as they are, and as they are sent); of what lies
+    outside the blocks of a network; of the units that are kept to the end, with their gradients."""
+
+    block: int = 0
+    block_gradients: int = 0
+    root: int = 0
+    root_gradients: int = 0
+    kept: int = 0
 
 
 class Rehearsal(Trainer):
@@ -192,6 +207,16 @@ class Rehearsal(Trainer):
         if config.draws == "per-rank":
             raise UserError("a plan knows engine.draws=global only", cure="leave engine.draws at its default")
         self._rows = self._rows[: config.accumulate]
+        self._now = _Seen()
+        if world > 1 and config.parallel == "fsdp":
+            for unit, _ in owned(method):
+                unit.register_forward_hook(self._passes, with_kwargs=True)
+
+    def _passes(self, unit: Any, args: Any, kwargs: Any, made: Any) -> None:
+        if _asks(made):
+            self._now.passed.add(id(unit))
+            if not _asks((args, kwargs)):
+                self._now.first.add(id(unit))
 
     def _seed(self, m: Method, step: int, turn: int, micro: int) -> None:
         m.draw = PlacedDraws(self._generator, self._rows[micro], self.config.batch)
@@ -266,10 +291,11 @@ class Rehearsal(Trainer):
                 self._focus(player)
                 hooks = [p.register_post_accumulate_grad_hook(self.counted.is_gradient) for p in player.trained]
                 self.counted.restart()
+                self._now = seen[player.turn.name]
                 self._take_turn(player, shown, shared)
                 for hook in hooks:
                     hook.remove()
-                entry = seen[player.turn.name]
+                entry = self._now
                 entry.peak, entry.other = max(entry.peak, self.counted.peak), max(entry.other, self.counted.other)
                 entry.flops[self.counted.flops] += times
                 player.norm, player.notes = None, {}
@@ -321,14 +347,14 @@ class Rehearsal(Trainer):
             cost.exchange = sum(storage_bytes(p.trained) for p in self.players.values())
             cost.total += cost.exchange
         elif self.processes > 1:
-            self._shard(cost, player)
+            self._shard(cost, player, seen)
         return cost
 
-    def _shard(self, cost: TurnCost, player: Player) -> None:
-        """The same under FSDP: networks, gradients, moments and averages by shards, and on top the units that are whole
-        at one time: what lies outside a network's blocks, and two blocks (the next one is fetched while the last one is
-        used). At the end of the backward pass activations are gone, but what lies outside the blocks has whole
-        gradients, twice: as they are, and as they are sent."""
+    def _shard(self, cost: TurnCost, player: Player, seen: _Seen) -> None:
+        """The same under FSDP: networks, gradients, moments and averages by shards, and on top what is whole at one
+        time (:class:`_Whole`). A unit whose input asks for no gradient (an embedding of times or labels) is kept whole,
+        and its gradients too, until the backward pass is over: beside the activations where these are made again for
+        each block, after them where they were all saved."""
         apart = cost.total - cost.weights - cost.optimizer - cost.averages
         alive = min(max(0, apart - cost.activations), cost.gradients)  # of the gradients, at the peak
         shards = sum(map(self._shard_bytes, player.trained))
@@ -339,9 +365,11 @@ class Rehearsal(Trainer):
         cost.weights += storage_bytes(self.method.buffers())
         cost.optimizer = sum(map(self._shard_bytes, self._moments()))
         cost.averages = sum(self._shard_bytes(v) for a in self.averages.values() for v in a.values.values())
-        block, whole, gradients = self._units(player)
-        cost.gradients, cost.exchange = shards, whole + 2 * block
-        last = shards + whole + 2 * gradients
+        whole = self._whole(player, seen)
+        cost.gradients, cost.exchange = shards, whole.root + 2 * whole.block + 2 * whole.block_gradients
+        if self.config.activation_checkpointing:
+            cost.exchange += whole.kept
+        last = shards + whole.root + 2 * whole.root_gradients + whole.kept
         cost.total = cost.weights + cost.optimizer + cost.averages
         cost.total += max(cost.activations + alive + cost.exchange, last)
 
@@ -351,19 +379,25 @@ class Rehearsal(Trainer):
             return tensor.nbytes
         return math.ceil(tensor.shape[0] / self.processes) * (tensor.nbytes // tensor.shape[0])
 
-    def _units(self, player: Player) -> tuple[int, int, int]:
-        """Bytes of the largest block's weights, and of the weights and of the turn's gradients that lie outside the
-        blocks of a network, at most."""
+    def _whole(self, player: Player, seen: _Seen) -> _Whole:
         mine = {id(p) for p in player.trained}
         roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
-        block = whole = gradients = 0
+        found = _Whole()
         for unit, own in owned(self.method):
-            size = sum(p.nbytes for p in own)
+            size, gradients = sum(p.nbytes for p in own), sum(p.nbytes for p in own if id(p) in mine)
+            if id(unit) not in seen.passed and not gradients:
+                continue  # the backward pass does not come by
             if id(unit) in roots:
-                whole, gradients = max(whole, size), max(gradients, sum(p.nbytes for p in own if id(p) in mine))
+                found.root, found.root_gradients = max(found.root, size), max(found.root_gradients, gradients)
             else:
-                block = max(block, size)
-        return block, whole, gradients
+                found.block, found.block_gradients = max(found.block, size), max(found.block_gradients, gradients)
+                found.kept += (size + gradients) * (id(unit) in seen.first)
+        return found
+
+
+def _asks(tree: Any) -> bool:
+    """Whether a tensor asks for a gradient."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(tree))
 
 
 def _begin(player: Player) -> None:
