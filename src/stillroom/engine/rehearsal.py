@@ -174,8 +174,8 @@ class _Seen:
 @dataclass
 class _Whole:
     """Bytes that a process under FSDP has whole in a turn's backward pass: of the largest block (two are there: the
-    next one is fetched while the last one is used) and of its gradients (as they are, and as they are sent); of what lies
-    outside the blocks of a network; of the units that are kept to the end, with their gradients."""
+    next one is fetched while the last one is used) and of its gradients (as they are, and as they are sent); of what
+    lies outside the blocks of a network; of the units that are kept to the end, with their gradients."""
 
     block: int = 0
     block_gradients: int = 0
