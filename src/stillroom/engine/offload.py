@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from stillroom.errors import UserError
 from stillroom.method import Method
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -95,6 +96,22 @@ class Offload:
         for module in method.modules():
             module.__dict__["runs_on"] = self.device
 
+    def again(self, method: Method) -> Offload:
+        """In place of this one, when the method may have other networks. Raises UserError where nothing is frozen."""
+        self.stop()
+        new = Offload(method, self.device)
+        if not new.held:
+            raise UserError(
+                "engine.offload is on, but every weight of this method is trained", cure="set engine.offload to false"
+            )
+        new.start(method)
+        return new
+
+    def handed_over(self, method: Method) -> list[nn.Parameter]:
+        """The frozen weights, where FSDP2 takes over from here."""
+        self.stop()
+        return untrained(method)
+
     def stop(self) -> None:
         """Leave the modules alone; the weights stay where they are."""
         for handle in self._handles:
@@ -164,3 +181,13 @@ class Offload:
         if isinstance(saved, Tensor):
             return saved
         return self._copy(saved.value, saved.dtype).as_strided(*saved.layout)
+
+
+def place(method: Method, device: torch.device, offload: bool) -> Offload | None:
+    """The method to the device, but for what ``engine.offload`` keeps in host memory."""
+    if not offload:
+        method.to(device)
+        return None
+    made = Offload(method, device)
+    made.start(method)
+    return made

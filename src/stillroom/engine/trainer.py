@@ -22,7 +22,7 @@ from stillroom.engine.distributed import DataParallel, Sharded, World, local, sh
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.export import Outline
 from stillroom.engine.interrupt import Interrupted, StopRequest
-from stillroom.engine.offload import Offload, untrained
+from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.progress import Progress
 from stillroom.engine.stages import Span, lay_out
@@ -99,8 +99,7 @@ class Trainer:
                 f"engine.batch={c.batch} does not split over {w.size} processes x {c.accumulate} micro-batches",
                 cure=f"choose a multiple of {parts}",
             )
-        size = c.batch // parts
-        first = w.rank * c.accumulate
+        size, first = c.batch // parts, w.rank * c.accumulate
         self._rows = [slice((first + k) * size, (first + k + 1) * size) for k in range(c.accumulate)]
 
     def _check_names(self) -> None:
@@ -120,20 +119,13 @@ class Trainer:
     def _prepare_method(self) -> None:
         m, c = self.method, self.config
         self._sharded = self.world.size > 1 and c.parallel == "fsdp"
-        self.offload: Offload | None = None
-        self._place()
+        self.offload = place(m, self.world.device, c.offload)
         self._generator = torch.Generator(device=self.world.device)
         self._seed(m, -1, -1, 0)
         m.eval()
         m.prepare(self.data)
         m.requires_grad_(False)
-        if self.offload is not None:
-            self._place()  # there may be other networks now
-            if not self.offload.held:
-                raise UserError(
-                    "engine.offload is on, but every weight of this method is trained",
-                    cure="set engine.offload to false",
-                )
+        self.offload = self.offload and self.offload.again(m)  # there may be other networks now
         self.world.spread([*m.parameters(), *m.buffers()])
         self._outline = Outline(m, self._exported_role()) if self._sharded else None
         if c.activation_checkpointing:
@@ -145,19 +137,7 @@ class Trainer:
                 if isinstance(network := getattr(role, "network", None), nn.Module):
                     network.compile()
         if self._sharded:
-            if self.offload is not None:
-                self.offload.stop()
-            shard(m, self.world, untrained(m) if c.offload else ())
-
-    def _place(self) -> None:
-        """The method to the device, but for what ``engine.offload`` keeps in host memory."""
-        if not self.config.offload:
-            self.method.to(self.world.device)
-            return
-        if self.offload is not None:
-            self.offload.stop()
-        self.offload = Offload(self.method, self.world.device)
-        self.offload.start(self.method)
+            shard(m, self.world, self.offload.handed_over(m) if self.offload else ())
 
     def _make_players(self) -> None:
         m, c = self.method, self.config
