@@ -4,23 +4,31 @@
 
 Predicted: on tensors without values, from configs. Measured: the real trainer on the CPU, weights, data and all;
 torch's profiler reports every allocation and release during a turn, and their highest sum is added to what was there.
-Several processes are measured as one of them whose peers do nothing (torch's "fake" process group).
+Two processes are the first of two that torchrun starts (gloo); where a network is too slow for that, one of them whose
+peers do nothing (torch's "fake" process group). What ``engine.offload`` keeps in host memory is not counted.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import Row, record
 from torch import Tensor
+from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from stillroom.engine.offload import untrained
 from stillroom.engine.rehearsal import storage_bytes
 from stillroom.engine.trainer import Trainer
 from stillroom.method import get_method
@@ -32,6 +40,8 @@ from stillroom.tasks.base import build_method
 
 LIMIT = 0.15
 CHECKPOINTING = "engine.activation_checkpointing=true"
+OFFLOAD = "engine.offload=true"
+DDP, FSDP = "engine.parallel=ddp", "engine.parallel=fsdp"
 LIGHTGEN = ("synthesis.pairs=64", "options.head_steps=2")
 UNTRAINED = {"dmae": ("mae-nano", "mae-micro")}
 """Networks in place of those that would be trained first; memory does not depend on the weights."""
@@ -47,6 +57,9 @@ CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("sid-lsg", 1, ("engine.batch=8",)),
     ("sid-lsg", 1, ("engine.batch=32",)),
     ("sid-lsg", 1, ("engine.batch=32", CHECKPOINTING)),
+    ("sid-lsg", 1, ("engine.batch=8", OFFLOAD)),
+    ("swiftbrush", 1, ("engine.batch=8", OFFLOAD)),
+    ("swiftbrush", 1, ("engine.batch=8", OFFLOAD, CHECKPOINTING)),
     ("meal-v2", 1, ("engine.batch=8",)),
     ("meal-v2", 1, ("engine.batch=32",)),
     ("dmae", 1, ("engine.batch=8",)),
@@ -54,9 +67,24 @@ CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("dmae", 1, ("engine.batch=32", CHECKPOINTING)),
     ("lightgen", 1, ("engine.batch=8", *LIGHTGEN)),
     ("lightgen", 1, ("engine.batch=32", *LIGHTGEN)),
-    ("lightgen", 2, ("engine.batch=32", "engine.parallel=fsdp", "options.dpo_share=0")),
-    ("lightgen", 4, ("engine.batch=32", "engine.parallel=fsdp", "options.dpo_share=0")),
+    ("lightgen", 2, ("engine.batch=32", FSDP, "options.dpo_share=0")),
+    ("lightgen", 4, ("engine.batch=32", FSDP, "options.dpo_share=0")),
 )
+PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("dmd2", ("engine.batch=8", DDP)),
+    ("dmd2", ("engine.batch=32", DDP)),
+    ("dmd2", ("engine.batch=8", FSDP)),
+    ("dmd2", ("engine.batch=32", FSDP)),
+    ("dmd2", ("engine.batch=8", FSDP, CHECKPOINTING)),
+    ("swiftbrush", ("engine.batch=8", DDP)),
+    ("swiftbrush", ("engine.batch=8", DDP, OFFLOAD)),
+    ("sid-lsg", ("engine.batch=8", FSDP)),
+    ("sid-lsg", ("engine.batch=8", FSDP, OFFLOAD)),
+    ("meal-v2", ("engine.batch=8", DDP)),
+    ("dmae", ("engine.batch=8", DDP)),
+    ("dmae", ("engine.batch=8", FSDP)),
+)
+"""Recipes that two gloo processes run."""
 
 
 class Measured(Trainer):
@@ -78,21 +106,32 @@ class Measured(Trainer):
                         self._watch(player, batches, shared, (span.stage.name, player.turn.name))
         return self.peaks
 
+    def _make_players(self) -> None:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            super()._make_players()
+        self.buckets = sum(_changes(seen))  # of DDP's wrappers; nothing else of it stays
+
     def _watch(self, player: Any, batches: list[Any], shared: list[Any], key: tuple[str, str]) -> None:
         states = [state for p in self.players.values() for state in p.optimizer.state.values()]
         averages = [value for average in self.averages.values() for value in average.values.values()]
         there = [*self.method.parameters(), *self.method.buffers(), *averages]
         there += [leaf for leaf in tree_leaves([states, batches, shared]) if isinstance(leaf, Tensor)]
-        before = storage_bytes(map(_local, there))
+        held = () if self.offload is None else untrained(self.method) if self._sharded else self.offload.held
+        before = storage_bytes(map(_local, there)) - storage_bytes(map(_local, held)) + self.buckets
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             self._take_turn(player, batches, shared)
-        assert seen.profiler is not None
-        events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyrefly: ignore
         now = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
+        for change in _changes(seen):
+            now += change
             most = max(most, now)
         self.peaks[key] = max(self.peaks.get(key, 0), before + most)
+
+
+def _changes(seen: profile) -> list[int]:
+    """Bytes of every allocation, and minus those of every release, in order."""
+    assert seen.profiler is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyrefly: ignore
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -102,9 +141,6 @@ def _local(tensor: Tensor) -> Tensor:
 @contextmanager
 def peers(world: int) -> Iterable[None]:  # type: ignore[misc]
     """As the first of ``world`` processes, the others of which do nothing."""
-    import os
-
-    from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if world == 1:
@@ -127,18 +163,41 @@ def measured(recipe: Recipe, world: int) -> dict[tuple[str, str], int]:
         return Measured(build_method(recipe, task), task.data, recipe.engine, show=False).measure()
 
 
-def compare(method: str, world: int, changes: tuple[str, ...]) -> list[Row]:
-    """A row for each turn."""
-    recipe = Recipe.load(method, [*changes, "engine.device=cpu"])
-    found = measured(recipe, world)
+def first_of_two(cases: list[tuple[str, tuple[str, ...]]]) -> list[dict[tuple[str, str], int]]:
+    """Peaks of the first of two gloo processes for each case."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, found = Path(folder) / "cases.json", Path(folder) / "found.json"
+        wanted.write_text(json.dumps(cases))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        subprocess.run([*launch, __file__, "--of-two", str(wanted), str(found)], check=True)
+        return [{(stage, turn): peak for stage, turn, peak in case} for case in json.loads(found.read_text())]
+
+
+def of_two(wanted: Path, found: Path) -> None:
+    """What each of the two does."""
+    peaks = [measured(read(method, changes), 1) for method, changes in json.loads(wanted.read_text())]
+    if dist.get_rank() == 0:
+        found.write_text(json.dumps([[(*key, peak) for key, peak in case.items()] for case in peaks]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def read(method: str, changes: Iterable[str]) -> Recipe:
+    return Recipe.load(method, [*changes, "engine.device=cpu"])
+
+
+def compare(
+    method: str, world: int, changes: tuple[str, ...], found: dict[tuple[str, str], int], peers: str = ""
+) -> list[Row]:
+    """A row for each turn. found: what was measured."""
     rows: list[Row] = []
-    for turn in plan(recipe, world=world).turns:
+    for turn in plan(read(method, changes), world=world).turns:
         real = max(found[stage, turn.turn] for stage in turn.stages)
         what = [change.partition(".")[2] for change in changes if change not in LIGHTGEN]
         rows.append(
             {
                 "method": method,
-                "processes": world,
+                "processes": f"{world}, {peers}" if peers else world,
                 "recipe": ", ".join(what),
                 "stage": turn.stages[0],
                 "turn": turn.turn,
@@ -153,16 +212,26 @@ def compare(method: str, world: int, changes: tuple[str, ...]) -> list[Row]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--of-two"]:
+        of_two(*map(Path, sys.argv[2:]))
+        return
     wanted = sys.argv[1:]
-    rows = [row for case in CASES if not wanted or case[0] in wanted for row in compare(*case)]
+    rows: list[Row] = []
+    for method, world, changes in CASES:
+        if not wanted or method in wanted:
+            peaks = measured(read(method, changes), world)
+            rows += compare(method, world, changes, peaks, "idle peers" if world > 1 else "")
+    pairs = [case for case in PAIRS if not wanted or "gloo" in wanted]
+    for (method, changes), peaks in zip(pairs, first_of_two(pairs) if pairs else (), strict=True):
+        rows += compare(method, 2, changes, peaks, "gloo")
     if wanted:
         return
     worst = max(abs(row["error, %"]) for row in rows)
     record(
         "Memory of a plan",
         f"`stillroom plan` predicts the memory of every turn within {LIMIT:.0%} of what the trainer takes (shipped "
-        "recipes with the changes in the table; the most of three steps on the CPU, by torch's profiler, and with "
-        f"several processes on one whose peers do nothing; worst: {worst:.1f}%).",
+        "recipes with the changes in the table; the most of three steps on the CPU, by torch's profiler; with several "
+        f"processes on the first of two that talk over gloo, or on one whose peers do nothing; worst: {worst:.1f}%).",
         "python benchmarks/plan_memory.py",
         rows,
         worst <= 100 * LIMIT,

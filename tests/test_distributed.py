@@ -42,10 +42,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "fsdp-accumulated", "settings": {"parallel": "fsdp", "accumulate": 2}},
         {"name": "shared-ddp", "options": {"shared": True}},
         {"name": "shared-fsdp", "options": {"shared": True}, "settings": {"parallel": "fsdp"}},
+        {"name": "offload-ddp", "settings": {"offload": True}},
+        {"name": "offload-fsdp", "settings": {"offload": True, "parallel": "fsdp"}},
+        {"name": "shared-offload-ddp", "options": {"shared": True}, "settings": {"offload": True}},
         {"name": "", "run_dir": "ddp-run", "stop": 7},
         {"name": "ddp-resumed", "run_dir": "ddp-run", "resume": True},
         {"name": "", "run_dir": "fsdp-run", "settings": {"parallel": "fsdp"}, "stop": 7},
         {"name": "fsdp-resumed", "run_dir": "fsdp-run", "resume": True, "settings": {"parallel": "fsdp"}},
+        {"name": "", "run_dir": "offload-run", "settings": {"offload": True, "parallel": "fsdp"}, "stop": 7},
+        {"name": "offload-resumed", "run_dir": "offload-run", "resume": True, "settings": {"parallel": "fsdp"}},
         {"name": "", "run_dir": "fsdp-then-one", "settings": {"parallel": "fsdp"}, "stop": 7},
         {"name": "", "run_dir": "fsdp-then-ddp", "settings": {"parallel": "fsdp"}, "stop": 7},
         {"name": "fsdp-then-ddp", "run_dir": "fsdp-then-ddp", "resume": True},
@@ -82,12 +87,14 @@ def alone() -> dict[str, Tensor]:
     return weights(run)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp-accumulated", "fsdp", "fsdp-accumulated"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "ddp-accumulated", "fsdp", "fsdp-accumulated", "offload-ddp", "offload-fsdp", "offload-resumed"]
+)
 def test_two_processes_compute_what_one_does(folder: Path, alone: dict[str, Tensor], name: str) -> None:
     close(load_file(folder / f"{name}.safetensors"), alone)
 
 
-@pytest.mark.parametrize("name", ["shared-ddp", "shared-fsdp"])
+@pytest.mark.parametrize("name", ["shared-ddp", "shared-fsdp", "shared-offload-ddp"])
 def test_roles_may_share_one_network(folder: Path, name: str) -> None:
     run = trainer(options={"shared": True})
     run.fit()
@@ -112,6 +119,11 @@ def test_two_processes_log_what_one_does(folder: Path) -> None:
             assert mine.keys() == theirs.keys()
             for key in mine.keys() - {"seconds", "stage", "health/std"}:
                 assert theirs[key] == pytest.approx(mine[key], abs=1e-5), key
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_held_weights_change_nothing(folder: Path, kind: str) -> None:
+    close(load_file(folder / f"offload-{kind}.safetensors"), load_file(folder / f"{kind}.safetensors"), 0.0)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

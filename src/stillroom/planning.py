@@ -70,6 +70,11 @@ class Plan:
         return max(turn.total for turn in self.turns)
 
     @property
+    def host(self) -> int:
+        """Bytes of the weights that ``engine.offload`` keeps in host memory."""
+        return max(turn.host for turn in self.turns)
+
+    @property
     def fits(self) -> bool | None:
         """Whether the device's memory holds that; None where it was not said."""
         return self.total <= self.memory if self.memory else None
@@ -85,9 +90,11 @@ class Plan:
             "accumulate": engine.accumulate,
             "precision": engine.precision,
             "activation_checkpointing": engine.activation_checkpointing,
+            "offload": engine.offload,
             "world": self.world,
             "parallel": engine.parallel if self.world > 1 else None,
             "total": self.total,
+            "host": self.host,
             "flops_per_step": self.flops,
             "memory": self.memory or None,
             "fits": self.fits,
@@ -179,31 +186,32 @@ def _advise(start: Plan, report: Callable[[str], None]) -> Advice:
     size, first = start.memory, _Try(start.recipe, start.world)
     changes: list[Change] = []
     now, best, at = first, start.total, start.total <= size
-    for title, propose in _PROPOSALS:
+    for title, propose, worth in _PROPOSALS:
         report(f"trying: {title}")
-        alone = _least(propose, first, start.total, size)
-        if alone is None:
-            continue
-        tried, total = alone
-        changes.append(Change(title, tried.arguments, total, start.total - total))
+        alone = _least(propose, first, start.total, size, worth)
+        if alone is not None:
+            changes.append(Change(title, alone[0].arguments, alone[1], start.total - alone[1]))
         if at:
             continue
-        upon = (tried, total) if now is first else _least(propose, now, best, size)
+        upon = alone if now is first else _least(propose, now, best, size, worth)
         if upon is not None:
             now, best = upon
             at = best <= size
     return Advice(changes, now.arguments, best, at)
 
 
-def _least(propose: Callable[[_Try], list[_Try]], now: _Try, total: int, size: int) -> tuple[_Try, int] | None:
-    """Of proposals from mild to strong the mildest that fits, else the strongest; None where that saves nothing."""
+def _least(
+    propose: Callable[[_Try], list[_Try]], now: _Try, total: int, size: int, worth: float
+) -> tuple[_Try, int] | None:
+    """Of proposals from mild to strong the mildest that fits, else the strongest; None where that saves nothing, or
+    less than the part ``worth`` of what there is."""
     tries = propose(now)
     found: tuple[_Try, int] | None = None
     while tries and found is None:  # a method or its networks may not be run so: then the next weaker one
         last = tries.pop()
         if (cost := _total(last)) is not None:
             found = (last, cost)
-    if found is None or found[1] >= total:
+    if found is None or found[1] >= total or total - found[1] < worth * total:
         return None
     low = 0
     while found[1] <= size and low < len(tries):
@@ -245,12 +253,20 @@ def _smaller_batch(now: _Try) -> list[_Try]:
 
 def _sharding(now: _Try) -> list[_Try]:
     if now.world > 1:
-        return [] if now.recipe.engine.parallel == "fsdp" else [now.changed("engine.parallel=fsdp")]
-    return [now.changed("engine.parallel=fsdp", world=count) for count in PROCESSES]
+        tries = [] if now.recipe.engine.parallel == "fsdp" else [now.changed("engine.parallel=fsdp")]
+    else:
+        tries = [now.changed("engine.parallel=fsdp", world=count) for count in PROCESSES]
+    if now.recipe.engine.offload:  # which may not go together (adapters)
+        tries = [*(tried.changed("engine.offload=false") for tried in tries), *tries]
+    return tries
 
 
 def _half_precision(now: _Try) -> list[_Try]:
     return [] if now.recipe.engine.precision == "bf16" else [now.changed("engine.precision=bf16")]
+
+
+def _offload(now: _Try) -> list[_Try]:
+    return [] if now.recipe.engine.offload else [now.changed("engine.offload=true")]
 
 
 def _eight_bit(now: _Try) -> list[_Try]:
@@ -262,15 +278,17 @@ def _no_averages(now: _Try) -> list[_Try]:
     return [now.changed("engine.export=student").changed("engine.ema=[]")] if now.recipe.engine.ema else []
 
 
-_PROPOSALS: tuple[tuple[str, Callable[[_Try], list[_Try]]], ...] = (
-    ("train adapters on the teacher's weights (LoRA)", _lora),
-    ("recompute activations in the backward pass", _checkpointing),
-    ("smaller micro-batches, the batch is the same", _smaller_batch),
-    ("keep the optimizer's moments in a byte each (bitsandbytes)", _eight_bit),
-    ("shard the networks over several devices (FSDP)", _sharding),
-    ("compute in bf16", _half_precision),
-    ("keep no averaged weights", _no_averages),
+_PROPOSALS: tuple[tuple[str, Callable[[_Try], list[_Try]], float], ...] = (
+    ("train adapters on the teacher's weights (LoRA)", _lora, 0.0),
+    ("recompute activations in the backward pass", _checkpointing, 0.0),
+    ("smaller micro-batches, the batch is the same", _smaller_batch, 0.0),
+    ("keep frozen weights in host memory", _offload, 0.25),
+    ("keep the optimizer's moments in a byte each (bitsandbytes)", _eight_bit, 0.0),
+    ("shard the networks over several devices (FSDP)", _sharding, 0.0),
+    ("compute in bf16", _half_precision, 0.0),
+    ("keep no averaged weights", _no_averages, 0.0),
 )
+"""Title, what to try, and the part of the memory that it must save to be worth its price."""
 
 
 # --- on the screen ----------------------------------------------------------------------------------------------------
@@ -316,6 +334,8 @@ def _headline(found: Plan) -> str:
         words.append(f"{engine.accumulate} micro-batches")
     if engine.activation_checkpointing:
         words.append("activation checkpointing")
+    if engine.offload:
+        words.append("offload")
     if found.world > 1:
         words.append(f"one of {found.world} processes, {engine.parallel}")
     return ", ".join(words)
@@ -324,6 +344,8 @@ def _headline(found: Plan) -> str:
 def verdict(found: Plan) -> list[str]:
     """Lines below the table: the highest turn, whether it fits, and what to change."""
     lines = [f"peak {size_text(found.total)}; {count_text(found.flops)}FLOP per step and process"]
+    if found.host:
+        lines.append(f"host memory: {size_text(found.host)} of frozen weights per process")
     if not found.memory:
         return lines
     free = found.memory - found.total

@@ -180,8 +180,9 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
     def hash(self) -> str:
-        """Twelve hex digits of SHA-256 over all that determines the result (name and trackers do not)."""
+        """Twelve hex digits of SHA-256 over all that determines the result (name, trackers and offload do not)."""
         tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "track")}
+        tree["engine"].pop("offload")
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
     def method_options(self) -> Any:

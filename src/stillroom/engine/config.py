@@ -24,6 +24,7 @@ _FREE = (
     "accumulate",
     "compile",
     "activation_checkpointing",
+    "offload",
     "parallel",
     "device",
     "checkpoint_every",
@@ -48,6 +49,7 @@ class EngineConfig:
     precision: str = "fp32"  # "bf16": networks run under autocast; weights, losses and optimizer state stay fp32
     compile: bool = False
     activation_checkpointing: bool = False
+    offload: bool = False  # keep the weights that no turn trains in host memory, on the device only while they are used
     parallel: str = "ddp"  # under torchrun: "ddp" or "fsdp"
     optim: dict[str, dict[str, Any]] = field(default_factory=dict)  # {turn or "all": {field of Optim: value}}
     warmup: int = 0  # linear learning-rate warm-up
@@ -83,6 +85,10 @@ class EngineConfig:
             raise UserError(
                 f"engine.batch={self.batch} does not split into engine.accumulate={self.accumulate} micro-batches",
                 cure="choose a batch that accumulate divides",
+            )
+        if self.offload and self.compile:
+            raise UserError(
+                "engine.offload moves weights behind the back of engine.compile", cure="switch one of the two off"
             )
         self._check_emas()
 

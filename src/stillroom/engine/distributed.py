@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +77,10 @@ class World:
         """Overwrite tensors with rank 0's."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+                sent = tensor.detach().to(self.device)  # what engine.offload holds elsewhere is sent from here
+                dist.broadcast(sent, 0)
+                if sent.device != tensor.device:
+                    tensor.detach().copy_(sent)
 
     def share(self, value: Any) -> Any:
         """Rank 0's JSON value, on every process."""
@@ -169,17 +172,25 @@ class Sharded:
         return nullcontext()
 
 
-def shard(method: Method, world: World) -> None:
+def shard(method: Method, world: World, host: Collection[nn.Parameter] = ()) -> None:
     """FSDP2 over all networks of a method, frozen ones too: each element of every ``ModuleList`` (the blocks of a
     transformer) is a unit, then each network, and the method itself is the root, with its turns as forward methods.
 
     One root lets networks share modules (LoRA roles on one base) and lets a turn run them in any order and number. All
     parameters become DTensors. Every unit is resharded after its forward pass: a unit left unsharded by a pass without
-    gradients would keep the ``requires_grad`` of that turn in the next one.
+    gradients would keep the ``requires_grad`` of that turn in the next one. host: weights whose shards stay in host
+    memory, for which :func:`host_units` has found units.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
+    apart = {id(unit) for unit, _ in host_units(method, host)}
     mesh = init_device_mesh(world.device.type, (world.size,))
     # FSDP2 shards no scalars; those that never train (a CLIP model's temperature) stay whole
     frozen = [part for part in method.modules() if getattr(part, "is_frozen", False)]
@@ -187,7 +198,8 @@ def shard(method: Method, world: World) -> None:
     ignored: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
     for unit in [*shard_units(method), method]:
         if not isinstance(unit, FSDPModule):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=True, **ignored)
+            away = CPUOffloadPolicy(world.device.type == "cuda") if id(unit) in apart else OffloadPolicy()
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=away, **ignored)
             for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
                 register_fsdp_forward_method(unit, entry)
     for name in ("enter", *(turn.name for turn in method.turns())):
@@ -214,6 +226,32 @@ def shard_units(method: Method) -> list[nn.Module]:
             network = getattr(whole, "network", None)
             units += [network, whole] if isinstance(network, nn.Module) else [whole]
     return units
+
+
+def owned(method: Method) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """The units of :func:`shard`, the method itself last, each with the parameters that no unit inside it has."""
+    taken: set[int] = set()
+    for unit in [*shard_units(method), method]:
+        own = [p for p in unit.parameters() if id(p) not in taken]
+        taken |= {id(p) for p in own}
+        yield unit, own
+
+
+def host_units(method: Method, host: Collection[nn.Parameter]) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """The units all of whose own parameters are among ``host``, with these. Raises UserError where a unit has others
+    beside them."""
+    wanted, found = {id(p) for p in host}, []
+    for unit, own in owned(method):
+        kept = [id(p) in wanted for p in own]
+        if any(kept) and not all(kept):
+            raise UserError(
+                "engine.offload cannot part frozen weights from the trained ones in the same block under "
+                "engine.parallel=fsdp (LoRA roles on one base)",
+                cure="engine.parallel=ddp, which can, or copies in place of adapters",
+            )
+        if any(kept):
+            found.append((unit, own))
+    return found
 
 
 def statistics(role: nn.Module) -> list[Tensor]:

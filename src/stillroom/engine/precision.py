@@ -27,6 +27,9 @@ def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x, output)
 
 
+_to_float32.of_engine = True  # type: ignore[attr-defined]
+
+
 def return_float32(method: nn.Module) -> None:
     """Under autocast, let networks compute in bf16 but hand out fp32, so that whatever is formed from their answers
     (differences of denoisers above all) keeps its small digits."""
@@ -35,10 +38,13 @@ def return_float32(method: nn.Module) -> None:
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """Take the hooks of :func:`return_float32` off a copy that leaves the engine."""
+    """Take what the engine has hung on modules (``of_engine``, ``runs_on``) off a copy that leaves it."""
     for part in module.modules():
-        for key in [k for k, hook in part._forward_hooks.items() if hook is _to_float32]:
-            del part._forward_hooks[key]
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if hasattr(hook, "of_engine")]:
+                del hooks[key]
+                part._forward_hooks_always_called.pop(key, None)
+        part.__dict__.pop("runs_on", None)
     return module
 
 

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.distributed import shard_units
+from stillroom.engine.distributed import host_units, owned
 from stillroom.engine.eight_bit import first_states
+from stillroom.engine.offload import untrained
 from stillroom.engine.player import Player
 from stillroom.engine.precision import networks
 from stillroom.engine.stages import Span
@@ -70,6 +71,11 @@ class Counted(Answered):
         self._known[key] = (weakref.ref(storage, freed), size)
         self.alive += size
         self.peak, self.other = max(self.peak, self.alive), max(self.other, self.alive - self.in_gradients)
+
+    def overlook(self, tensors: Iterable[Tensor]) -> None:
+        """Count these storages as nothing: they are not on the device."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            self._known[id(storage)] = (storage, 0)
 
     def is_gradient(self, parameter: Tensor) -> None:
         """A parameter's gradient has been summed up: its bytes are gradients from now on."""
@@ -128,7 +134,8 @@ class TurnCost:
     """What one turn takes on one process, in bytes, and the floating-point operations of one update, forward and
     backward, as torch counts them (two for each multiply-accumulate).
 
-    weights: all networks, whether they are trained or not, buffers too. optimizer, averages: of all turns so far.
+    weights: all networks, whether they are trained or not, buffers too. host: those of them that ``engine.offload``
+    keeps in host memory; they count nowhere else. optimizer, averages: of all turns so far.
     activations: the most that tensors other than these and the gradients held at once: what the backward pass needs,
     what is computed on the way, the batch, and what the method keeps. total: the highest sum at one moment; the parts
     need not peak together. exchange: what several processes take for their exchange.
@@ -147,6 +154,7 @@ class TurnCost:
     total: int
     flops: int
     exchange: int = 0
+    host: int = 0
 
     def same(self, other: TurnCost) -> bool:
         return dataclasses.replace(self, stages=[]) == dataclasses.replace(other, stages=[])
@@ -159,6 +167,21 @@ class _Seen:
     peak: int = 0
     other: int = 0
     flops: Counter = field(default_factory=Counter)
+    passed: set[int] = field(default_factory=set)  # units that the backward pass comes by
+    first: set[int] = field(default_factory=set)  # those of them whose input asks for no gradient
+
+
+@dataclass
+class _Whole:
+    """Bytes that a process under FSDP has whole in a turn's backward pass: of the largest block (two are there: the
+    next one is fetched while the last one is used) and of its gradients (as they are, and as they are sent); of what
+    lies outside the blocks of a network; of the units that are kept to the end, with their gradients."""
+
+    block: int = 0
+    block_gradients: int = 0
+    root: int = 0
+    root_gradients: int = 0
+    kept: int = 0
 
 
 class Rehearsal(Trainer):
@@ -179,9 +202,21 @@ class Rehearsal(Trainer):
         alone = dataclasses.replace(config, accumulate=parts, device="cpu", compile=False, check_freezing=False)
         self.counted, self.mode, self.processes = Counted(), mode, world
         super().__init__(method, data, alone, show=False)
+        self.host = self.offload.held if self.offload else []
+        self.counted.overlook(self.host)
         if config.draws == "per-rank":
             raise UserError("a plan knows engine.draws=global only", cure="leave engine.draws at its default")
         self._rows = self._rows[: config.accumulate]
+        self._now = _Seen()
+        if world > 1 and config.parallel == "fsdp":
+            for unit, _ in owned(method):
+                unit.register_forward_hook(self._passes, with_kwargs=True)
+
+    def _passes(self, unit: Any, args: Any, kwargs: Any, made: Any) -> None:
+        if _asks(made):
+            self._now.passed.add(id(unit))
+            if not _asks((args, kwargs)):
+                self._now.first.add(id(unit))
 
     def _seed(self, m: Method, step: int, turn: int, micro: int) -> None:
         m.draw = PlacedDraws(self._generator, self._rows[micro], self.config.batch)
@@ -256,10 +291,11 @@ class Rehearsal(Trainer):
                 self._focus(player)
                 hooks = [p.register_post_accumulate_grad_hook(self.counted.is_gradient) for p in player.trained]
                 self.counted.restart()
+                self._now = seen[player.turn.name]
                 self._take_turn(player, shown, shared)
                 for hook in hooks:
                     hook.remove()
-                entry = seen[player.turn.name]
+                entry = self._now
                 entry.peak, entry.other = max(entry.peak, self.counted.peak), max(entry.other, self.counted.other)
                 entry.flops[self.counted.flops] += times
                 player.norm, player.notes = None, {}
@@ -279,7 +315,9 @@ class Rehearsal(Trainer):
         return [*self._weights(), *self._moments(), *(v for a in self.averages.values() for v in a.values.values())]
 
     def _weights(self) -> list[Tensor]:
-        return [*self.method.parameters(), *self.method.buffers()]
+        """Those on the device."""
+        away = {id(p) for p in self.host}
+        return [p for p in (*self.method.parameters(), *self.method.buffers()) if id(p) not in away]
 
     def _moments(self) -> list[Tensor]:
         states = [state for player in self.players.values() for state in player.optimizer.state.values()]
@@ -303,30 +341,35 @@ class Rehearsal(Trainer):
             activations=seen.other - resident,
             total=seen.peak,
             flops=round(sum(flops * times for flops, times in seen.flops.items()) / runs),
+            host=storage_bytes(self.host),
         )
         if self.processes > 1 and self.config.parallel == "ddp":  # each turn's wrapper keeps a copy of its gradients
             cost.exchange = sum(storage_bytes(p.trained) for p in self.players.values())
             cost.total += cost.exchange
         elif self.processes > 1:
-            self._shard(cost, player)
+            self._shard(cost, player, seen)
         return cost
 
-    def _shard(self, cost: TurnCost, player: Player) -> None:
-        """The same under FSDP: networks, gradients, moments and averages by shards, and on top the units that are whole
-        at one time: what lies outside a network's blocks, and two blocks (the next one is fetched while the last one is
-        used). At the end of the backward pass activations are gone, but what lies outside the blocks has whole
-        gradients, twice: as they are, and as they are sent."""
+    def _shard(self, cost: TurnCost, player: Player, seen: _Seen) -> None:
+        """The same under FSDP: networks, gradients, moments and averages by shards, and on top what is whole at one
+        time (:class:`_Whole`). A unit whose input asks for no gradient (an embedding of times or labels) is kept whole,
+        and its gradients too, until the backward pass is over: beside the activations where these are made again for
+        each block, after them where they were all saved."""
         apart = cost.total - cost.weights - cost.optimizer - cost.averages
         alive = min(max(0, apart - cost.activations), cost.gradients)  # of the gradients, at the peak
         shards = sum(map(self._shard_bytes, player.trained))
         cost.activations, alive = apart - alive, round(alive * shards / cost.gradients)
-        cost.weights = sum(map(self._shard_bytes, self.method.parameters()))
+        frozen = untrained(self.method) if self.config.offload else ()
+        cost.host = sum(self._shard_bytes(p) for _, own in host_units(self.method, frozen) for p in own)
+        cost.weights = sum(map(self._shard_bytes, self.method.parameters())) - cost.host
         cost.weights += storage_bytes(self.method.buffers())
         cost.optimizer = sum(map(self._shard_bytes, self._moments()))
         cost.averages = sum(self._shard_bytes(v) for a in self.averages.values() for v in a.values.values())
-        block, whole, gradients = self._units(player)
-        cost.gradients, cost.exchange = shards, whole + 2 * block
-        last = shards + whole + 2 * gradients
+        whole = self._whole(player, seen)
+        cost.gradients, cost.exchange = shards, whole.root + 2 * whole.block + 2 * whole.block_gradients
+        if self.config.activation_checkpointing:
+            cost.exchange += whole.kept
+        last = shards + whole.root + 2 * whole.root_gradients + whole.kept
         cost.total = cost.weights + cost.optimizer + cost.averages
         cost.total += max(cost.activations + alive + cost.exchange, last)
 
@@ -336,21 +379,25 @@ class Rehearsal(Trainer):
             return tensor.nbytes
         return math.ceil(tensor.shape[0] / self.processes) * (tensor.nbytes // tensor.shape[0])
 
-    def _units(self, player: Player) -> tuple[int, int, int]:
-        """Bytes of the largest block's weights, and of the weights and of the turn's gradients that lie outside the
-        blocks of a network, at most."""
-        mine, taken = {id(p) for p in player.trained}, set[int]()
+    def _whole(self, player: Player, seen: _Seen) -> _Whole:
+        mine = {id(p) for p in player.trained}
         roots = {id(unit) for unit in (*self.method.children(), *networks(self.method), self.method)}
-        block = whole = gradients = 0
-        for unit in [*shard_units(self.method), self.method]:
-            own = [p for p in unit.parameters() if id(p) not in taken]
-            taken |= {id(p) for p in own}
-            size = sum(p.nbytes for p in own)
+        found = _Whole()
+        for unit, own in owned(self.method):
+            size, gradients = sum(p.nbytes for p in own), sum(p.nbytes for p in own if id(p) in mine)
+            if id(unit) not in seen.passed and not gradients:
+                continue  # the backward pass does not come by
             if id(unit) in roots:
-                whole, gradients = max(whole, size), max(gradients, sum(p.nbytes for p in own if id(p) in mine))
+                found.root, found.root_gradients = max(found.root, size), max(found.root_gradients, gradients)
             else:
-                block = max(block, size)
-        return block, whole, gradients
+                found.block, found.block_gradients = max(found.block, size), max(found.block_gradients, gradients)
+                found.kept += (size + gradients) * (id(unit) in seen.first)
+        return found
+
+
+def _asks(tree: Any) -> bool:
+    """Whether a tensor asks for a gradient."""
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(tree))
 
 
 def _begin(player: Player) -> None:

@@ -22,6 +22,7 @@ from stillroom.engine.distributed import DataParallel, Sharded, World, local, sh
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.export import Outline
 from stillroom.engine.interrupt import Interrupted, StopRequest
+from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.progress import Progress
 from stillroom.engine.stages import Span, lay_out
@@ -98,8 +99,7 @@ class Trainer:
                 f"engine.batch={c.batch} does not split over {w.size} processes x {c.accumulate} micro-batches",
                 cure=f"choose a multiple of {parts}",
             )
-        size = c.batch // parts
-        first = w.rank * c.accumulate
+        size, first = c.batch // parts, w.rank * c.accumulate
         self._rows = [slice((first + k) * size, (first + k + 1) * size) for k in range(c.accumulate)]
 
     def _check_names(self) -> None:
@@ -118,14 +118,15 @@ class Trainer:
 
     def _prepare_method(self) -> None:
         m, c = self.method, self.config
-        m.to(self.world.device)
+        self._sharded = self.world.size > 1 and c.parallel == "fsdp"
+        self.offload = place(m, self.world.device, c.offload)
         self._generator = torch.Generator(device=self.world.device)
         self._seed(m, -1, -1, 0)
         m.eval()
         m.prepare(self.data)
         m.requires_grad_(False)
+        self.offload = self.offload and self.offload.again(m)  # there may be other networks now
         self.world.spread([*m.parameters(), *m.buffers()])
-        self._sharded = self.world.size > 1 and c.parallel == "fsdp"
         self._outline = Outline(m, self._exported_role()) if self._sharded else None
         if c.activation_checkpointing:
             precision.checkpoint_activations(m)
@@ -136,7 +137,7 @@ class Trainer:
                 if isinstance(network := getattr(role, "network", None), nn.Module):
                     network.compile()
         if self._sharded:
-            shard(m, self.world)
+            shard(m, self.world, self.offload.handed_over(m) if self.offload else ())
 
     def _make_players(self) -> None:
         m, c = self.method, self.config
@@ -492,7 +493,7 @@ class Trainer:
         average = self.averages.get(self.config.export)
         values = dict(self.method.named_parameters()) | (average.values if average else {})
         role = self._exported_role()
-        return (self._outline or Outline(self.method, role)).filled(values, role)
+        return (self._outline or Outline(self.method, role)).filled(values, role).to(self.world.device)
 
     def _exported_role(self) -> nn.Module:
         of = {ema.get("name", "ema"): ema.get("of", "student") for ema in self.config.ema}

@@ -176,4 +176,5 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    """Where the module computes. Its weights may be elsewhere (``engine.offload``): then ``runs_on`` says it."""
+    return getattr(module, "runs_on", None) or next(module.parameters()).device

@@ -146,7 +146,8 @@ class Distiller(Method):
         tokenizer = data.tokenizer
         self.special, self.pad = set(tokenizer.all_special_ids), int(tokenizer.pad_token_id)
         if self.options.augmentation == "edits":
-            self.neighbours = nearest_tokens(token_table(self.teacher).weight, self.special)
+            found = nearest_tokens(token_table(self.teacher).weight, self.special)
+            self.neighbours = found.to(next(self.student.parameters()).device)
         if self.masked_lm is not None:
             check_vocabularies({"the student": tokenizer, self.options.masked_lm: self.words})
             self.mask_id = int(self.words.mask_token_id)
