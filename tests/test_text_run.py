@@ -116,8 +116,8 @@ def test_a_run_goes_on_from_a_finished_student(place: Path, capsys: pytest.Captu
     assert torch.equal(first, second)
     assert distil(*still, "options.start=runs/a/student", "options.network.width=32", name="c") == 2
     assert "has other sizes than options.network" in capsys.readouterr().err
-    assert distil(*still, "options.start=runs/a/student", "options.network.prediction=v", name="c") == 2
-    assert "predicts eps, that of options.network v" in capsys.readouterr().err
+    assert distil(*still, "options.start=runs/a/student", "options.network.prediction=eps", name="c") == 2
+    assert "predicts v, that of options.network eps" in capsys.readouterr().err
     assert distil(*still, "options.start=scenes-sd3", name="c") == 2
     assert "has other sizes than options.network" in capsys.readouterr().err
     assert distil(*still, "options.start=scenes-sd", name="c") == 2

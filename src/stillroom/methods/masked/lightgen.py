@@ -16,7 +16,7 @@ from stillroom.errors import UserError
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
 from stillroom.models.folder import load_network
-from stillroom.models.mar import TEXT, MARSettings
+from stillroom.models.mar import MAR, TEXT, MARSettings
 from stillroom.models.shipped import model_folder
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class LightGen(Method):
         """Begin with the weights of a finished student of the same sizes, whose head predicts the same."""
         start = load_network(folder)
         ours = self.student.config["prediction"]
-        if (theirs := dict(start.config).get("prediction", ours)) != ours:  # other classes of networks fail below
+        theirs = start.config["prediction"] if isinstance(start, MAR) else ours  # other classes fail below
+        if theirs != ours:
             raise UserError(
                 f"options.start: the head of the student in {folder} predicts {theirs}, that of options.network {ours}",
                 cure=f"set options.network.prediction={theirs}",
