@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": TOOLS | {"data", "method"},
     "recipe": TOOLS | {"method", "engine"},
     "catalogue": TOOLS | {"method"},
-    "methods": TOOLS | {"method", "data"},
+    "methods": TOOLS | {"method", "data", "evaluation"},  # a method may have its own samples judged
     "bench": BELOW_BENCH,
     "report": BELOW_BENCH | {"bench"},
     "proofs": BELOW_BENCH | {"bench", "synthesis"},

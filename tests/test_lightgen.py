@@ -21,6 +21,7 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import full
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
+from stillroom.evaluation.filters import register_filter
 from stillroom.method import get_method
 from stillroom.methods.masked.lightgen import LightGen
 from stillroom.models.mar import TEXT, MARSettings
@@ -309,8 +310,59 @@ def test_losers_may_be_the_winners_mirror_images() -> None:
     assert float((method.losers.float() - expected).abs().max()) < 2 / 255
 
 
-def test_the_same_losers_after_a_resumption() -> None:
-    one, _ = entered(seed=4)
+@register_filter("bright")
+def bright(images: Tensor, captions: Any) -> Any:
+    """Keeps bright pictures; has nothing to say about caption 4."""
+    means = images.mean((1, 2, 3)).tolist()
+    return [None if text == "caption 4" else float(mean > 0) for mean, text in zip(means, captions, strict=True)]
+
+
+def brightness(means: Tensor) -> Tensor:
+    """Of the pictures that latents decode to, which is the latents themselves here."""
+    return means.float().mean((1, 2, 3))
+
+
+def test_own_winners_are_kept_and_own_losers_rejected() -> None:
+    method, data = entered(winners="own", judge="bright", tries=6)
+    same = (method.winners == method.losers).flatten(1).all(1)
+    assert 0 < int((~same).sum()) < data.n
+    assert float(brightness(method.winners[~same]).min()) > -1e-3
+    assert float(brightness(method.losers[~same]).max()) < 1e-3
+    assert bool(same[data.which == 4].all())  # never rejected
+    assert torch.allclose(method.winner_stds.float(), torch.tensor(0.1), atol=1e-3)
+
+
+def test_a_pair_that_the_judge_cannot_tell_apart_prefers_nothing() -> None:
+    method, data = entered(winners="own", judge="bright", tries=6, beta=1.0)
+    nudge(method)
+    same = (method.winners == method.losers).flatten(1).all(1)
+    largest = []
+    for rows in (same, ~same):
+        method.zero_grad()
+        play(method, "prefer", data.rows(rows.nonzero().flatten()))
+        largest.append(max(float(p.grad.abs().max()) for p in method.student.parameters() if p.grad is not None))
+    assert largest[0] < 1e-4 * largest[1]
+
+
+def test_without_a_kept_sample_the_real_picture_stands_on_both_sides() -> None:
+    method, data = entered(winners="own", judge="bright", tries=6)
+    twins = (method.winners == method.losers).flatten(1).all(1) & (data.which != 4)
+    dark = twins & (brightness(method.winners) < 0)  # a sample there would have been rejected
+    assert torch.equal(method.winners[dark], data.mean[dark])
+
+
+def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
+    with pytest.raises(UserError, match="of none of 12 captions the judge 'bright=-1'"):
+        entered(winners="own", judge="bright=-1")
+    with pytest.raises(UserError, match="unknown filter 'brigth'"):
+        entered(winners="own", judge="brigth")
+    with pytest.raises(UserError, match="options.winners=own is for dpo"):
+        build(winners="own", preference="sft")
+
+
+@pytest.mark.parametrize("more", [{}, {"winners": "own", "judge": "bright"}])
+def test_the_same_losers_after_a_resumption(more: dict[str, Any]) -> None:
+    one, _ = entered(seed=4, **more)
     nudge(one)
     first = one.losers
     one.draw = draws(B, 4)

@@ -79,7 +79,7 @@ class Captioned:
         self.std = torch.full_like(self.mean, 0.1)
         self.mirror = mirror
         self.text: Mapping[str, Tensor] = {TEXT: texts(5, seed)}
-        self.which = torch.arange(n) % 5
+        self.which, self.captions = torch.arange(n) % 5, [f"caption {i}" for i in range(5)]
         self.n, self.shape, self.parts = n, (CHANNELS, side, side), dict(parts or {})
 
     def rows(self, index: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
+from stillroom.evaluation.filters import make_filters
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
 from stillroom.models.folder import load_network
@@ -64,6 +65,9 @@ class LightGen(Method):
         mirror: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability; the paper's is 0.5
         preference: Literal["dpo", "sft"] = "dpo"  # "sft" trains on the winners alone: the control that the paper lacks
         losers: Literal["own", "mirrored"] = "own"  # the student's own samples, or the winners' mirror images
+        winners: Literal["real", "own"] = "real"  # "own": own samples that `judge` keeps, against own that it rejects
+        judge: str = "parser"  # a filter by name, as in synthesis.filters
+        tries: int = field(default=4, metadata={"min": 2})  # own samples of a caption, among which both are sought
         loser_round_trip: bool = True  # own samples become pictures and are encoded again, as the winners were
         swap_labels: float = field(default=0.0, metadata={"min": 0, "max": 1})  # share of pairs: the negative control
         beta: float = field(default=5000.0, metadata={"min": 0})
@@ -82,6 +86,11 @@ class LightGen(Method):
         o, codec = self.options, space.codec
         if o.pretrain_share + o.adapt_share + o.dpo_share == 0:
             raise UserError("every stage of lightgen has share 0", cure="set options.pretrain_share to 1, for example")
+        if o.winners == "own" and o.preference == "sft":
+            raise UserError(
+                "options.preference=sft trains on the real pictures alone; options.winners=own is for dpo",
+                cure="set one of them back",
+            )
         height, width = codec.grid(space.size)
         patch = o.network.patch or 2
         if height % patch or width % patch:
@@ -191,11 +200,14 @@ class LightGen(Method):
         """Items 11 and 12: winner and loser, student and reference, under the same mask, order, times and noise."""
         for network in (self.student, self.reference):
             network.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
-        index = batch["index"]
-        win, lose = batch["image"], self.losers[index].to(batch["image"])
-        if "std" in batch:
+        index, like = batch["index"], batch["image"]
+        win, lose = batch["image"], self.losers[index].to(like)
+        std = batch.get("std")
+        if self.options.winners == "own":
+            win, std = self.winners[index].to(like), self.winner_stds[index].to(like)
+        if std is not None:
             noise = self.draw.normal_like(win)
-            win, lose = win + batch["std"] * noise, lose + self.loser_stds[index].to(noise) * noise
+            win, lose = win + std * noise, lose + self.loser_stds[index].to(noise) * noise
         swap = self.swapped[index][:, None, None, None]
         win, lose = torch.where(swap, lose, win), torch.where(swap, win, lose)
         shared = {
@@ -229,28 +241,78 @@ class LightGen(Method):
                 mine.copy_(theirs)
         generator, device = self.draw.generator, self.draw.generator.device
         self.swapped = torch.rand(data.n, generator=generator, device=device) < self.options.swap_labels
-        means, stds = [], []
-        for rows in torch.arange(data.n).split(DRAWN_AT_ONCE):
-            mean, std = self.draw_losers(data, rows, device)
-            means.append(mean.half())  # as the winners are kept: precision must not tell them apart
-            stds.append(std.half())
-        self.losers, self.loser_stds = torch.cat(means), torch.cat(stds)
-
-    def draw_losers(self, data: Any, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Moments of the losers of these pairs, ``[B, C, H, W]``."""
-        o, codec = self.options, self.space.codec.to(device)
-        if o.losers == "mirrored":
-            images = codec.decode(data.mean[rows].float()).flip(-1)
+        every = torch.arange(data.n).split(DRAWN_AT_ONCE)
+        if self.options.winners == "own":
+            pairs = [self.judged(data, rows, device) for rows in every]
+            self.winners, self.winner_stds = joined([win for win, _ in pairs])
+            self.losers, self.loser_stds = joined([lose for _, lose in pairs])
+            if torch.equal(self.winners, self.losers):
+                raise UserError(
+                    f"of none of {data.n} captions the judge {self.options.judge!r} keeps one of "
+                    f"{self.options.tries} own samples and rejects another",
+                    cure="raise options.tries, or set options.winners to real",
+                )
         else:
-            generator = self.draw.generator
-            noise = torch.randn(len(rows), *data.shape, generator=generator, device=device)
-            cond = {TEXT: data.text[TEXT][data.which[rows]].float().to(device)}
-            latents = self.sampler().sample(self.reference, noise, cond, generator)
-            if not o.loser_round_trip:
-                return latents, torch.zeros_like(latents)
-            images = codec.decode(latents)
-        return codec.moments(((images + 1) * 127.5).round() / 127.5 - 1)  # 8 bits, as the winners had
+            self.losers, self.loser_stds = joined([self.draw_losers(data, rows, device) for rows in every])
+
+    def draw_losers(self, data: Any, rows: Tensor, device: torch.device) -> Moments:
+        """Moments of the losers of these pairs."""
+        codec = self.space.codec.to(device)
+        if self.options.losers == "mirrored":
+            return encoded(codec, codec.decode(data.mean[rows].float()).flip(-1))
+        latents = self.draw_own(data, rows, device)
+        return encoded(codec, codec.decode(latents)) if self.options.loser_round_trip else (latents, 0 * latents)
+
+    def draw_own(self, data: Any, rows: Tensor, device: torch.device) -> Tensor:
+        """Latents that the reference draws for the captions of these pairs."""
+        generator = self.draw.generator
+        noise = torch.randn(len(rows), *data.shape, generator=generator, device=device)
+        cond = {TEXT: data.text[TEXT][data.which[rows]].float().to(device)}
+        return self.sampler().sample(self.reference, noise, cond, generator)
+
+    def judged(self, data: Any, rows: Tensor, device: torch.device) -> tuple[Moments, Moments]:
+        """Moments of the first of some own samples that the judge keeps and of the first that it rejects. Where one of
+        them is missing, both are the same (the real picture, if the judge kept none): such a pair prefers nothing."""
+        (judge,), codec = make_filters([self.options.judge]), self.space.codec.to(device)
+        captions = [data.captions[i] for i in data.which[rows].tolist()]
+        found: list[Moments | None] = [None, None]
+        missing = [torch.ones(len(rows), dtype=torch.bool, device=device) for _ in found]
+        for _ in range(self.options.tries):
+            images = codec.decode(self.draw_own(data, rows, device)).clamp(-1, 1)
+            kept = torch.tensor([judge.keeps(score) for score in judge(images.cpu(), captions)], device=device)
+            drawn = encoded(codec, images)
+            for place, verdict in enumerate((kept, ~kept)):
+                now, before = verdict & missing[place], found[place]
+                found[place] = drawn if before is None else chosen(now, drawn, before)
+                missing[place] &= ~verdict
+        kept_one, rejected_one = found
+        assert kept_one is not None
+        assert rejected_one is not None
+        real = data.mean[rows].to(device).float()
+        std = torch.zeros_like(real) if data.std is None else data.std[rows].to(real)
+        win = chosen(missing[0], (real, std), kept_one)
+        return win, chosen(missing[0] | missing[1], win, rejected_one)
 
     def sampler(self) -> MaskedSampler:
         o = self.options
         return MaskedSampler(o.steps, o.guidance, o.guidance_schedule, o.temperature, o.head_steps, o.clip)
+
+
+Moments = tuple[Tensor, Tensor]
+"""Means and standard deviations of latents, ``[B, C, H, W]`` each."""
+
+
+def encoded(codec: Any, images: Tensor) -> Moments:
+    """Moments of images rounded to 8 bits, as the winners had."""
+    return codec.moments(((images + 1) * 127.5).round() / 127.5 - 1)
+
+
+def chosen(rows: Tensor, yes: Moments, no: Moments) -> Moments:
+    """Those of ``yes`` in the ``rows`` (bool ``[B]``), those of ``no`` elsewhere."""
+    at = rows[:, None, None, None]
+    return torch.where(at, yes[0], no[0]), torch.where(at, yes[1], no[1])
+
+
+def joined(parts: list[Moments]) -> Moments:
+    """All rows, at the precision that winners are kept at: it must not tell them apart."""
+    return torch.cat([mean.half() for mean, _ in parts]), torch.cat([std.half() for _, std in parts])
