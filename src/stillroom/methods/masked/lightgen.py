@@ -44,8 +44,9 @@ class LightGen(Method):
     mended by direct preference optimisation, real pictures against its own samples for the same captions.
 
     Departures from the paper: the text stack runs for the masked tokens only (they do not see each other there, so no
-    number changes); the preference loss may be anchored to the winners (``anchor``; 0 is the paper's loss); images are
-    not mirrored unless asked for, since that makes "left" and "right" mean nothing.
+    number changes); the preference loss may be anchored to the winners (``anchor``; 0 is the paper's loss); winners may
+    be own samples that a judge keeps (``winners``), since real pictures differ from own samples in more than obedience;
+    images are not mirrored unless asked for, since that makes "left" and "right" mean nothing.
     """
 
     task = "text-image"
