@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import fields
 from typing import Any
 
 from stillroom.data.source import ASSETS
+from stillroom.method import get_method
 from stillroom.proofs.base import Arm, Claim
 from stillroom.recipe import Recipe
 
 
 def recipe_arm(slug: str) -> Arm:
-    """The arm that ``stillroom run <slug>`` trains: options, LoRA and engine of the shipped recipe."""
+    """The arm that ``stillroom run <slug>`` trains: options, LoRA and engine of the shipped recipe. Options that came
+    after results were recorded (``later`` in their metadata) are left out at their default: older results keep their
+    keys."""
     recipe = Recipe.load(slug)
     engine = recipe.engine.to_dict()
-    free = ("seed", "checkpoint_every", "keep", "log_every", "device", "check_freezing", "loss_limit", "growth_limit")
+    free = (
+        "seed",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "device",
+        "check_freezing",
+        "loss_limit",
+        "growth_limit",
+        "offload",
+    )
     engine = {key: value for key, value in engine.items() if key not in free}
-    return Arm(slug, slug, options=recipe.to_dict()["options"], engine=engine, lora=recipe.lora)
+    later = {f.name: f.default for f in fields(get_method(slug).Options) if f.metadata.get("later")}
+    options = {k: v for k, v in recipe.to_dict()["options"].items() if k not in later or v != later[k]}
+    return Arm(slug, slug, options=options, engine=engine, lora=recipe.lora)
 
 
 def image_arms(arm: Arm) -> tuple[Arm, ...]:

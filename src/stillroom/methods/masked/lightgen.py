@@ -66,9 +66,11 @@ class LightGen(Method):
         mirror: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability; the paper's is 0.5
         preference: Literal["dpo", "sft"] = "dpo"  # "sft" trains on the winners alone: the control that the paper lacks
         losers: Literal["own", "mirrored"] = "own"  # the student's own samples, or the winners' mirror images
-        winners: Literal["real", "own"] = "real"  # "own": own samples that `judge` keeps, against own that it rejects
-        judge: str = "parser"  # a filter by name, as in synthesis.filters
-        tries: int = field(default=4, metadata={"min": 2})  # own samples of a caption, among which both are sought
+        # "own": own samples that `judge` keeps, against own that it rejects
+        winners: Literal["real", "own"] = field(default="real", metadata={"later": True})
+        judge: str = field(default="parser", metadata={"later": True})  # a filter by name, as in synthesis.filters
+        # own samples of a caption, among which both are sought
+        tries: int = field(default=4, metadata={"later": True, "min": 2})
         loser_round_trip: bool = True  # own samples become pictures and are encoded again, as the winners were
         swap_labels: float = field(default=0.0, metadata={"min": 0, "max": 1})  # share of pairs: the negative control
         beta: float = field(default=5000.0, metadata={"min": 0})
