@@ -17,6 +17,7 @@ from stillroom.proofs.base import Arm, Claim, Proof, merge
 from stillroom.proofs.runner import arm_file, options_of, prove, read_arm, run_arm, table, to_json, write_result
 from stillroom.proofs.worlds import get_world, shuffle
 
+RESULTS = Path(__file__).parents[1] / "results"
 LESS = Claim("less", "left is at most half of right", "", "ced", "a", "<=", 0.5, "b")
 
 
@@ -170,3 +171,21 @@ def test_an_arm_starts_from_what_another_ended_with(
 def test_a_world_with_one_set_of_data_refuses_others(short: Arm) -> None:
     with pytest.raises(UserError, match="not images"):
         run_arm(short.with_("other", data={"images": 5}), get_world("ring"), seed=0)
+
+
+@pytest.mark.parametrize("slug", sorted(path.stem for path in RESULTS.glob("*.json")))
+def test_recorded_arms_are_found_again(slug: str) -> None:
+    """Else a change (of a recipe, of options) has made recorded results those of arms that no longer exist, and the
+    proof would train them all anew."""
+    result = json.loads((RESULTS / f"{slug}.json").read_text())
+    shown = {(claim["level"], claim["world"], name) for claim in result["claims"] for name in claim["arms"]}
+    lost = [
+        (proof.level, arm.name, seed)
+        for proof in get_proofs(slug)
+        for arm in proof.arms
+        if (proof.level, proof.world, arm.name) in shown
+        for seed in result["seeds"]
+        if not arm_file(RESULTS, proof, arm, seed).exists()
+    ]
+    assert shown
+    assert lost == []
