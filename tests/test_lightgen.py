@@ -356,7 +356,7 @@ def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
         entered(winners="own", judge="bright=-1")
     with pytest.raises(UserError, match="unknown filter 'brigth'"):
         entered(winners="own", judge="brigth")
-    with pytest.raises(UserError, match="options.winners=own is for dpo"):
+    with pytest.raises(UserError, match=r"options\.winners=own is for dpo"):
         build(winners="own", preference="sft")
 
 
