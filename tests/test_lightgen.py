@@ -21,7 +21,7 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import full
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.evaluation.filters import register_filter
+from stillroom.evaluation import filters
 from stillroom.method import get_method
 from stillroom.methods.masked.lightgen import LightGen
 from stillroom.models.mar import TEXT, MARSettings
@@ -310,11 +310,15 @@ def test_losers_may_be_the_winners_mirror_images() -> None:
     assert float((method.losers.float() - expected).abs().max()) < 2 / 255
 
 
-@register_filter("bright")
-def bright(images: Tensor, captions: Any) -> Any:
-    """Keeps bright pictures; has nothing to say about caption 4."""
-    means = images.mean((1, 2, 3)).tolist()
-    return [None if text == "caption 4" else float(mean > 0) for mean, text in zip(means, captions, strict=True)]
+@pytest.fixture
+def bright(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that keeps bright pictures and has nothing to say about caption 4."""
+    monkeypatch.setattr(filters, "_REGISTRY", dict(filters._REGISTRY))
+
+    @filters.register_filter("bright")
+    def rule(images: Tensor, captions: Any) -> Any:
+        means = images.mean((1, 2, 3)).tolist()
+        return [None if text == "caption 4" else float(mean > 0) for mean, text in zip(means, captions, strict=True)]
 
 
 def brightness(means: Tensor) -> Tensor:
@@ -322,6 +326,7 @@ def brightness(means: Tensor) -> Tensor:
     return means.float().mean((1, 2, 3))
 
 
+@pytest.mark.usefixtures("bright")
 def test_own_winners_are_kept_and_own_losers_rejected() -> None:
     method, data = entered(winners="own", judge="bright", tries=6)
     same = (method.winners == method.losers).flatten(1).all(1)
@@ -332,6 +337,7 @@ def test_own_winners_are_kept_and_own_losers_rejected() -> None:
     assert torch.allclose(method.winner_stds.float(), torch.tensor(0.1), atol=1e-3)
 
 
+@pytest.mark.usefixtures("bright")
 def test_a_pair_that_the_judge_cannot_tell_apart_prefers_nothing() -> None:
     method, data = entered(winners="own", judge="bright", tries=6, beta=1.0)
     nudge(method)
@@ -344,6 +350,7 @@ def test_a_pair_that_the_judge_cannot_tell_apart_prefers_nothing() -> None:
     assert largest[0] < 1e-4 * largest[1]
 
 
+@pytest.mark.usefixtures("bright")
 def test_without_a_kept_sample_the_real_picture_stands_on_both_sides() -> None:
     method, data = entered(winners="own", judge="bright", tries=6)
     twins = (method.winners == method.losers).flatten(1).all(1) & (data.which != 4)
@@ -351,6 +358,7 @@ def test_without_a_kept_sample_the_real_picture_stands_on_both_sides() -> None:
     assert torch.equal(method.winners[dark], data.mean[dark])
 
 
+@pytest.mark.usefixtures("bright")
 def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
     with pytest.raises(UserError, match="of none of 12 captions the judge 'bright=-1'"):
         entered(winners="own", judge="bright=-1")
@@ -360,6 +368,7 @@ def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
         build(winners="own", preference="sft")
 
 
+@pytest.mark.usefixtures("bright")
 @pytest.mark.parametrize("more", [{}, {"winners": "own", "judge": "bright"}])
 def test_the_same_losers_after_a_resumption(more: dict[str, Any]) -> None:
     one, _ = entered(seed=4, **more)
