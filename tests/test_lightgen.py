@@ -366,6 +366,8 @@ def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
         entered(winners="own", judge="brigth")
     with pytest.raises(UserError, match=r"options\.winners=own is for dpo"):
         build(winners="own", preference="sft")
+    with pytest.raises(UserError, match="not for preference=dpo, losers=mirrored"):
+        build(winners="own", losers="mirrored")
 
 
 @pytest.mark.usefixtures("bright")

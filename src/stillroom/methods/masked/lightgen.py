@@ -89,10 +89,10 @@ class LightGen(Method):
         o, codec = self.options, space.codec
         if o.pretrain_share + o.adapt_share + o.dpo_share == 0:
             raise UserError("every stage of lightgen has share 0", cure="set options.pretrain_share to 1, for example")
-        if o.winners == "own" and o.preference == "sft":
+        if o.winners == "own" and (o.preference, o.losers) != ("dpo", "own"):
             raise UserError(
-                "options.preference=sft trains on the real pictures alone; options.winners=own is for dpo",
-                cure="set one of them back",
+                f"options.winners=own is for dpo with own losers, not for preference={o.preference}, losers={o.losers}",
+                cure="set options.winners to real",
             )
         height, width = codec.grid(space.size)
         patch = o.network.patch or 2
@@ -278,23 +278,16 @@ class LightGen(Method):
         them is missing, both are the same (the real picture, if the judge kept none): such a pair prefers nothing."""
         (judge,), codec = make_filters([self.options.judge]), self.space.codec.to(device)
         captions = [data.captions[i] for i in data.which[rows].tolist()]
-        found: list[Moments | None] = [None, None]
-        missing = [torch.ones(len(rows), dtype=torch.bool, device=device) for _ in found]
+        real = data.mean[rows].to(device).float()
+        win = lose = (real, torch.zeros_like(real) if data.std is None else data.std[rows].to(real))
+        no_win = no_lose = torch.ones(len(rows), dtype=torch.bool, device=device)
         for _ in range(self.options.tries):
             images = codec.decode(self.draw_own(data, rows, device)).clamp(-1, 1)
             kept = torch.tensor([judge.keeps(score) for score in judge(images.cpu(), captions)], device=device)
             drawn = encoded(codec, images)
-            for place, verdict in enumerate((kept, ~kept)):
-                now, before = verdict & missing[place], found[place]
-                found[place] = drawn if before is None else chosen(now, drawn, before)
-                missing[place] &= ~verdict
-        kept_one, rejected_one = found
-        assert kept_one is not None
-        assert rejected_one is not None
-        real = data.mean[rows].to(device).float()
-        std = torch.zeros_like(real) if data.std is None else data.std[rows].to(real)
-        win = chosen(missing[0], (real, std), kept_one)
-        return win, chosen(missing[0] | missing[1], win, rejected_one)
+            win, lose = chosen(kept & no_win, drawn, win), chosen(~kept & no_lose, drawn, lose)
+            no_win, no_lose = no_win & ~kept, no_lose & kept
+        return win, chosen(no_win | no_lose, win, lose)
 
     def sampler(self) -> MaskedSampler:
         o = self.options
