@@ -51,13 +51,17 @@ class GlossesBench:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
+    def texts(self) -> tuple[TextData, TextData]:
+        """Training and test texts."""
+        return tokenised()
+
     @property
     def train(self) -> TextData:
-        return tokenised()[0]
+        return self.texts()[0]
 
     @property
     def test(self) -> TextData:
-        return tokenised()[1]
+        return self.texts()[1]
 
     @property
     def classes(self) -> int:

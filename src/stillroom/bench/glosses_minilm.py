@@ -6,6 +6,7 @@ after the fine-tuning, so that a student's step costs little more than the stude
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from typing import Any
 
@@ -71,9 +72,10 @@ def answers(labelled: int) -> Tensor:
 
 
 def called(labelled: int) -> str:
-    """The name of that teacher in the cache."""
+    """The name of that teacher in the cache: other texts, or other tokens of them, are another teacher."""
     tuned = f"{labelled}-{TUNING['steps']}-{TUNING['lr']:g}" if labelled else "pretrained"
-    return f"minilm-{tuned}-{LENGTH}-{tokenised()[0].n}"
+    digest = hashlib.sha256(b"".join(part.array.numpy().tobytes() for part in tokenised())).hexdigest()[:8]
+    return f"minilm-{tuned}-{LENGTH}-{tokenised()[0].n}-{digest}"
 
 
 class MiniLMGlossesBench(GlossesBench):
@@ -85,13 +87,8 @@ class MiniLMGlossesBench(GlossesBench):
     def __init__(self) -> None:
         super().__init__(0)
 
-    @property
-    def train(self) -> TextData:
-        return tokenised()[0]
-
-    @property
-    def test(self) -> TextData:
-        return tokenised()[1]
+    def texts(self) -> tuple[TextData, TextData]:
+        return tokenised()
 
     def network(self, name: str = STUDENT) -> nn.Module:
         return super().network(name)
