@@ -143,8 +143,8 @@ IMAGE = Proof(
         ),
         Claim(
             "near-teacher-long",
-            "By the long recipe (13,000 updates) its distance is at most 1.2 times that of the teacher's best many-step "
-            "sampling",
+            "By the long recipe (12,000 updates) its distance is at most 1.2 times that of the teacher's best "
+            "many-step sampling",
             "",
             "fd",
             "sid-lsg-long",
