@@ -56,6 +56,7 @@ def main() -> None:
             ImageGenerator(fashion.denoiser, FewStepSampler((0.8,)), fashion.classes), {"whole": True}
         ),
         "scenes-sd3, network": (stillroom.load("scenes-sd3"), {}),
+        "lightgen": (stillroom.load("lightgen"), {}),
         "resnet-small, classifier": (classifier(), {"data": "fashion", "int8": True}),
         "bert-4x128, texts of 12 tokens": (texts, {}),
     }  # fmt: skip
@@ -68,7 +69,8 @@ def main() -> None:
                 for file, found in made.facts["files"].items():
                     if wishes.get("whole") and not file.startswith("generator"):
                         continue  # the network is inside
-                    rows.append(row_of(name, f"{to}, int8" if ".int8" in file else to, found))
+                    part = f", {Path(file).stem}" if len(made.facts["files"]) > 2 else ""
+                    rows.append(row_of(name + part, f"{to}, int8" if ".int8" in file else to, found))
                     print(rows[-1], flush=True)
     record(
         "Export",
