@@ -13,11 +13,11 @@ from stillroom.proofs.base import Arm, Claim
 from stillroom.recipe import Recipe
 
 
-def recipe_arm(slug: str, name: str = "") -> Arm:
-    """The arm that ``stillroom run <name>`` trains, by default the method's own recipe: options, LoRA and engine of the
-    shipped recipe. Options that came after results were recorded (``later`` in their metadata) are left out at their
-    default: older results keep their keys."""
-    recipe = Recipe.load(name or slug)
+def recipe_arm(name: str) -> Arm:
+    """The arm that ``stillroom run <name>`` trains: options, LoRA and engine of the shipped recipe. Options that came
+    after results were recorded (``later`` in their metadata) are left out at their default: older results keep their
+    keys."""
+    recipe = Recipe.load(name)
     engine = recipe.engine.to_dict()
     free = (
         "seed",
@@ -31,9 +31,9 @@ def recipe_arm(slug: str, name: str = "") -> Arm:
         "offload",
     )
     engine = {key: value for key, value in engine.items() if key not in free}
-    later = {f.name: f.default for f in fields(get_method(slug).Options) if f.metadata.get("later")}
+    later = {f.name: f.default for f in fields(get_method(recipe.method).Options) if f.metadata.get("later")}
     options = {k: v for k, v in recipe.to_dict()["options"].items() if k not in later or v != later[k]}
-    return Arm(name or slug, slug, options=options, engine=engine, lora=recipe.lora)
+    return Arm(name, recipe.method, options=options, engine=engine, lora=recipe.lora)
 
 
 def image_arms(arm: Arm) -> tuple[Arm, ...]:

@@ -104,7 +104,7 @@ MECHANISM = Proof(
 SID = recipe_arm("sid-lsg")
 FOUR = SID.with_("sid-4-steps", options={"student_steps": 4})
 LONG = SID.with_("sid-lsg-10000", engine={"steps": 10_000})
-NEAR = recipe_arm("sid-lsg", "sid-lsg-long").with_("sid-lsg-long", engine={"compile": True})  # the same, only faster
+NEAR = recipe_arm("sid-lsg-long").with_("sid-lsg-long", engine={"compile": True})  # the same, only faster
 IMAGE = Proof(
     "sid-lsg",
     "image",
