@@ -23,9 +23,11 @@ from stillroom.data.texts import NAMED
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.exports import export_model
 from stillroom.exports.formats import FORMATS
-from stillroom.models.classifier import ImageClassifier, make_classifier
-from stillroom.models.folder import ImageGenerator
-from stillroom.models.text_classifier import TextClassifier, load_tokenizer, make_encoder
+from stillroom.folders.image_networks import make_classifier
+from stillroom.folders.text_networks import load_tokenizer, make_encoder
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.classify.model import ImageClassifier
+from stillroom.tasks.classify_text.model import TextClassifier
 
 STEPS, BATCH = 300, 128
 

@@ -19,9 +19,9 @@ from common import Row, median, record
 from stillroom.bench.fashion import FashionBench
 from stillroom.diffusion.sampling import FewStepSampler, sampler_from_dict
 from stillroom.evaluation.cost import macs, parameters
-from stillroom.models.families import read_json
-from stillroom.models.folder import ImageGenerator
-from stillroom.models.tabulated import tabulate
+from stillroom.parsing import read_json
+from stillroom.surgery.tabulated import tabulate
+from stillroom.tasks.class_images.model import ImageGenerator
 
 RUNS = {1: 31, 32: 11}
 LIMIT = 20.0

@@ -20,9 +20,9 @@ from stillroom.diffusion.process import RectifiedFlow
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.evaluation.cost import parameters, peak_memory
+from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.method import Method, get_method
-from stillroom.models.families import denoiser_from_diffusers, make_network, scheduler_config
-from stillroom.models.lora import lora_role
+from stillroom.surgery.lora import lora_role
 
 BATCH, STEPS, REPEATS, LIMIT = 8, 2, 2, 1.5
 WIDTH, DEPTH, PATCH = 512, 8, 7

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stillroom.bench.fashion import FashionBench
 from stillroom.diffusion.sampling import FewStepSampler
-from stillroom.models.folder import ImageGenerator
+from stillroom.tasks.class_images.model import ImageGenerator
 
 PER_CLASS, GAP, SEED = 5, 2, 0
 CELL_INCHES = 0.3

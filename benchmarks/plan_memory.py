@@ -32,7 +32,7 @@ from stillroom.engine.offload import untrained
 from stillroom.engine.rehearsal import storage_bytes
 from stillroom.engine.trainer import Trainer
 from stillroom.method import get_method
-from stillroom.models.mae import make_encoder
+from stillroom.networks.mae import make_encoder
 from stillroom.planning import plan
 from stillroom.recipe import Recipe
 from stillroom.tasks import make_task

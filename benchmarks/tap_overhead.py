@@ -18,7 +18,7 @@ from common import Row, median, record
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from stillroom.models.taps import Taps, block_paths
+from stillroom.surgery.taps import Taps, block_paths
 
 BATCH, PAIRS, WARM_UP, LIMIT = 32, 150, 10, 1.03
 

@@ -16,9 +16,9 @@ from common import ROOT, Row, median, record
 
 from stillroom.bench.scenes import ScenesBench
 from stillroom.evaluation.cost import macs, parameters
-from stillroom.models.text_image import TextImageGenerator
 from stillroom.run import load_generator
-from stillroom.tasks.text_images import EXAMPLES, caption_rows
+from stillroom.tasks.text_images.model import TextImageGenerator
+from stillroom.tasks.text_images.task import EXAMPLES, caption_rows
 
 MODELS = ("scenes-sd3", "scenes-pixart")
 BATCH, SINGLES, COLUMNS, SEED = 60, 15, 4, 0

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow, TrigFlow
-from stillroom.method import Batch, Draws, Method, Terms
+from stillroom.draws import Draws
+from stillroom.method import Batch, Method, Terms
 
 PROCESSES: dict[str, Process] = {"flow": RectifiedFlow(), "trig": TrigFlow(), "edm": EDM(), "vp": VP()}
 KINDS = {"flow": "v", "trig": "v", "edm": "edm", "vp": "eps"}  # what networks of each process usually predict

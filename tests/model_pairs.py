@@ -15,8 +15,8 @@ import tiny_text
 from stillroom.data.source import ArrayData
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
+from stillroom.folders.processors import PROCESSOR, pixels_of
 from stillroom.method import get_method
-from stillroom.models.pixels import PROCESSOR, pixels_of
 from stillroom.recipe import Recipe
 from stillroom.tasks import IN_MEMORY, make_task
 from tiny_models import CLASSES, SAVE, SIDE

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from stillroom.data.prompted import PromptedData, encode_prompts
-from stillroom.data.prompts import PromptSource
+from stillroom.data.prompt_sources import PromptSource
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.method import get_method
-from stillroom.models.pipeline import OwnScheduler, PipelineGenerator
 from stillroom.recipe import Recipe
-from stillroom.tasks.prompted_images import PromptedImages
+from stillroom.tasks.pipelines.data import PromptedData, encode_prompts
+from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator
+from stillroom.tasks.pipelines.task import PromptedImages
 from tiny_pipelines import make_pipeline
 
 METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct")

@@ -23,8 +23,8 @@ from stillroom.auto import (
 from stillroom.data.texts import Texts
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.method import get_method
-from stillroom.models.text_classifier import TextClassifier
 from stillroom.recipe import Recipe
+from stillroom.tasks.classify_text.model import TextClassifier
 from tiny_text import CLASSES, data, encoder, texts, tokenizer
 
 SPACE = {"intermediate": ["none", "mse", "mi-0.5"], "layer_map": ["skip", "last"], "prediction": ["ce", "mse"]}

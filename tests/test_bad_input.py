@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from stillroom import cli
-from stillroom.models.folder import ImageGenerator
+from stillroom.tasks.class_images.model import ImageGenerator
 from tiny import FAST, SIZE, make_data, make_teacher
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

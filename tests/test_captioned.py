@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.data.captioned import CaptionedData, encode_images
 from stillroom.errors import UserError
+from stillroom.tasks.text_images.data import CaptionedData, encode_images
 from test_text_image import tiny_space
 
 TEXTS = ["a red three", "a seven", "a red three", "a blue seven", "a seven"]
@@ -169,7 +169,7 @@ def test_images_that_cannot_be_encoded_are_refused(images: Tensor, texts: list[s
 def test_labels_are_dropped_from_conditions_of_any_rank() -> None:
     """The teachers' training turn replaces whole conditions by their null values, each kind alike, sample by sample."""
     from stillroom.bench.teach import Denoising
-    from stillroom.method import Draws
+    from stillroom.draws import Draws
     from test_text_image import pixart
 
     student, seen = pixart(), {}

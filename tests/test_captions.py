@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from stillroom.data.captions import (
+from stillroom.data.scenes.captions import (
     CATEGORIES,
     COLOURS,
     DIGIT_WORDS,
@@ -29,7 +29,7 @@ from stillroom.data.captions import (
     satisfied,
     vocabulary,
 )
-from stillroom.data.scenes import mirrored
+from stillroom.data.scenes.pictures import mirrored
 from stillroom.errors import UserError
 
 RED, GREEN, BLUE, *_ = range(len(COLOURS))

@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from stillroom.bench import scenes
+from stillroom.folders import pipelines as pipeline
 from stillroom.method import get_method
-from stillroom.models import pipeline
 from stillroom.recipe import Recipe
 from stillroom.report import number
 from stillroom.report.card import model_card
 from stillroom.run import run
-from stillroom.tasks import prompted_images
 from stillroom.tasks.base import teacher_names
+from stillroom.tasks.pipelines import task as prompted_images
 from test_report import RESULT
 from tiny import FAST, make_data
 from tiny_models import SAVE, SIDE

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 import stillroom as sr
 from stillroom.data.source import ArrayData
-from stillroom.diffusion.sampling import ForwardPass, class_logits, sampler_from_dict
+from stillroom.diffusion.sampling import sampler_from_dict
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import calibration_error
-from stillroom.models.classifier import ARCHITECTURES, ImageClassifier, make_classifier
-from stillroom.models.initial import fresh_weights
+from stillroom.folders.image_networks import ARCHITECTURES, make_classifier
+from stillroom.networks.recognition import ForwardPass, class_logits
 from stillroom.proofs.base import Arm
 from stillroom.proofs.runner import run_arm
 from stillroom.proofs.worlds import get_world
 from stillroom.recipe import Recipe
 from stillroom.run import run
+from stillroom.surgery.initial import fresh_weights
 from stillroom.tasks import make_task, sample_rows
+from stillroom.tasks.classify.model import ImageClassifier
 from tiny import CLASSES, make_data
 
 SMALL = "resnet-small"

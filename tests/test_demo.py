@@ -27,8 +27,8 @@ from torch import Tensor
 
 from browser import CHROMIUM, Browser
 from stillroom import cli
-from stillroom.data.captions import vocabulary
-from stillroom.data.scenes import scene_set
+from stillroom.data.scenes.captions import vocabulary
+from stillroom.data.scenes.pictures import scene_set
 from stillroom.demo import server
 from stillroom.demo.cards import Entry, duration, filled, picture_uri, sheet
 from stillroom.demo.drawing import (
@@ -46,8 +46,9 @@ from stillroom.demo.studio import SHELF, Shown, Studio
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
-from stillroom.models.folder import ImageGenerator
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.text_images.model import TextImageGenerator
 from test_text_image import mar, noisy, sd3, tiny_codec, tiny_text
 from tiny import CLASSES, make_teacher
 

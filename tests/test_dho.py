@@ -14,25 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stillroom as sr
+from stillroom.augment.images import VIEW, Augmentation, cropped
 from stillroom.bench.semi import SemiDigitsBench, tiny_clip, train_clip
 from stillroom.data.source import ArrayData
-from stillroom.diffusion.sampling import ForwardPass, TwoHeadPass, sampler_from_dict
+from stillroom.diffusion.sampling import sampler_from_dict
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
+from stillroom.folders.image_networks import make_classifier
 from stillroom.losses.conflict import gradient_cosine
 from stillroom.losses.soft_labels import mix_heads
-from stillroom.method import Draws
 from stillroom.methods.classifier.dho import DHO
-from stillroom.models.augment import VIEW, Augmentation, cropped
-from stillroom.models.classifier import ImageClassifier, make_classifier
-from stillroom.models.prompts import FewShotCache, PromptClassifier
-from stillroom.models.two_heads import ALPHAS, TEMPERATURES, TwoHeads, best_mixture, exchange, last_layer, two_heads
+from stillroom.networks.dual_head import ALPHAS, TEMPERATURES, TwoHeads, best_mixture, exchange, last_layer, two_heads
+from stillroom.networks.prompt_classifier import FewShotCache, PromptClassifier
+from stillroom.networks.recognition import ForwardPass, TwoHeadPass
 from stillroom.proofs.base import Arm, Claim
 from stillroom.proofs.runner import run_arm, score, train_arm
 from stillroom.proofs.worlds import get_world
 from stillroom.recipe import Recipe
 from stillroom.run import run
+from stillroom.tasks.classify.model import ImageClassifier
 from tiny import CLASSES, make_data
 from workers.toy import fitted
 

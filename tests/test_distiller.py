@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
+from stillroom.augment.texts import contextual_replacement, mixup_weights, nearest_tokens, random_edits
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.losses.mutual_information import i_alpha
-from stillroom.method import Draws
 from stillroom.methods.language.distiller import Distiller
-from stillroom.models.text_augment import contextual_replacement, mixup_weights, nearest_tokens, random_edits
 from stillroom.recipe import Recipe
 from tiny_text import WORDS, data, encoder, tokenizer
 

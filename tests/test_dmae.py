@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import stillroom as sr
 from stillroom.data.source import ArrayData
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.method import Draws
 from stillroom.methods.masked.dmae import DMAE
-from stillroom.models.mae import encode, make_encoder, masking, patchify
+from stillroom.networks.mae import encode, make_encoder, masking, patchify
 from stillroom.proofs.base import Arm
 from stillroom.proofs.runner import forget
 from stillroom.recipe import Recipe

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.method import Draws, Stage
+from stillroom.method import Stage
 from stillroom.methods.language.ernie_tiny import TABLE, ERNIETiny, mean_map
 from stillroom.recipe import Recipe
 from tiny_text import data, encoder

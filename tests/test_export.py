@@ -18,23 +18,26 @@ from torch import Tensor
 
 import stillroom as sr
 from stillroom import cli
-from stillroom.data.captions import vocabulary
+from stillroom.data.scenes.captions import vocabulary
 from stillroom.data.source import load_data
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.process import EDM
-from stillroom.diffusion.sampling import FewStepSampler, TwoHeadPass
+from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
 from stillroom.exports import Exported, export_model, formats, work
 from stillroom.exports.masked import masked_parts
 from stillroom.exports.parts import NetworkCall, Part
-from stillroom.models.classifier import ImageClassifier, make_classifier
-from stillroom.models.encoder import ImageEncoder
-from stillroom.models.folder import ImageGenerator
-from stillroom.models.pipeline import PipelineGenerator
-from stillroom.models.text_classifier import TextClassifier
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace
-from stillroom.models.two_heads import exchange
+from stillroom.folders.image_networks import make_classifier
+from stillroom.networks.dual_head import exchange
+from stillroom.networks.recognition import TwoHeadPass
+from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.recipe import Recipe
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.classify.model import ImageClassifier
+from stillroom.tasks.classify_text.model import TextClassifier
+from stillroom.tasks.encode.model import ImageEncoder
+from stillroom.tasks.pipelines.model import PipelineGenerator
+from stillroom.tasks.text_images.model import TextImageGenerator
 from test_text_image import tiny_codec, tiny_text
 from tiny import CLASSES, SIZE, make_data, make_teacher
 from tiny_mar import make_mar

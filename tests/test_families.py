@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow, TrigFlow
 from stillroom.errors import UserError
-from stillroom.models.families import denoiser_from_diffusers, make_network, process_from_scheduler, scheduler_config
-from stillroom.models.heads import Discriminator, feature_width, middle_block
-from stillroom.models.taps import Taps, as_tokens
+from stillroom.folders.diffusers_networks import (
+    denoiser_from_diffusers,
+    make_network,
+    process_from_scheduler,
+    scheduler_config,
+)
+from stillroom.networks.discriminators import Discriminator, feature_width, middle_block
+from stillroom.surgery.taps import Taps, as_tokens
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
 SD = {

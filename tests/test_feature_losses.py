@@ -20,7 +20,7 @@ from stillroom.losses import layer_maps as maps
 from stillroom.losses import soft_labels as soft
 from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.mutual_information import i_alpha
-from stillroom.models.critics import LogitDiscriminator, MICritic, TokenEncoder
+from stillroom.networks.critics import LogitDiscriminator, MICritic, TokenEncoder
 
 HALF, QUARTER = math.log(0.5), math.log(0.25)
 S = torch.tensor([[HALF, HALF]])  # the student is undecided

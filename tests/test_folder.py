@@ -14,9 +14,10 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow, TrigFlow
 from stillroom.diffusion.sampling import AncestralSampler, FewStepSampler, ODESampler
 from stillroom.errors import UserError
-from stillroom.models.folder import SIDE_FILE, WEIGHTS, ImageGenerator, load_denoiser
-from stillroom.models.lora import lora_role
-from stillroom.models.mlp import PointMLP
+from stillroom.folders.denoisers import SIDE_FILE, WEIGHTS, load_denoiser
+from stillroom.networks.point_mlp import PointMLP
+from stillroom.surgery.lora import lora_role
+from stillroom.tasks.class_images.model import ImageGenerator
 from test_lora import ask, dit_teacher, point_teacher, train
 
 MAKE = {"dit": dit_teacher, "point": point_teacher}

@@ -17,13 +17,13 @@ import pytest
 import yaml
 
 from stillroom import cli
-from stillroom.data.pairs import read_captions
+from stillroom.data.captioned_folders import read_captions
 from stillroom.data.source import load_data
 from stillroom.data.store import read_store
 from stillroom.engine.checkpoint import Checkpoints
 from stillroom.errors import UserError
-from stillroom.models.folder import ImageGenerator
 from stillroom.recipe import SHIPPED, Recipe
+from stillroom.tasks.class_images.model import ImageGenerator
 from test_store import CAPTIONS
 from tiny import FAST, make_data, make_teacher
 from workers.draw import Samplewise

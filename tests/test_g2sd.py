@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stillroom as sr
+from stillroom.augment.images import mix_images
 from stillroom.data.source import ArrayData
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import decoupled_loss
-from stillroom.method import Draws, Stage
+from stillroom.method import Stage
 from stillroom.methods.masked.g2sd import G2SD
-from stillroom.models.augment import mix_images
-from stillroom.models.encoder import PooledClassifier, carry_encoder, make_vit_classifier
-from stillroom.models.mae import encode, make_encoder, masking
+from stillroom.networks.mae import encode, make_encoder, masking
+from stillroom.networks.vit import PooledClassifier, carry_encoder, make_vit_classifier
 from stillroom.proofs.worlds_encoders import EncoderWorld
 
 

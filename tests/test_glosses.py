@@ -9,11 +9,11 @@ import torch
 
 from stillroom.bench import glosses
 from stillroom.bench.glosses import GlossesBench, logits_of
-from stillroom.diffusion.sampling import ForwardPass
 from stillroom.errors import UserError
+from stillroom.folders.text_networks import load_tokenizer, make_encoder
 from stillroom.methods.language.distiller import Distiller
 from stillroom.methods.language.ernie_tiny import ERNIETiny
-from stillroom.models.text_classifier import load_tokenizer, make_encoder
+from stillroom.networks.recognition import ForwardPass
 from stillroom.proofs.worlds import get_world
 
 

@@ -13,15 +13,15 @@ import torch
 import tiny_text
 from stillroom.bench import glosses, glosses_minilm
 from stillroom.bench.glosses_minilm import MiniLMGlossesBench
-from stillroom.diffusion.sampling import ForwardPass
 from stillroom.errors import UserError
+from stillroom.folders import text_networks as text_classifier
+from stillroom.folders.text_networks import load_tokenizer
 from stillroom.methods.language.distiller import Distiller
 from stillroom.methods.language.ernie_tiny import ERNIETiny
-from stillroom.models import text_classifier
-from stillroom.models.encoder_reader import EncoderReader
-from stillroom.models.stored_encoder import StoredEncoder, StoredStates, stored_states
-from stillroom.models.text_classifier import load_tokenizer
+from stillroom.networks.recognition import ForwardPass
+from stillroom.networks.stored_encoder import StoredEncoder, StoredStates, stored_states
 from stillroom.proofs.worlds import get_world
+from stillroom.surgery.text_reader import EncoderReader
 
 CACHED = (glosses_minilm.tokenised, glosses_minilm.teacher, glosses_minilm.answers)
 

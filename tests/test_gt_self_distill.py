@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from stillroom.data.source import ArrayData
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix
-from stillroom.method import Draws, Stage
+from stillroom.method import Stage
 from stillroom.methods.classifier.gt_self_distill import (
     GTSelfDistill,
     KernelSelfDistillation,

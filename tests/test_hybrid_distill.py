@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 import stillroom as sr
 from stillroom.data.source import ArrayData
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.evaluation.probes import attention_collapse, dense_probe, patch_targets
-from stillroom.method import Draws
 from stillroom.methods.masked.hybrid_distill import HybridDistill, with_class
-from stillroom.models.encoder import ImageEncoder
-from stillroom.models.mae import encode, make_encoder
+from stillroom.networks.mae import encode, make_encoder
+from stillroom.tasks.encode.model import ImageEncoder
 
 
 def networks() -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -24,7 +24,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation import filters
 from stillroom.method import get_method
 from stillroom.methods.masked.lightgen import LightGen
-from stillroom.models.mar import TEXT, MARSettings
+from stillroom.networks.mar import TEXT, MARSettings
 from tiny_mar import SIZES, Captioned, make_mar, space
 
 NETWORK: dict[str, Any] = {**SIZES, "dropout": 0.2, "attention_dropout": 0.2}

@@ -14,11 +14,14 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
+from stillroom.folders.denoisers import load_denoiser
+from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network
+from stillroom.folders.weights import read_tensors
 from stillroom.method import Method, frozen
-from stillroom.models.families import denoiser_from_diffusers, make_network, parameter_count
-from stillroom.models.folder import ImageGenerator, load_denoiser, read_tensors
-from stillroom.models.lora import LoraDenoiser, lora_role, plain_copy
-from stillroom.models.mlp import PointMLP
+from stillroom.networks.point_mlp import PointMLP
+from stillroom.surgery.lora import LoraDenoiser, lora_role, plain_copy
+from stillroom.surgery.modules import parameter_count
+from stillroom.tasks.class_images.model import ImageGenerator
 
 TARGETS = ("to_q", "to_v")
 

@@ -23,18 +23,10 @@ from stillroom.evaluation.probes import (
     probe_scores,
 )
 from stillroom.losses.pixels import masked_pixel_loss
-from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
-from stillroom.models.mae import (
-    decode,
-    encode,
-    learned,
-    make_encoder,
-    masking,
-    own_pixels,
-    patchify,
-    same_patches,
-)
-from stillroom.models.taps import Taps, projection_path
+from stillroom.networks.mae import decode, encode, learned, make_encoder, masking, own_pixels, patchify, same_patches
+from stillroom.networks.vit import PooledClassifier, encoder_of
+from stillroom.surgery.taps import Taps, projection_path
+from stillroom.tasks.encode.model import ImageEncoder
 
 
 @pytest.fixture(scope="module")

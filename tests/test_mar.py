@@ -13,8 +13,8 @@ from torch.distributions import Normal, kl_divergence
 
 from stillroom.diffusion.process import VP
 from stillroom.errors import UserError
-from stillroom.models.mar import MAR, CrossBlock, MARSettings, take
-from stillroom.models.token_head import Prediction, TokenDiffusionHead, respaced
+from stillroom.networks.mar import MAR, CrossBlock, MARSettings, take
+from stillroom.networks.token_head import Prediction, TokenDiffusionHead, respaced
 from tiny_mar import DIM, PLACES, latents, make_mar, random_parts, texts
 
 COSINE = VP("squaredcos_cap_v2", 1000)

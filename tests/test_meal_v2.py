@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from stillroom.augment.images import cutmix, random_flip, random_shift
 from stillroom.data.source import ArrayData
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.soft_labels import soft_cross_entropy
-from stillroom.method import Draws, Stage
+from stillroom.method import Stage
 from stillroom.methods.classifier.meal_v2 import MEALV2
-from stillroom.models.augment import cutmix, random_flip, random_shift
-from stillroom.models.critics import LogitDiscriminator
+from stillroom.networks.critics import LogitDiscriminator
 from stillroom.recipe import Recipe
 
 

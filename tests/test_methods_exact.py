@@ -13,7 +13,7 @@ from gaussians import KINDS, PROCESSES, exact, play
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.method import get_method
-from stillroom.models.mlp import PointMLP
+from stillroom.networks.point_mlp import PointMLP
 
 SLUGS = ["dmd2", "sid-lsg", "sim", "swiftbrush", "uni-instruct"]
 START = 0.7  # time of the one-step students

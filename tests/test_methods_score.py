@@ -17,12 +17,13 @@ from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.diffusion.times import TimeLaw
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.losses.divergence import DIVERGENCES
-from stillroom.method import Batch, Draws, Method, frozen, get_method
-from stillroom.models.lora import LoraDenoiser
-from stillroom.models.mlp import PointMLP
+from stillroom.method import Batch, Method, frozen, get_method
+from stillroom.networks.point_mlp import PointMLP
+from stillroom.surgery.lora import LoraDenoiser
 
 FLOW = RectifiedFlow()
 B = 16

@@ -16,18 +16,19 @@ import stillroom as sr
 import tiny_text
 from model_pairs import pictures
 from stillroom.errors import UserError
+from stillroom.folders.image_networks import make_classifier
+from stillroom.folders.processors import PROCESSOR, Pixels, pixels_of
+from stillroom.folders.text_networks import load_text_network, make_encoder
 from stillroom.method import get_method
-from stillroom.models.classifier import ImageClassifier, make_classifier
-from stillroom.models.encoder import ImageEncoder
-from stillroom.models.mae import encode
-from stillroom.models.mae import make_encoder as make_mae
-from stillroom.models.pixels import PROCESSOR, Pixels, pixels_of
-from stillroom.models.text_classifier import load_text_network, make_encoder
+from stillroom.networks.mae import encode
+from stillroom.networks.mae import make_encoder as make_mae
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.tasks import IN_MEMORY, make_task
-from stillroom.tasks.classify import same_name
-from stillroom.tasks.classify_text import positions
+from stillroom.tasks.classify.model import ImageClassifier
+from stillroom.tasks.classify_text.task import positions
+from stillroom.tasks.encode.model import ImageEncoder
+from stillroom.tasks.recognition import same_name
 from tiny_models import CLASSES, CLASSIFIERS, ENCODERS, MEAN, SIDE, STD, TEXTS, make_model, save_images, save_texts
 
 

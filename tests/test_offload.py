@@ -22,11 +22,11 @@ from stillroom.engine.offload import Offload, untrained
 from stillroom.engine.rehearsal import Counted, Rehearsal, storage_bytes
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
+from stillroom.folders.denoisers import load_denoiser
+from stillroom.folders.image_networks import make_classifier
 from stillroom.method import Batch, Method, Terms, get_method, turn
-from stillroom.models.classifier import make_classifier
-from stillroom.models.folder import load_denoiser
-from stillroom.models.skeleton import emptied, weights_unread
 from stillroom.recipe import Recipe
+from stillroom.surgery.skeleton import emptied, weights_unread
 from workers.toy import Toy, stop_after, trainer, weights
 
 ADAPTERS = {"student": {"rank": 2}, "fake": {"rank": 2}}

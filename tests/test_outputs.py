@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillroom.augment.images import VIEW, Augmentation, numbered_views
 from stillroom.data.outputs import Views, lengthen, read_outputs, shorten, stored_outputs, write_outputs
 from stillroom.data.source import ArrayData
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.method import Draws, Method, Stage
+from stillroom.method import Method, Stage
 from stillroom.methods.classifier.dho import DHO
 from stillroom.methods.classifier.meal_v2 import MEALV2
-from stillroom.models.augment import VIEW, Augmentation, numbered_views
 
 C, N = 5, 24
 VIEWS = Views(Augmentation(shift=1, flip=0.5), 3, seed=7)

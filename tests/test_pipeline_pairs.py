@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline_pairs import METHODS, STEPS, try_pair
-from stillroom.models.pipeline_families import FAMILIES
+from stillroom.folders.pipeline_families import FAMILIES
 from tiny_pipelines import PIPELINES
 
 RECORD = Path(__file__).resolve().parents[1] / "results" / "pipelines" / "pairs.json"

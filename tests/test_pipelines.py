@@ -20,17 +20,10 @@ import tiny_pipelines
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
-from stillroom.models.lora import lora_role
-from stillroom.models.pipeline import (
-    INDEX,
-    LORA,
-    OwnScheduler,
-    PipelineGenerator,
-    few_step_scheduler,
-    is_pipeline,
-    sized,
-)
-from stillroom.models.pipeline_families import FAMILIES, network_of, pack, unpack
+from stillroom.folders.pipeline_families import FAMILIES, network_of, pack, unpack
+from stillroom.folders.pipelines import INDEX, LORA, few_step_scheduler, is_pipeline, sized
+from stillroom.surgery.lora import lora_role
+from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator
 from tiny_pipelines import PIPELINES, SIDE, make_pipeline
 
 PROMPTS = ["a red cat", "the boat of a dog"]

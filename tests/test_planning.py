@@ -26,13 +26,13 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.rehearsal import Rehearsal, TurnCost, storage_bytes
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
+from stillroom.folders.denoisers import load_denoiser
+from stillroom.folders.image_networks import make_classifier
 from stillroom.method import Batch, Method, Terms, get_method, turn
-from stillroom.models.classifier import make_classifier
-from stillroom.models.folder import load_denoiser
-from stillroom.models.mae import make_encoder
-from stillroom.models.skeleton import emptied, weights_unread
+from stillroom.networks.mae import make_encoder
 from stillroom.planning import bytes_of, plan
 from stillroom.recipe import Recipe
+from stillroom.surgery.skeleton import emptied, weights_unread
 
 CLASSES = ["a", "b", "c"]
 

@@ -15,13 +15,13 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from stillroom.data.prompted import SHARD, PromptedData, encode_prompts
-from stillroom.data.prompts import PromptList, PromptSource, fitted, prompt_source, read_picture
+from stillroom.data.prompt_sources import PromptList, PromptSource, fitted, prompt_source, read_picture
 from stillroom.errors import UserError
-from stillroom.models import pipeline
+from stillroom.folders import pipelines as pipeline
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.tasks import load_model, make_task, sample_rows
+from stillroom.tasks.pipelines.data import SHARD, PromptedData, encode_prompts
 from tiny_pipelines import save_pipeline
 
 TEXTS = ["a red cat", "the boat", "a photo of the house"]
@@ -378,8 +378,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path: Path, mo
 
 
 def test_the_task_follows_the_teacher(tmp_path: Path) -> None:
-    from stillroom.tasks.class_images import ClassImages
-    from stillroom.tasks.prompted_images import PromptedImages
+    from stillroom.tasks.class_images.task import ClassImages
+    from stillroom.tasks.pipelines.task import PromptedImages
 
     (tmp_path / "model_index.json").write_text("{}")
     assert isinstance(make_task("class-image", str(tmp_path)), PromptedImages)

@@ -23,7 +23,7 @@ from stillroom.diffusion.sampling import (
     rollout,
     sampler_from_dict,
 )
-from stillroom.method import Draws
+from stillroom.draws import Draws
 
 MEAN, STD = torch.tensor([0.4, -0.8], dtype=torch.float64), 0.5
 NAMES = list(PROCESSES)

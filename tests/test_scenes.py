@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.bench.scenes import PARSER_DIR, ScenesBench, scene_eval, teach_parser
-from stillroom.data import scenes
-from stillroom.data.captions import (
+from stillroom.data.scenes.captions import (
     CATEGORIES,
     COLOURS,
     Caption,
@@ -24,7 +23,8 @@ from stillroom.data.captions import (
     sample_captions,
     satisfied,
 )
-from stillroom.data.scenes import PAINT, SHAPE, mirrored, render, scene_set
+from stillroom.data.scenes.pictures import PAINT, SHAPE, mirrored, render, scene_set
+from stillroom.data.scenes.pictures import pictures as scenes
 from stillroom.errors import UserError
 from stillroom.evaluation import scene_parser
 from stillroom.evaluation.metrics import to_uint8

@@ -30,7 +30,7 @@ import stillroom as sr
 import tiny_text
 from stillroom import cli, files
 from stillroom.data import pictures
-from stillroom.data.prompts import Tars, prompt_source
+from stillroom.data.prompt_sources import Tars, prompt_source
 from stillroom.data.source import load_data
 from stillroom.data.texts import load_texts
 from stillroom.errors import UserError
@@ -129,14 +129,15 @@ def test_a_pickled_teacher_is_not_read(place: Path, capsys: pytest.CaptureFixtur
 
 
 def classifier(folder: Path) -> None:
-    from stillroom.models.classifier import ImageClassifier, make_classifier
+    from stillroom.folders.image_networks import make_classifier
+    from stillroom.tasks.classify.model import ImageClassifier
 
     ImageClassifier(make_classifier("resnet-small", 1, 3), CLASSES).save(folder)
 
 
 def encoder(folder: Path) -> None:
-    from stillroom.models.encoder import ImageEncoder
-    from stillroom.models.mae import make_encoder
+    from stillroom.networks.mae import make_encoder
+    from stillroom.tasks.encode.model import ImageEncoder
 
     ImageEncoder(make_encoder("mae-nano", 1, SIZE)).save(folder)
 

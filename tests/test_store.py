@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stillroom.data.pairs import centre_square
+from stillroom.data.captioned_folders import centre_square
 from stillroom.data.store import (
     BadShard,
     check_store,
@@ -26,10 +26,10 @@ from stillroom.data.store import (
     read_manifest,
     read_shard,
     read_store,
-    store_data,
     write_shard,
 )
 from stillroom.errors import UserError
+from stillroom.tasks.text_images.data import store_data
 from test_text_image import tiny_codec, tiny_space, tiny_text
 from workers.draw import Samplewise
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from stillroom import cli
-from stillroom.data.pairs import FolderTeacher, check_caption, read_captions
+from stillroom.data.captioned_folders import FolderTeacher, check_caption, read_captions
 from stillroom.data.source import ASSETS
 from stillroom.data.store import read_store
 from stillroom.errors import UserError
@@ -871,8 +871,8 @@ def test_an_image_with_nan_is_refused_where_no_filter_drops_it(tmp_path: Path) -
 # --- the scenes world -------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not (ASSETS / "scenes-parser").is_dir(), reason="the parser is not shipped yet")
 def test_the_parser_filter_asks_for_exactly_what_the_caption_says(tmp_path: Path) -> None:
-    from stillroom.data.captions import draw_scenes, parse_caption
-    from stillroom.data.scenes import render
+    from stillroom.data.scenes.captions import draw_scenes, parse_caption
+    from stillroom.data.scenes.pictures import render
 
     captions = ["a red three", "two fives", "a seven above a two", "a blue one and a green four"] * 5
     generator = torch.Generator().manual_seed(3)
@@ -905,7 +905,7 @@ def test_the_parser_filter_asks_for_exactly_what_the_caption_says(tmp_path: Path
 
 
 def test_different_pictures_of_one_caption_are_no_duplicates() -> None:
-    from stillroom.data.scenes import scene_set
+    from stillroom.data.scenes.pictures import scene_set
 
     images, captions = scene_set(300, 0, "train")
     scaled = images.float().div(127.5).sub(1.0)
@@ -931,7 +931,7 @@ def test_sparse_pictures_of_other_things_are_no_duplicates() -> None:
 # --- a model as a teacher ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stillroom.models.text_image import TextImageGenerator
+    from stillroom.tasks.text_images.model import TextImageGenerator
     from test_text_image import FLOW, sd3, tiny_space
 
     folder = tmp_path_factory.mktemp("model") / "tiny-sd3"
@@ -944,7 +944,7 @@ WORDS = ["a red three", "a blue seven", "the three of a seven"]
 
 
 def test_a_model_folder_is_a_teacher(tmp_path: Path, model: Path) -> None:
-    from stillroom.models.text_image import TextImageGenerator
+    from stillroom.tasks.text_images.model import TextImageGenerator
 
     synthesize({"sd3": model}, WORDS, tmp_path / "store", batch=2, progress=False)
     images, _, records = read_store(tmp_path / "store")

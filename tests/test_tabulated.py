@@ -11,10 +11,10 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler
 from stillroom.errors import UserError
-from stillroom.models.families import parameter_count
-from stillroom.models.folder import ImageGenerator
-from stillroom.models.mlp import PointMLP
-from stillroom.models.tabulated import tabulate
+from stillroom.networks.point_mlp import PointMLP
+from stillroom.surgery.modules import parameter_count
+from stillroom.surgery.tabulated import tabulate
+from stillroom.tasks.class_images.model import ImageGenerator
 from tiny import make_teacher
 
 

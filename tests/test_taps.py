@@ -32,8 +32,8 @@ from transformers import (
 
 from stillroom.errors import UserError
 from stillroom.losses.features import relation
-from stillroom.models.projectors import Projectors
-from stillroom.models.taps import Tap, Taps, block_paths, module_paths, split_heads
+from stillroom.networks.projectors import Projectors
+from stillroom.surgery.taps import Tap, Taps, block_paths, module_paths, split_heads
 from workers.tapped import Stack
 
 WORKERS = Path(__file__).parent / "workers"

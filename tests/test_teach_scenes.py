@@ -24,7 +24,7 @@ from stillroom.bench.teach_scenes import (
     start_as_identity,
     teacher_captions,
 )
-from stillroom.data.captions import (
+from stillroom.data.scenes.captions import (
     CATEGORIES,
     COLOURS,
     DIGIT_WORDS,
@@ -36,7 +36,8 @@ from stillroom.data.captions import (
     vocabulary,
 )
 from stillroom.errors import UserError
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.tasks.text_images.model import TextImageGenerator
 from test_text_image import tiny_codec
 
 

@@ -16,12 +16,14 @@ from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.process import VP, RectifiedFlow
 from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
-from stillroom.models.codec import LatentCodec
-from stillroom.models.families import denoiser_from_diffusers, make_network, scheduler_config
-from stillroom.models.folder import SIDE_FILE, WEIGHTS, ImageGenerator, load_denoiser
-from stillroom.models.mar import MAR
-from stillroom.models.text import CONDITIONS, TextEncoder
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace, is_text_model
+from stillroom.folders.denoisers import SIDE_FILE, WEIGHTS, load_denoiser
+from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
+from stillroom.networks.codec import LatentCodec
+from stillroom.networks.mar import MAR
+from stillroom.networks.text_encoder import CONDITIONS, TextEncoder
+from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.text_images.model import TextImageGenerator, is_text_model
 
 WORDS = ("a", "and", "blue", "of", "red", "seven", "the", "three", "to", "left")
 

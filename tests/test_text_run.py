@@ -10,11 +10,12 @@ import torch
 
 import stillroom as sr
 from stillroom import cli
-from stillroom.data.captions import vocabulary
+from stillroom.data.scenes.captions import vocabulary
 from stillroom.data.store import read_store
 from stillroom.diffusion.sampling import ODESampler
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.synthesis import synthesize
+from stillroom.tasks.text_images.model import TextImageGenerator
 from test_text_image import pixart, sd3, tiny_codec, tiny_text
 
 CAPTIONS = ["a red three", "two fours", "a seven", "a one above a two", "a blue six", "a nine"] * 2

@@ -16,11 +16,12 @@ from stillroom.data.texts import GENERAL, Texts, load_texts, vocabulary_hash
 from stillroom.data.wordnet import FILES, LEXICOGRAPHER_CLASSES, definitions, is_wordnet
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import classification_scores, pair_scores
-from stillroom.models.encoder_reader import EncoderReader, heads_of, mixed_inputs, token_table
-from stillroom.models.text_classifier import ENCODERS, TextClassifier, load_text_network, make_encoder, minilm_folder
+from stillroom.folders.text_networks import ENCODERS, load_text_network, make_encoder, minilm_folder
 from stillroom.recipe import Recipe
 from stillroom.run import run
+from stillroom.surgery.text_reader import EncoderReader, heads_of, mixed_inputs, token_table
 from stillroom.tasks import make_task, sample_rows
+from stillroom.tasks.classify_text.model import TextClassifier
 from tiny_text import CLASSES, WORDS, data, encoder, texts, tokenizer
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gaussians import PROCESSES, draws
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow
 from stillroom.diffusion.times import TimeLaw
-from stillroom.method import Draws
+from stillroom.draws import Draws
 
 LAWS = ["uniform", "logit-normal", "log-normal", "karras", "segments"]
 LAW = st.builds(

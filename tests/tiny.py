@@ -14,8 +14,8 @@ FAST = ["engine.batch=6", "engine.log_every=1", "engine.warmup=0", "engine.check
 def make_teacher(folder: Path, **config: Any) -> Path:
     """An untrained ``DiTTransformer2DModel`` in diffusers' layout."""
     from stillroom.diffusion.sampling import ODESampler
-    from stillroom.models.families import denoiser_from_diffusers, make_network
-    from stillroom.models.folder import ImageGenerator
+    from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network
+    from stillroom.tasks.class_images.model import ImageGenerator
 
     shape = {
         "in_channels": 1, "out_channels": 1, "sample_size": SIZE, "patch_size": 4, "num_layers": 2,

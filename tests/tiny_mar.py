@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.models.mar import MAR, TEXT
+from stillroom.networks.mar import MAR, TEXT
 
 SIZES: dict[str, Any] = {
     "patch": 2, "width": 16, "heads": 2, "encoder_blocks": 1, "decoder_blocks": 1, "cross_blocks": 2,
@@ -72,7 +72,7 @@ def space(side: int = SIDE) -> Any:
 
 
 class Captioned:
-    """Data as ``stillroom.data.captioned.CaptionedData`` serves it."""
+    """Data as ``stillroom.tasks.text_images.data.CaptionedData`` serves it."""
 
     def __init__(self, n: int = 12, seed: int = 4, side: int = SIDE, mirror: bool = False, parts: Any = None) -> None:
         self.mean = latents(n, seed, side=side).half()

@@ -293,12 +293,12 @@ def pair_table(families: dict[str, Any], library: str) -> str:
 def block_api(_: Sources) -> str:
     """The public functions, and the classes of what ``load`` gives back with the methods that they add."""
     import stillroom
-    from stillroom.models.classifier import ImageClassifier
-    from stillroom.models.encoder import ImageEncoder
-    from stillroom.models.folder import ImageGenerator
-    from stillroom.models.pipeline import PipelineGenerator
-    from stillroom.models.text_classifier import TextClassifier
-    from stillroom.models.text_image import TextImageGenerator
+    from stillroom.tasks.class_images.model import ImageGenerator
+    from stillroom.tasks.classify.model import ImageClassifier
+    from stillroom.tasks.classify_text.model import TextClassifier
+    from stillroom.tasks.encode.model import ImageEncoder
+    from stillroom.tasks.pipelines.model import PipelineGenerator
+    from stillroom.tasks.text_images.model import TextImageGenerator
 
     kinds = (ImageGenerator, TextImageGenerator, PipelineGenerator, ImageClassifier, TextClassifier, ImageEncoder)
     parts = [described(f"stillroom.{f.__name__}", f, "##") for f in (stillroom.distill, stillroom.load)]

@@ -15,9 +15,9 @@ import torch
 from stillroom.bench.labels import CLASSES
 from stillroom.bench.semi import MISCAPTIONED, ZETA, tiny_clip, train_clip
 from stillroom.data.source import load_data
-from stillroom.models.families import parameter_count
-from stillroom.models.prompts import PromptClassifier
-from stillroom.models.shipped import ASSETS
+from stillroom.folders.shipped import ASSETS
+from stillroom.networks.prompt_classifier import PromptClassifier
+from stillroom.surgery.modules import parameter_count
 
 PROMPTS = ("a photo of a {}.", "a picture of a {}.")
 IMAGES, SEED = 20_000, 0

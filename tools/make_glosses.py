@@ -18,7 +18,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
 
 from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES, definitions
-from stillroom.models.shipped import ASSETS
+from stillroom.folders.shipped import ASSETS
 
 TRAIN, TEST, VOCABULARY = 40_000, 4_000, 4_096
 

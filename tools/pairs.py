@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def pipelines() -> dict[str, Any]:
     from pipeline_pairs import METHODS, STEPS, try_pair
-    from stillroom.models.pipeline_families import FAMILIES
+    from stillroom.folders.pipeline_families import FAMILIES
 
     families = {}
     for name, family in FAMILIES.items():

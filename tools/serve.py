@@ -50,7 +50,8 @@ def texts() -> tuple[str, dict[str, Any], Callable[[Any], float]]:
     import torch
 
     from stillroom.data.texts import NAMED
-    from stillroom.models.text_classifier import TextClassifier, load_tokenizer, make_encoder
+    from stillroom.folders.text_networks import load_tokenizer, make_encoder
+    from stillroom.tasks.classify_text.model import TextClassifier
 
     torch.manual_seed(0)
     tokenizer, classes = load_tokenizer(NAMED["glosses"]), [f"class {i}" for i in range(5)]
@@ -73,7 +74,7 @@ def generator() -> tuple[str, dict[str, Any], Callable[[Any], float]]:
     import stillroom
     from stillroom.diffusion.sampling import FewStepSampler
     from stillroom.exports import export_model
-    from stillroom.models.folder import ImageGenerator
+    from stillroom.tasks.class_images.model import ImageGenerator
 
     shipped: Any = stillroom.load("fashion")
     student = ImageGenerator(shipped.denoiser, FewStepSampler((0.8,)), shipped.classes)

@@ -19,10 +19,11 @@ import yaml
 from stillroom.bench.scenes import ScenesBench
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.evaluation.cost import macs
-from stillroom.models.families import parameter_count, read_json
-from stillroom.models.shipped import ASSETS
-from stillroom.models.text_image import TextImageGenerator
+from stillroom.folders.shipped import ASSETS
+from stillroom.parsing import read_json
 from stillroom.run import load_generator
+from stillroom.surgery.modules import parameter_count
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 SEED = 1234
 

@@ -15,12 +15,12 @@ from stillroom.errors import TrainingDiverged, UserError
 if TYPE_CHECKING:
     from stillroom.exports import Exported
     from stillroom.method import Method
-    from stillroom.models.classifier import ImageClassifier
-    from stillroom.models.encoder import ImageEncoder
-    from stillroom.models.folder import ImageGenerator
-    from stillroom.models.text_classifier import TextClassifier
-    from stillroom.models.text_image import TextImageGenerator
     from stillroom.planning import Plan
+    from stillroom.tasks.class_images.model import ImageGenerator
+    from stillroom.tasks.classify.model import ImageClassifier
+    from stillroom.tasks.classify_text.model import TextClassifier
+    from stillroom.tasks.encode.model import ImageEncoder
+    from stillroom.tasks.text_images.model import TextImageGenerator
 
 try:
     __version__ = version("stillroom")

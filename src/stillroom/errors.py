@@ -40,3 +40,8 @@ def nearest(word: str, known: Iterable[str], count: int = 1) -> str:
     """`` (did you mean 'x'?)``, with up to ``count`` words, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    """``text`` in quotes, cut after ``limit`` characters."""
+    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")

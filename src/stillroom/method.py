@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from stillroom.draws import Draws
 from stillroom.errors import UserError, nearest
-from stillroom.models.freezing import frozen, unfrozen
+from stillroom.surgery.freezing import frozen, unfrozen
 
 __all__ = [
     "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Terms", "Turn", "frozen", "get_method", "methods",
@@ -116,45 +116,6 @@ def turn(trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Opt
     return mark
 
 
-class Draws:
-    """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that
-    the same recipe gives the same numbers on one process, on many, and under gradient accumulation.
-
-    ``rows``: this micro-batch's rows of the ``total`` rows of the step. ``place``: the same among the rows of all
-    processes, also where each process draws for itself: ``(rows, batch)`` of a second stream of data.
-    """
-
-    def __init__(
-        self, generator: torch.Generator, rows: slice, total: int, place: tuple[slice, int] | None = None
-    ) -> None:
-        self.generator, self.rows, self.total = generator, rows, total
-        self.place = place or (rows, total)
-
-    @property
-    def local(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    def _global(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if shape[0] != self.local:
-            raise ValueError(f"a draw's first dimension must be the micro-batch size {self.local}, got {shape[0]}")
-        return (self.total, *shape[1:])
-
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal, float32, ``shape[0]`` = rows of this micro-batch."""
-        return torch.randn(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Uniform on [0, 1), float32."""
-        return torch.rand(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
-
-    def normal_like(self, x: Tensor) -> Tensor:
-        return self.normal(*x.shape).to(x)
-
-    def index(self, high: int) -> int:
-        """One integer in {0..high-1}, shared by the whole batch and by all processes."""
-        return int(torch.randint(high, (), generator=self.generator, device=self.generator.device))
-
-
 class Method(nn.Module):
     """Base of all distillation methods. A subclass defines :class:`Options`, :meth:`build`, turns, :meth:`sampler`."""
 
@@ -227,11 +188,11 @@ class Method(nn.Module):
     def clone(self, teacher: Denoiser, role: str) -> Denoiser:
         """A trainable copy of ``teacher``; a LoRA adapter on the teacher's weights where the recipe asks for one."""
         if role in self.lora:
-            from stillroom.models.lora import lora_role
+            from stillroom.surgery.lora import lora_role
 
             return lora_role(teacher, role, **self.lora[role])
         if hasattr(teacher.network, "lora_switch"):  # another role already lives on these weights
-            from stillroom.models.lora import plain_copy
+            from stillroom.surgery.lora import plain_copy
 
             return unfrozen(plain_copy(teacher))
         return unfrozen(copy.deepcopy(teacher))

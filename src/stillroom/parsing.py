@@ -129,3 +129,16 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}", cure="give a file of UTF-8 text") from error
     return parse_yaml(text, str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises UserError where there is none."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", cure="point at a complete folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})", cure="restore the file") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no mapping", cure="restore the file")
+    return found

@@ -16,8 +16,8 @@ from torch import nn
 from stillroom.engine.rehearsal import Rehearsal, TurnCost
 from stillroom.errors import UserError
 from stillroom.method import get_method
-from stillroom.models.skeleton import emptied, weights_unread
 from stillroom.recipe import Recipe
+from stillroom.surgery.skeleton import emptied, weights_unread
 from stillroom.tasks import make_task
 from stillroom.tasks.base import build_method
 

@@ -160,7 +160,7 @@ class Recipe:
     def _check_lora(self) -> None:
         if not self.lora:
             return
-        from stillroom.models.lora import lora_role
+        from stillroom.surgery.lora import lora_role
 
         kinds = typing.get_type_hints(lora_role)
         for name in ("teacher", "role", "return"):

@@ -19,11 +19,11 @@ from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.files import stay_inside
+from stillroom.folders.pipelines import sized
+from stillroom.folders.shipped import model_folder
 from stillroom.method import Method, get_method
-from stillroom.models.families import parameter_count
-from stillroom.models.pipeline import sized
-from stillroom.models.shipped import model_folder
 from stillroom.recipe import Recipe
+from stillroom.surgery.modules import parameter_count
 from stillroom.tasks import Task, load_model, make_task
 from stillroom.tasks.base import Generator, build_method
 

@@ -20,7 +20,7 @@ from stillroom.method import Method
 from stillroom.methods.classifier.dho import DHO
 from stillroom.methods.classifier.gt_self_distill import GTSelfDistill
 from stillroom.methods.classifier.meal_v2 import MEALV2
-from stillroom.models.prompts import PromptClassifier
+from stillroom.networks.prompt_classifier import PromptClassifier
 
 # Networks without batch normalisation, and SGD: what then differs between one process and two is rounding.
 CASES: dict[str, tuple[type[Method], dict[str, Any], int]] = {

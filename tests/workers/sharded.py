@@ -16,7 +16,7 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import World
 from stillroom.engine.trainer import Trainer
 from stillroom.methods.masked.dmae import DMAE
-from stillroom.models.mae import make_encoder
+from stillroom.networks.mae import make_encoder
 
 
 def trained(**settings: Any) -> dict[str, Tensor]:

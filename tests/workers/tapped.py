@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from stillroom.engine.distributed import World, full
-from stillroom.models.taps import Taps
+from stillroom.surgery.taps import Taps
 
 TAPS = {"inner": "blocks.2.inner", "block": "blocks.1"}
 

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.bench.fashion import cache_folder, cached_tensors
+from stillroom.cache import cache_folder, cached_tensors
 from stillroom.data.source import LABELS, ArrayData, load_data
-from stillroom.diffusion.sampling import class_logits
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer, mix
 from stillroom.evaluation.probes import (
@@ -29,9 +28,11 @@ from stillroom.evaluation.probes import (
     probe_scores,
 )
 from stillroom.methods.masked.dmae import DMAE
-from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
-from stillroom.models.mae import make_encoder
-from stillroom.models.skeleton import unread
+from stillroom.networks.mae import make_encoder
+from stillroom.networks.recognition import class_logits
+from stillroom.networks.vit import PooledClassifier, encoder_of
+from stillroom.surgery.skeleton import unread
+from stillroom.tasks.encode.model import ImageEncoder
 
 Scores = dict[str, float]
 TEACHER_SEED = 1000

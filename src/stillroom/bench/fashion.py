@@ -9,8 +9,6 @@ falls with N.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillroom.cache import _writable, cache_folder, cached_tensors
 from stillroom.data.source import ASSETS, ArrayData, load_data
 from stillroom.errors import UserError
 from stillroom.evaluation import metrics
@@ -32,13 +31,6 @@ NEIGHBOURS = 1_000
 
 EXTRACTOR_IMAGES = 720_000
 """Images that a new extractor sees (the shipped one's twelve epochs of Fashion-MNIST), within 4 to 40 epochs."""
-
-
-def cache_folder() -> Path:
-    """``$STILLROOM_CACHE``, else ``$XDG_CACHE_HOME/stillroom``, else ``~/.cache/stillroom``."""
-    if chosen := os.environ.get("STILLROOM_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stillroom"
 
 
 class FashionBench:
@@ -230,33 +222,3 @@ class FashionBench:
         for name, row in rows.items():
             lines.append(f"| {name} | {row['n']:,} | {' | '.join(f'{row[key]:.4g}' for key in columns)} |")
         return "\n".join(lines) + "\n"
-
-
-def cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make`` gives, kept in the cache under ``key``, which must name all that it depends on."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load, save
-
-    file = cache_folder() / "statistics" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    try:
-        return load(file.read_bytes())
-    except (OSError, SafetensorError):
-        made = make()
-
-    def keep() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{file.name}.{os.getpid()}")
-        aside.write_bytes(save(made))
-        aside.replace(file)
-
-    _writable(keep)
-    return made
-
-
-def _writable(action: Callable[[], None]) -> bool:
-    """A cache that cannot be written costs time, not results."""
-    try:
-        action()
-    except OSError:
-        return False
-    return True

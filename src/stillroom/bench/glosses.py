@@ -7,24 +7,21 @@ The teacher is made here, once, and kept in the cache: a small BERT learns to fi
 from __future__ import annotations
 
 import copy
-import fcntl
 from collections.abc import Callable
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stillroom.bench.fashion import cache_folder
+from stillroom.cache import kept_tensors
 from stillroom.data.texts import GENERAL, NAMED, TextData, load_texts
-from stillroom.diffusion.sampling import class_logits
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import classification_scores, pair_scores
-from stillroom.models.text_classifier import load_tokenizer, make_encoder
+from stillroom.folders.text_networks import load_tokenizer, make_encoder
+from stillroom.networks.recognition import class_logits
 
 LENGTH = 32
 TEACHER, STUDENT = "bert-4x128", "bert-2x64"
@@ -122,19 +119,6 @@ class GlossesBench:
         if teacher is not None:
             scores |= pair_scores(mine.softmax(-1), self.logits(teacher).softmax(-1))
         return scores
-
-
-def kept_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make`` gave once; it lies in the cache."""
-    file = cache_folder() / "glosses" / f"{name}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
-        if not file.exists():
-            aside = Path(f"{file}.part")
-            save_file({key: value.contiguous() for key, value in make().items()}, aside)
-            aside.replace(file)
-    return load_file(file)
 
 
 def kept(network: nn.Module, name: str, make: Callable[[nn.Module], None]) -> nn.Module:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.glosses import LABELLED, GlossesBench, kept, kept_tensors, logits_of, tune
+from stillroom.bench.glosses import LABELLED, GlossesBench, kept, logits_of, tune
+from stillroom.cache import kept_tensors
 from stillroom.data.texts import TextData, load_texts
 from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES
 from stillroom.engine.trainer import mix
-from stillroom.models.stored_encoder import StoredEncoder, StoredStates, stored_states
-from stillroom.models.text_classifier import load_text_network, minilm_folder
+from stillroom.folders.text_networks import load_text_network, minilm_folder
+from stillroom.networks.stored_encoder import StoredEncoder, StoredStates, stored_states
 
 LENGTH = 20
 """Tokens of a text; longer ones are cut, one definition in six."""

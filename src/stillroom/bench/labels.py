@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stillroom.data.source import LABELS, ArrayData, load_data
 from stillroom.errors import UserError
+from stillroom.folders.image_networks import make_classifier
 from stillroom.methods.classifier.gt_self_distill import KernelSelfDistillation
-from stillroom.models.classifier import make_classifier
 
 NOISE = 0.4
 """Share of the training labels that are drawn anew, uniformly over the classes."""

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.bench.fashion import cached_tensors
-from stillroom.data.captions import (
+from stillroom.cache import cached_tensors
+from stillroom.data.scenes.captions import (
     CATEGORIES,
     Caption,
     all_captions,
@@ -32,7 +32,7 @@ from stillroom.data.captions import (
     satisfied,
     seeded,
 )
-from stillroom.data.scenes import SHAPE, scene_set
+from stillroom.data.scenes.pictures import SHAPE, scene_set
 from stillroom.data.source import ASSETS
 from stillroom.errors import UserError
 from stillroom.evaluation import metrics

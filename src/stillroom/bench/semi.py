@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.augment.images import shifted
 from stillroom.bench.labels import CLASSES, DigitsBench, FashionLabelsBench
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError, nearest
-from stillroom.models.augment import shifted
-from stillroom.models.prompts import PromptClassifier
-from stillroom.models.shipped import ASSETS
+from stillroom.folders.shipped import ASSETS
+from stillroom.networks.prompt_classifier import PromptClassifier
 
 TEACHERS = ("biased", "random", "captions", "untrained")
 CONFUSED = {4: 9, 7: 1, 3: 8, 5: 6}

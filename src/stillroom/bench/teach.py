@@ -23,10 +23,11 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.cost import macs, parameters
+from stillroom.folders.denoisers import OWN_NETWORKS
+from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.losses.score import FakeLoss, fake_score_loss
 from stillroom.method import Batch, Method, Optim, Terms, turn
-from stillroom.models.families import denoiser_from_diffusers, make_network, scheduler_config
-from stillroom.models.folder import OWN_NETWORKS, ImageGenerator
+from stillroom.tasks.class_images.model import ImageGenerator
 
 POINTS: dict[str, type[RingBench | PairBench]] = {"ring": RingBench, "pair": PairBench}
 TEACHERS = Path(__file__).parent / "teachers"

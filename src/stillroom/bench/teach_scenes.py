@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from stillroom.bench.scenes import ScenesBench
 from stillroom.bench.teach import TEACHERS, Denoising, TeacherRecipe
-from stillroom.data.captioned import CaptionedData, encode_images
-from stillroom.data.captions import (
+from stillroom.data.scenes.captions import (
     CAPTION_SPLITS,
     CATEGORIES,
     CELLS,
@@ -38,19 +37,21 @@ from stillroom.data.captions import (
     seeded,
     vocabulary,
 )
-from stillroom.data.scenes import render, scene_set
+from stillroom.data.scenes.pictures import render, scene_set
 from stillroom.data.source import ASSETS
 from stillroom.diffusion.sampling import ODESampler
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.evaluation.cost import macs, parameters
+from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.method import Batch, Method, Optim, Terms, turn
-from stillroom.models.codec import LatentCodec
-from stillroom.models.families import read_json
-from stillroom.models.folder import SIDE_FILE
-from stillroom.models.text import TextEncoder
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.networks.codec import LatentCodec
+from stillroom.networks.text_encoder import TextEncoder
+from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.parsing import read_json
+from stillroom.tasks.text_images.data import CaptionedData, encode_images
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 SIZES = (24, 48)
 """Sides, in pixels, of the resized scenes that an eighth of the codec's steps each are trained on: students work at

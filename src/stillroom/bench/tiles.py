@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.captioned import CaptionedData
 from stillroom.errors import UserError, nearest
-from stillroom.models.text_image import TextImageSpace
+from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.tasks.text_images.data import CaptionedData
 
 COLOURS = {
     "red": (1, -1, -1),

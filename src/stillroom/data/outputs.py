@@ -3,7 +3,7 @@ augmented view (after FKD, arXiv 2112.01528).
 
 ``outputs-00000.safetensors`` holds one row for each (image id, view); ``outputs.json`` holds the SHA-256 of every shard
 and what the store was made from: teacher, data, augmentation. A view's numbers follow from its key
-(:func:`~stillroom.models.augment.numbered_views`), so pixels are not kept.
+(:func:`~stillroom.augment.images.numbered_views`), so pixels are not kept.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch import distributed as dist
 
+from stillroom.augment.images import Augmentation, numbered_views
 from stillroom.data.source import ArrayData
 from stillroom.data.store import encode_json, replace
 from stillroom.errors import UserError
 from stillroom.files import digest, stay_inside
-from stillroom.models.augment import Augmentation, numbered_views
-from stillroom.models.families import read_json
-from stillroom.parsing import parse_json
+from stillroom.parsing import parse_json, read_json
 
 INDEX = "outputs.json"
 FORMAT = 1
@@ -205,7 +204,7 @@ def read_outputs(folder: str | Path) -> StoredOutputs:
 
     Raises UserError for a folder without one, and naming the shard that is missing or damaged.
     """
-    from stillroom.models.folder import read_tensors
+    from stillroom.folders.weights import read_tensors
 
     folder = Path(folder)
     if not is_complete(folder):

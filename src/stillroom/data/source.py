@@ -21,7 +21,7 @@ from torch import Tensor
 from stillroom.data.pictures import opened
 from stillroom.errors import UserError, nearest
 from stillroom.files import stay_inside, unpacked
-from stillroom.models.shipped import ASSETS
+from stillroom.folders.shipped import ASSETS
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (

@@ -8,7 +8,6 @@ the shards as they are; :func:`read_store` and :func:`store_data` also check the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -28,8 +27,7 @@ from stillroom.files import digest, stay_inside, sync
 from stillroom.parsing import parse_json
 
 if TYPE_CHECKING:
-    from stillroom.data.captioned import CaptionedData
-    from stillroom.models.text_image import TextImageSpace
+    pass
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".synthesis"
@@ -266,87 +264,3 @@ def _read(folder: Path, manifest: Mapping[str, Any], shards: Iterable[str]) -> S
 
 
 # --- for training -----------------------------------------------------------------------------------------------------
-def store_data(
-    folder: str | Path,
-    space: TextImageSpace,
-    *,
-    sizes: Mapping[str, int] | int | None = None,
-    mirror: bool = False,
-    cache: bool | str | Path = True,
-    on_corrupt: OnCorrupt = "refuse",
-    report: Callable[[str], None] = print,
-) -> CaptionedData:
-    """A store as a text-to-image model of ``space`` sees it: latents and text features, encoded once.
-
-    sizes: name -> pixels of lower-resolution versions, which become ``data.parts[name]``; a number alone is the part
-    ``small``. mirror: the left-right swapped images too. on_corrupt: see :func:`read_store`.
-    cache: keep what was encoded in the folder ``cache`` of the store (True) or in another one; it is found again by the
-    hashes of the shards, of the space's text encoder and autoencoder, and by the settings here. Where nothing can be
-    written ``report`` is told, and the next call encodes again.
-    """
-    folder = Path(folder)
-    parts = {"small": sizes} if isinstance(sizes, int) else dict(sizes or {})
-    for name, size in parts.items():
-        space.codec.grid((size, size))
-        if not name:
-            raise UserError("a part of the data has no name", cure="write sizes={'small': 16} or the like")
-    manifest, good = check_store(folder, on_corrupt, report)
-    shelf = (folder / "cache" if cache is True else Path(cache)) if cache else None
-    images: list[Samples] = []  # read when the first thing is not cached
-
-    def encoded(size: int) -> CaptionedData:
-        from stillroom.data.captioned import encode_images
-
-        about = [
-            FORMAT,
-            [manifest["shards"][name]["sha256"] for name in good],
-            space.name,
-            space.text.length,
-            mirror,
-            size,
-        ]
-        key = hashlib.sha256(encode_json(about)).hexdigest()[:16]
-        if shelf is not None and (known := _cached(shelf / f"{key}.safetensors")) is not None:
-            return known
-        if not images:
-            images.append(_read(folder, manifest, good))
-        pixels, captions, _ = images[0]
-        if size:
-            from stillroom.data.pairs import centre_square
-
-            scaled = (part.float().div(127.5).sub(1.0) for part in pixels.split(1000))
-            pixels = torch.cat([((centre_square(part, size) + 1) * 127.5).round().to(torch.uint8) for part in scaled])
-        lost = manifest["count"] - len(captions)
-        origin = f"{folder.name}: {len(captions):,} images" + (f" ({lost:,} more in bad shards)" if lost else "")
-        origin += f", {size}x{size}" if size else ""
-        data = encode_images(pixels, captions, space, mirror, name=folder.name, origin=origin)
-        if shelf is not None:
-            _keep(data, shelf / f"{key}.safetensors", report)
-        return data
-
-    data = encoded(0)
-    data.parts = {name: encoded(size) for name, size in parts.items()}
-    return data
-
-
-def _cached(path: Path) -> CaptionedData | None:
-    """What :func:`_keep` wrote, if it is there and still what was written."""
-    from stillroom.data.captioned import CaptionedData
-
-    try:
-        if path.with_suffix(".sha256").read_text() != digest(path):
-            return None
-        return CaptionedData.load(path)
-    except (OSError, UserError):
-        return None
-
-
-def _keep(data: CaptionedData, path: Path, report: Callable[[str], None]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        data.save(aside)
-        sync(aside)
-        replace(path.with_suffix(".sha256"), digest(aside).encode())
-        os.replace(aside, path)
-    except (OSError, UserError) as error:
-        report(f"the cache {path.parent} cannot be written ({error}): the store will be encoded again next time")

@@ -20,7 +20,7 @@ from stillroom.data.source import HOLDOUT, LABELS, SPLITS, ArrayData
 from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES, definitions, is_wordnet
 from stillroom.errors import UserError, nearest
 from stillroom.files import stay_inside, unpacked
-from stillroom.models.shipped import ASSETS
+from stillroom.folders.shipped import ASSETS
 from stillroom.parsing import parse_json
 
 GENERAL = "general"

@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillroom.bench.scenes import PARSER_DIR
-from stillroom.data.captions import parse_caption, sample_captions, satisfied
-from stillroom.data.scenes import SHAPE
+from stillroom.data.scenes.captions import parse_caption, sample_captions, satisfied
+from stillroom.data.scenes.pictures import SHAPE
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import to_uint8
 from stillroom.evaluation.scene_parser import SceneParser, load_parser
-from stillroom.models.families import parameter_count
-from stillroom.models.folder import ImageGenerator
-from stillroom.tasks.class_images import class_count
-from stillroom.tasks.text_images import EXAMPLES
+from stillroom.surgery.modules import parameter_count
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.class_images.task import class_count
+from stillroom.tasks.text_images.task import EXAMPLES
 
 SETTINGS = ("guidance", "steps", "temperature")
 """What the page lets a visitor change of the student's sampler, where that has it."""
@@ -56,8 +56,9 @@ class Drawing:
 class Model:
     """A generator under the name that the page calls it.
 
-    load: called once, when the model is first needed; gives a :class:`~stillroom.models.text_image.TextImageGenerator`
-    (asked in words) or an :class:`~stillroom.models.folder.ImageGenerator` (asked by class).
+    load: called once, when the model is first needed; gives a
+    :class:`~stillroom.tasks.text_images.model.TextImageGenerator` (asked in words) or an
+    :class:`~stillroom.tasks.class_images.model.ImageGenerator` (asked by class).
     """
 
     def __init__(self, name: str, load: Callable[[], Any], judge: Judge | None = None) -> None:

@@ -12,11 +12,11 @@ from stillroom.demo.drawing import Judge, Model
 from stillroom.demo.page import dressed, import_gradio, layout
 from stillroom.demo.studio import Studio
 from stillroom.errors import UserError
-from stillroom.models.folder import network_folder
-from stillroom.models.text_image import is_text_model
+from stillroom.folders.denoisers import network_folder
 from stillroom.recipe import Recipe
 from stillroom.run import load_generator
 from stillroom.tasks import IN_MEMORY, model_folder
+from stillroom.tasks.text_images.model import is_text_model
 
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 7860, 40

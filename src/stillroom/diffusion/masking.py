@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond
-from stillroom.diffusion.sampling import SAMPLERS, Sampler
+from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
-from stillroom.models.mar import MAR, TEXT
+from stillroom.networks.mar import MAR, TEXT
 
 if TYPE_CHECKING:
-    from stillroom.method import Draws
+    from stillroom.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,3 @@ def _text(cond: Cond | None, samples: int) -> Tensor:
     if len(text) != samples:
         raise UserError(f"{len(text)} texts for {samples} samples", cure="give one text per sample")
     return text
-
-
-SAMPLERS[MaskedSampler.name] = MaskedSampler

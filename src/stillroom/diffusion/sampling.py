@@ -7,19 +7,17 @@ sigma)``: regular at both ends for every process, and there Euler is exactly DDI
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import Process
-from stillroom.losses.soft_labels import mix_heads
 
 if TYPE_CHECKING:
-    from stillroom.method import Draws
+    from stillroom.draws import Draws
 
 
 Renoise = Literal["fresh", "fixed", "ddim"]
@@ -48,10 +46,17 @@ def ancestral_step(p: Prediction, process: Process, t: Tensor, s: Tensor, eta: f
     return a_s * p.x0 + (s_s**2 - fresh**2).clamp_min(0).sqrt() * p.eps + fresh * noise
 
 
+SAMPLERS: dict[str, type[Sampler]] = {}
+"""Every sampler whose module has been imported, by name."""
+
+
 class Sampler:
     """Base. ``sample`` turns unit noise ``[B, ...]`` into data ``[B, ...]``; ``generator`` feeds fresh noise."""
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        SAMPLERS[cls.name] = cls
 
     @property
     def nfe(self) -> int:
@@ -177,52 +182,6 @@ class FewStepSampler(Sampler):
             p = denoiser(x, t, cond, self.guidance)
         assert p is not None
         return p.x0
-
-
-@dataclass(frozen=True)
-class ForwardPass(Sampler):
-    """One evaluation: how a network that recognises images is run. ``noise`` stands for the images."""
-
-    name: ClassVar[str] = "forward"
-
-    @property
-    def nfe(self) -> int:
-        return 1
-
-    @torch.no_grad()
-    def sample(
-        self, denoiser: Any, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        return class_logits(denoiser, noise)
-
-
-@dataclass(frozen=True)
-class TwoHeadPass(ForwardPass):
-    """One evaluation of a network with two heads (DHO, arXiv 2505.07675): the LOGARITHM of the mixture of their
-    probabilities, ``alpha softmax(z_CE) + (1 - alpha) softmax(z_KD / temperature)``, which softmax gives back."""
-
-    alpha: float = 0.5
-    temperature: float = 0.5
-    name: ClassVar[str] = "two-heads"
-
-    @torch.no_grad()
-    def sample(
-        self, denoiser: Any, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        label, taught = class_logits(denoiser, noise).float().chunk(2, -1)
-        return mix_heads(label, taught, self.alpha, self.temperature).clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-def class_logits(network: nn.Module, inputs: Any) -> Tensor:
-    """``[B, classes]`` of a plain module, or of a transformers model for classification. Inputs are images, or the
-    network's arguments by name (texts: ``input_ids`` and ``attention_mask``)."""
-    output = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
-    return output if isinstance(output, Tensor) else output.logits
-
-
-SAMPLERS: dict[str, type[Sampler]] = {
-    s.name: s for s in (ODESampler, AncestralSampler, FewStepSampler, ForwardPass, TwoHeadPass)
-}
 
 
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:

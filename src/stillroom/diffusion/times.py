@@ -11,7 +11,7 @@ from torch import Tensor
 from stillroom.diffusion.process import EDM, Process, RectifiedFlow
 
 if TYPE_CHECKING:
-    from stillroom.method import Draws
+    from stillroom.draws import Draws
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import host_units, owned
 from stillroom.engine.eight_bit import first_states
@@ -27,8 +28,8 @@ from stillroom.engine.precision import networks
 from stillroom.engine.stages import Span
 from stillroom.engine.trainer import Data, Trainer
 from stillroom.errors import UserError
-from stillroom.method import Draws, Method
-from stillroom.models.skeleton import NEED_VALUES, Answered
+from stillroom.method import Method
+from stillroom.surgery.skeleton import NEED_VALUES, Answered
 
 LARGEST_CYCLE = 64
 """Steps after which a rehearsal stops looking for other combinations of turns."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stillroom.draws import Draws
 from stillroom.engine import precision, state
 from stillroom.engine.checkpoint import Checkpoints, lock_run, write_atomically, writing
 from stillroom.engine.config import EngineConfig
@@ -28,7 +29,7 @@ from stillroom.engine.progress import Progress
 from stillroom.engine.stages import Span, lay_out
 from stillroom.engine.track import TRACKERS, Tracker
 from stillroom.errors import TrainingDiverged, UserError
-from stillroom.method import Batch, Draws, Method, Stage, nearest
+from stillroom.method import Batch, Method, Stage, nearest
 
 
 class Data(Protocol):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stillroom.data.source import LABELS, ArrayData
 from stillroom.errors import UserError
-from stillroom.models.freezing import frozen
+from stillroom.surgery.freezing import frozen
 
 FEATURES = 64
 

@@ -217,7 +217,7 @@ class Obeys:
         self.version = self.parser.name
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> list[float | None]:
-        from stillroom.data.captions import Caption, parse_caption, satisfied
+        from stillroom.data.scenes.captions import Caption, parse_caption, satisfied
 
         wanted: list[Caption | None] = []
         for caption in captions:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
 from stillroom.losses.features import cka_loss, relation
-from stillroom.models.encoder import ImageEncoder, PooledClassifier, encoder_of
-from stillroom.models.mae import block, encode, learned, patchify
-from stillroom.models.taps import Taps, projection_path, split_heads
+from stillroom.networks.mae import block, encode, learned, patchify
+from stillroom.networks.vit import PooledClassifier, encoder_of
+from stillroom.surgery.taps import Taps, projection_path, split_heads
+from stillroom.tasks.encode.model import ImageEncoder
 
 NEIGHBOURS = 10
 OCCLUDED = 1 / 3

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.data.captions import CELLS, COLOURS, Scene, Thing, draw_scenes, sample_captions, seeded
-from stillroom.data.scenes import SHAPE, render
+from stillroom.data.scenes.captions import CELLS, COLOURS, Scene, Thing, draw_scenes, sample_captions, seeded
+from stillroom.data.scenes.pictures import SHAPE, render
 from stillroom.data.source import load_data
 from stillroom.errors import UserError
 from stillroom.evaluation.extractor import FEATURES, load_judge, save_judge, weights_hash
-from stillroom.models.freezing import frozen
+from stillroom.surgery.freezing import frozen
 
 NOTHING = 10
 """The class of a cell without a digit."""

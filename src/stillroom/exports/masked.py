@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from stillroom.diffusion.masking import MaskedSampler, token_counts
 from stillroom.errors import UserError
 from stillroom.exports.parts import Decode, Part, token_ids
-from stillroom.models.mar import MAR
-from stillroom.models.text import TextEncoder
-from stillroom.models.text_image import TextImageGenerator
-from stillroom.models.token_head import TokenDiffusionHead, respaced, time_features
+from stillroom.networks.mar import MAR
+from stillroom.networks.text_encoder import TextEncoder
+from stillroom.networks.token_head import TokenDiffusionHead, respaced, time_features
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 
 def is_masked(model: Any) -> TypeGuard[TextImageGenerator]:
@@ -166,7 +166,7 @@ def masked_facts(model: TextImageGenerator) -> dict[str, Any]:
     """What a loop around the files needs (docs/export.md): the ``length`` of captions in tokens; how many ``tokens`` an
     image has, and their width; the ``steps``, in which the last of a random order are predicted, from how many are
     ``left`` to how many are left ``after``; and the ``head``'s own steps, the noisiest first
-    (:class:`~stillroom.models.token_head.Respaced`), each with how its answer becomes a clean token: ``x0_of_sample
+    (:class:`~stillroom.networks.token_head.Respaced`), each with how its answer becomes a clean token: ``x0_of_sample
     noisy + x0_of_output output``."""
     sampler, mar, (rows, columns) = model.sampler, model.network, grid_of(model)
     assert isinstance(sampler, MaskedSampler)

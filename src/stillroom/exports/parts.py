@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.process import EDM
-from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler, TwoHeadPass, class_logits
+from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler
 from stillroom.errors import UserError
+from stillroom.folders.image_networks import config_of
 from stillroom.losses.soft_labels import mix_heads
-from stillroom.models.classifier import ImageClassifier, config_of
-from stillroom.models.encoder import ImageEncoder, encoder_of
-from stillroom.models.folder import ImageGenerator
-from stillroom.models.lora import LoraDenoiser
-from stillroom.models.mae import encode
-from stillroom.models.pipeline import PipelineGenerator
-from stillroom.models.text_classifier import TextClassifier
-from stillroom.models.text_image import TextImageGenerator
+from stillroom.networks.mae import encode
+from stillroom.networks.recognition import TwoHeadPass, class_logits
+from stillroom.networks.vit import encoder_of
+from stillroom.surgery.lora import LoraDenoiser
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.classify.model import ImageClassifier
+from stillroom.tasks.classify_text.model import TextClassifier
+from stillroom.tasks.encode.model import ImageEncoder
+from stillroom.tasks.pipelines.model import PipelineGenerator
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 Example = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 TOKENS = 12

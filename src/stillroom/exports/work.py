@@ -27,14 +27,14 @@ from stillroom.exports.formats import FORMATS, Runner, capture, quantize
 from stillroom.exports.masked import is_masked, masked_facts, masked_parts
 from stillroom.exports.parts import Part, denoiser_of, parts_of, sampling_steps
 from stillroom.files import digest
-from stillroom.models.classifier import ImageClassifier
-from stillroom.models.encoder import ImageEncoder
-from stillroom.models.shipped import model_folder
-from stillroom.models.text import TOKENIZER
-from stillroom.models.text_classifier import TextClassifier
+from stillroom.folders.shipped import model_folder
+from stillroom.networks.text_encoder import TOKENIZER
 from stillroom.recipe import Recipe
 from stillroom.run import load_generator
 from stillroom.tasks import IN_MEMORY
+from stillroom.tasks.classify.model import ImageClassifier
+from stillroom.tasks.classify_text.model import TextClassifier
+from stillroom.tasks.encode.model import ImageEncoder
 
 FACTS = "export.json"
 COMPARED = (1, 2, 5)

@@ -1,7 +1,7 @@
 """Distances between a student's and a teacher's features.
 
 Features are tokens ``[B, N, D]`` or vectors ``[B, D]``, of equal shape: a student of another width goes through a
-projector first (:mod:`stillroom.models.projectors`). ``keep``: bool ``[B, N]`` (``[B]`` for vectors), True where a
+projector first (:mod:`stillroom.networks.projectors`). ``keep``: bool ``[B, N]`` (``[B]`` for vectors), True where a
 token counts (transformers' ``attention_mask``); None: all. Reductions are those of :mod:`stillroom.losses.soft_labels`,
 over tokens; means over channels are taken first, sums where a formula says so. No gradient reaches the teacher;
 everything is computed in float32.

@@ -20,19 +20,19 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.fashion import cache_folder
+from stillroom.cache import cache_folder
 from stillroom.diffusion.sampling import Sampler, sampler_from_dict
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer, mix
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.evaluation.cost import latency, parameters
 from stillroom.method import get_method
-from stillroom.models.initial import fresh_weights
-from stillroom.models.mae import learned
+from stillroom.networks.mae import learned
 from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm, Claim, Level, Proof
 from stillroom.proofs.worlds import World, get_world
 from stillroom.recipe import Recipe
+from stillroom.surgery.initial import fresh_weights
 
 RESULTS = Path("results")
 

@@ -12,21 +12,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.fashion import PROOF_N, FashionBench, cache_folder
+from stillroom.bench.fashion import PROOF_N, FashionBench
 from stillroom.bench.mixture2d import PairBench, RingBench
 from stillroom.bench.scenes import ScenesBench
 from stillroom.bench.tiles import TilesBench
-from stillroom.data.captioned import CaptionedData, encode_images
-from stillroom.data.captions import CATEGORIES, Caption, distinct_captions, mirror_breaks
-from stillroom.data.scenes import scene_set
+from stillroom.cache import cache_folder
+from stillroom.data.scenes.captions import CATEGORIES, Caption, distinct_captions, mirror_breaks
+from stillroom.data.scenes.pictures import scene_set
 from stillroom.data.source import ASSETS, ArrayData
 from stillroom.data.store import read_store
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
-from stillroom.models.folder import ImageGenerator, load_denoiser
-from stillroom.models.lora import LoraDenoiser
-from stillroom.models.text_image import TextImageGenerator, TextImageSpace
+from stillroom.folders.denoisers import load_denoiser
+from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.proofs.worlds_encoders import (
     CanvasLabelsWorld,
     CanvasTwoWorld,
@@ -37,7 +36,11 @@ from stillroom.proofs.worlds_encoders import (
 )
 from stillroom.proofs.worlds_labels import DigitsWorld, FashionLabelsWorld, FashionSemiWorld, SemiDigitsWorld
 from stillroom.proofs.worlds_language import GlossesTaskWorld, GlossesWorld, MiniLMTaskWorld, MiniLMWorld
+from stillroom.surgery.lora import LoraDenoiser
 from stillroom.synthesis import synthesize
+from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.text_images.data import CaptionedData, encode_images
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 Scores = dict[str, Any]
 

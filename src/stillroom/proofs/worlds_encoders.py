@@ -12,7 +12,8 @@ from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.evaluation.probes import NAMES
-from stillroom.models.encoder import ImageEncoder, encoder_of
+from stillroom.networks.vit import encoder_of
+from stillroom.tasks.encode.model import ImageEncoder
 
 PLAIN = tuple(NAMES)
 

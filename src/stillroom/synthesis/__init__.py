@@ -1,6 +1,6 @@
 """Data distillation: teachers draw captions into a store (arXiv 2503.08619, section 3.1)."""
 
-from stillroom.data.pairs import FolderTeacher, read_captions
+from stillroom.data.captioned_folders import FolderTeacher, read_captions
 from stillroom.evaluation.filters import Filter, filters, register_filter
 from stillroom.synthesis.plan import ROUTES, Plan, make_plan
 from stillroom.synthesis.teachers import PipelineTeacher, Teacher

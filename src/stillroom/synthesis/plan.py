@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stillroom.data.pairs import Captions, check_caption, read_captions
+from stillroom.data.captioned_folders import Captions, check_caption, read_captions
 from stillroom.data.store import FORMAT, encode_json
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.filters import Filter, make_filters

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.pairs import FolderTeacher, centre_square
+from stillroom.data.captioned_folders import FolderTeacher, centre_square
 from stillroom.errors import UserError, nearest
 from stillroom.files import stay_inside
-from stillroom.models.folder import NETWORK_FOLDERS
-from stillroom.models.pipeline import check_parts
-from stillroom.models.shipped import SHIPPED, model_folder
-from stillroom.models.text import weights_hash
+from stillroom.folders.denoisers import NETWORK_FOLDERS
+from stillroom.folders.pipelines import check_parts
+from stillroom.folders.shipped import SHIPPED, model_folder
+from stillroom.surgery.modules import weights_hash
 
 if TYPE_CHECKING:
-    from stillroom.models.text_image import TextImageGenerator
+    from stillroom.tasks.text_images.model import TextImageGenerator
 
 SEEDS = 2**32
 
@@ -218,7 +218,7 @@ def _from_folder(source: str, size: int, settings: Mapping[str, Any], device: to
     if (folder / "model_index.json").is_file():
         return PipelineTeacher.load(folder, device, **settings)
     if any((folder / part).is_dir() for part in NETWORK_FOLDERS):
-        from stillroom.models.text_image import TextImageGenerator
+        from stillroom.tasks.text_images.model import TextImageGenerator
 
         generator = TextImageGenerator.load(folder)
         return ModelTeacher(generator.to(device or "cpu"), **settings)

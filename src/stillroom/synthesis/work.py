@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stillroom.data.pairs import Captions
+from stillroom.data.captioned_folders import Captions
 from stillroom.data.store import (
     FORMAT,
     MANIFEST,
@@ -118,7 +118,8 @@ def synthesize(
 
     teachers: name -> a model's folder (or a shipped one by name), a ``TextImageGenerator``, a folder of images with
     captions (or a ``FolderTeacher``), a folder with a diffusers pipeline, or anything that :class:`Teacher` takes.
-    captions: what :func:`~stillroom.data.pairs.read_captions` reads or has read, or texts; None: those of the folders.
+    captions: what :func:`~stillroom.data.captioned_folders.read_captions` reads or has read, or texts; None: those of
+    the folders.
     seeds: each caption is drawn once per seed. What is drawn depends on seed, caption and teacher.
     route: ``one`` teacher for each caption, by the caption's hash; ``round-robin``, the teachers in turn; ``all`` of
     them; or a function ``(caption, names) -> name``.

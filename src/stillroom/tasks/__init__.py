@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from stillroom.errors import UserError
-from stillroom.models.shipped import model_folder
+from stillroom.folders.shipped import model_folder
 from stillroom.tasks.base import IN_MEMORY, Generator, Task
 
 __all__ = ["IN_MEMORY", "Generator", "Task", "bench_card", "load_model", "make_task", "model_folder", "sample_rows"]
@@ -19,32 +19,33 @@ def make_task(name: str, teacher: Any = "") -> Task:
     """The task of a method, by the name that its class declares (``Method.task``). A method that asks for a denoiser
     gets that of a pipeline where the teacher is one, by its folder or as an object."""
     if name == "text-image":
-        from stillroom.tasks.text_images import TextImages
+        from stillroom.tasks.text_images.task import TextImages
 
         return TextImages()
     if name == "classify":
-        from stillroom.tasks.classify import Classification
+        from stillroom.tasks.classify.task import Classification
 
         return Classification()
     if name == "encode":
-        from stillroom.tasks.encode import Encoding
+        from stillroom.tasks.encode.task import Encoding
 
         return Encoding()
     if name == "classify-text":
-        from stillroom.tasks.classify_text import TextClassification
+        from stillroom.tasks.classify_text.task import TextClassification
 
         return TextClassification()
     if name == "class-image" and _of_prompts(teacher):
-        from stillroom.tasks.prompted_images import PromptedImages
+        from stillroom.tasks.pipelines.task import PromptedImages
 
         return PromptedImages()
-    from stillroom.tasks.class_images import ClassImages
+    from stillroom.tasks.class_images.task import ClassImages
 
     return ClassImages()
 
 
 def _of_prompts(teacher: Any) -> bool:
-    from stillroom.models.pipeline import PipelineGenerator, is_pipeline
+    from stillroom.folders.pipelines import is_pipeline
+    from stillroom.tasks.pipelines.model import PipelineGenerator
 
     if isinstance(teacher, str):
         return is_pipeline(teacher)
@@ -54,12 +55,13 @@ def _of_prompts(teacher: Any) -> bool:
 def load_model(folder: Path) -> Generator:
     """The model in a folder: an encoder, a classifier of images or texts, or a generator, asked in words if it has a
     text encoder, else by class."""
-    from stillroom.models.classifier import ImageClassifier, is_classifier
-    from stillroom.models.encoder import ImageEncoder, is_encoder
-    from stillroom.models.folder import ImageGenerator
-    from stillroom.models.pipeline import PipelineGenerator, is_pipeline
-    from stillroom.models.text_classifier import TextClassifier, is_text_classifier
-    from stillroom.models.text_image import TextImageGenerator, is_text_model
+    from stillroom.folders.pipelines import is_pipeline
+    from stillroom.tasks.class_images.model import ImageGenerator
+    from stillroom.tasks.classify.model import ImageClassifier, is_classifier
+    from stillroom.tasks.classify_text.model import TextClassifier, is_text_classifier
+    from stillroom.tasks.encode.model import ImageEncoder, is_encoder
+    from stillroom.tasks.pipelines.model import PipelineGenerator
+    from stillroom.tasks.text_images.model import TextImageGenerator, is_text_model
 
     if is_pipeline(folder):
         return PipelineGenerator.load(folder)
@@ -76,10 +78,10 @@ def sample_rows(
     generator: Any, labels: Sequence[str], captions: Sequence[str], n: int, seed: int
 ) -> tuple[list[str], Tensor]:
     """``n`` samples for each label or caption, by default for one of each kind: ``(names, [rows, n, C, H, W])``."""
-    from stillroom.models.classifier import ImageClassifier
-    from stillroom.models.encoder import ImageEncoder
-    from stillroom.models.folder import ImageGenerator
-    from stillroom.models.text_classifier import TextClassifier
+    from stillroom.tasks.class_images.model import ImageGenerator
+    from stillroom.tasks.classify.model import ImageClassifier
+    from stillroom.tasks.classify_text.model import TextClassifier
+    from stillroom.tasks.encode.model import ImageEncoder
 
     if isinstance(generator, ImageEncoder):
         raise UserError("this model describes images, it draws none", cure="stillroom.load(DIR).features(images)")
@@ -88,18 +90,18 @@ def sample_rows(
     if isinstance(generator, ImageClassifier):
         raise UserError("this model recognises images, it draws none", cure="stillroom.load(DIR).classify(images)")
     if isinstance(generator, ImageGenerator):
-        from stillroom.tasks.class_images import class_rows
+        from stillroom.tasks.class_images.task import class_rows
 
         if captions:
             raise UserError("this model draws classes, not captions", cure="give --labels")
         return class_rows(generator, labels, n, seed)
-    from stillroom.models.pipeline import PipelineGenerator
-    from stillroom.tasks.text_images import caption_rows
+    from stillroom.tasks.pipelines.model import PipelineGenerator
+    from stillroom.tasks.text_images.task import caption_rows
 
     if labels:
         raise UserError("this model draws captions, not classes", cure='give --captions "a red three"')
     if isinstance(generator, PipelineGenerator):
-        from stillroom.tasks.prompted_images import prompt_rows
+        from stillroom.tasks.pipelines.task import prompt_rows
 
         return prompt_rows(generator, list(captions), n, seed)
     return caption_rows(generator, captions, n, seed)
@@ -107,6 +109,7 @@ def sample_rows(
 
 def bench_card(name: str) -> str:
     """Markdown: what a bench is made of, its floor, and the scores of its shipped teachers."""
-    from stillroom.tasks import class_images, text_images
+    from stillroom.tasks.class_images import task as class_images
+    from stillroom.tasks.text_images import task as text_images
 
     return text_images.bench_card() if name == "scenes" else class_images.bench_card(name)

@@ -18,8 +18,8 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError, nearest
 from stillroom.method import Method, get_method
-from stillroom.models.skeleton import making
 from stillroom.recipe import Recipe
+from stillroom.surgery.skeleton import making
 
 IN_MEMORY = "(in memory)"
 """Stands in a recipe for a teacher or data that were given as objects."""
@@ -55,7 +55,7 @@ class Task:
         raise NotImplementedError
 
     def sketch(self, recipe: Recipe) -> None:
-        """Like :meth:`load`, for a plan: networks have no weights (:func:`~stillroom.models.skeleton.weights_unread`),
+        """Like :meth:`load`, for a plan: networks have no weights (:func:`~stillroom.surgery.skeleton.weights_unread`),
         and what networks would have to compute of the data has the right shapes alone."""
         self.load(recipe)
 

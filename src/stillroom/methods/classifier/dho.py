@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.augment.images import VIEW, Augmentation
 from stillroom.data.outputs import Views, stored_outputs
-from stillroom.diffusion.sampling import ForwardPass, Sampler, TwoHeadPass, class_logits
+from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.losses.conflict import gradient_cosine
 from stillroom.losses.soft_labels import forward_kl
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import VIEW, Augmentation
-from stillroom.models.prompts import PROMPTS, FewShotCache, PromptClassifier
-from stillroom.models.text import weights_hash
-from stillroom.models.two_heads import best_mixture, exchange, last_layer
+from stillroom.networks.dual_head import best_mixture, exchange, last_layer
+from stillroom.networks.prompt_classifier import PROMPTS, FewShotCache, PromptClassifier
+from stillroom.networks.recognition import ForwardPass, TwoHeadPass, class_logits
+from stillroom.surgery.modules import weights_hash
 
 
 @register(

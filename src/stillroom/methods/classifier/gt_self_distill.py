@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from stillroom.diffusion.sampling import ForwardPass, class_logits
+from stillroom.augment.images import moved_and_flipped
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix, norm_penalty, probability_mse
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
-from stillroom.models.augment import moved_and_flipped
-from stillroom.models.initial import fresh_weights, overwrite
+from stillroom.networks.recognition import ForwardPass, class_logits
+from stillroom.surgery.initial import fresh_weights, overwrite
 
 Floats = NDArray[np.float64]
 Kernel = Literal["rbf", "linear", "precomputed"] | Callable[[Floats, Floats], Floats]

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.augment.images import Augmentation, cutmix_shares, moved_and_flipped
 from stillroom.data.outputs import Views, stored_outputs
-from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
 from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.soft_labels import ensemble_probabilities, soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import Augmentation, cutmix_shares, moved_and_flipped
-from stillroom.models.critics import LogitDiscriminator
-from stillroom.models.initial import fresh_weights
-from stillroom.models.text import weights_hash
+from stillroom.networks.critics import LogitDiscriminator
+from stillroom.networks.recognition import ForwardPass, class_logits
+from stillroom.surgery.initial import fresh_weights
+from stillroom.surgery.modules import weights_hash
 
 OPTIM = {"name": "sgd", "betas": (0.9, 0.0)}
 

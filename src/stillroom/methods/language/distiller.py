@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.augment.texts import contextual_replacement, mixup_weights, nearest_tokens, random_edits
 from stillroom.data.texts import check_vocabularies
-from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError
+from stillroom.folders.text_networks import load_masked_lm
 from stillroom.losses import features
 from stillroom.losses.layer_maps import as_weights, emd, layer_map, mapped_loss
 from stillroom.losses.mutual_information import i_alpha
 from stillroom.losses.soft_labels import soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.critics import MICritic
-from stillroom.models.encoder_reader import EncoderReader, Reading, depth, mixed_inputs, text_inputs, token_table
-from stillroom.models.projectors import Projectors
-from stillroom.models.text_augment import contextual_replacement, mixup_weights, nearest_tokens, random_edits
-from stillroom.models.text_classifier import load_masked_lm
+from stillroom.networks.critics import MICritic
+from stillroom.networks.projectors import Projectors
+from stillroom.networks.recognition import ForwardPass, class_logits
+from stillroom.surgery.text_reader import EncoderReader, Reading, depth, mixed_inputs, text_inputs, token_table
 
 
 @dataclass

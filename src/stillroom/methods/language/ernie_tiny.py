@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.diffusion.sampling import ForwardPass, class_logits
 from stillroom.errors import UserError, nearest
 from stillroom.losses.features import attention_mse, mse
 from stillroom.losses.layer_maps import layer_map
 from stillroom.losses.soft_labels import soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.encoder_reader import EncoderReader, Reading, copy_layers, depth, text_inputs
-from stillroom.models.projectors import Projectors
+from stillroom.networks.projectors import Projectors
+from stillroom.networks.recognition import ForwardPass, class_logits
+from stillroom.surgery.text_reader import EncoderReader, Reading, copy_layers, depth, text_inputs
 
 LOSSES = ("latent", "soft", "hard")
 

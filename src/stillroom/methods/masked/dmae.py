@@ -11,15 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.sampling import ForwardPass
+from stillroom.augment.images import moved_and_flipped
 from stillroom.errors import UserError
 from stillroom.losses.features import l1, mse, normalised
 from stillroom.losses.layer_maps import at_fraction
 from stillroom.losses.pixels import masked_pixel_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import moved_and_flipped
-from stillroom.models.encoder import encoder_of
-from stillroom.models.mae import (
+from stillroom.networks.mae import (
     Masking,
     block,
     decode,
@@ -33,8 +31,10 @@ from stillroom.models.mae import (
     require_decoder,
     same_patches,
 )
-from stillroom.models.projectors import Projectors
-from stillroom.models.taps import Taps, block_paths
+from stillroom.networks.projectors import Projectors
+from stillroom.networks.recognition import ForwardPass
+from stillroom.networks.vit import encoder_of
+from stillroom.surgery.taps import Taps, block_paths
 
 
 @register(

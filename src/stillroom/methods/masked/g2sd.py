@@ -12,16 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.diffusion.sampling import ForwardPass, class_logits
+from stillroom.augment.images import mix_images, moved_and_flipped
 from stillroom.errors import UserError
 from stillroom.losses.features import smooth_l1
 from stillroom.losses.layer_maps import at_fraction
 from stillroom.losses.pixels import masked_pixel_loss
 from stillroom.losses.soft_labels import decoupled_loss, soft_cross_entropy
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import mix_images, moved_and_flipped
-from stillroom.models.encoder import carry_encoder, make_vit_classifier
-from stillroom.models.mae import (
+from stillroom.networks.mae import (
     Masking,
     block,
     decode,
@@ -33,8 +31,10 @@ from stillroom.models.mae import (
     require_decoder,
     same_patches,
 )
-from stillroom.models.projectors import projector
-from stillroom.models.taps import Taps, block_paths
+from stillroom.networks.projectors import projector
+from stillroom.networks.recognition import ForwardPass, class_logits
+from stillroom.networks.vit import carry_encoder, make_vit_classifier
+from stillroom.surgery.taps import Taps, block_paths
 
 MAE_OPTIM = {"betas": (0.9, 0.95), "weight_decay": 0.05}
 

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.sampling import ForwardPass
+from stillroom.augment.images import moved_and_flipped
 from stillroom.errors import UserError
 from stillroom.losses.features import gather_relation, relation, relation_kl, smooth_l1
 from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
-from stillroom.models.augment import moved_and_flipped
-from stillroom.models.encoder import encoder_of
-from stillroom.models.mae import encode, is_masked, learned, same_patches
-from stillroom.models.projectors import projector
-from stillroom.models.taps import Tap, Taps, block_paths, module_paths, projection_path, split_heads
+from stillroom.networks.mae import encode, is_masked, learned, same_patches
+from stillroom.networks.projectors import projector
+from stillroom.networks.recognition import ForwardPass
+from stillroom.networks.vit import encoder_of
+from stillroom.surgery.taps import Tap, Taps, block_paths, module_paths, projection_path, split_heads
 
 
 @register(

@@ -14,14 +14,14 @@ from torch import Tensor
 from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import make_filters
+from stillroom.folders.denoisers import load_network
+from stillroom.folders.shipped import model_folder
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
-from stillroom.models.folder import load_network
-from stillroom.models.mar import MAR, TEXT, MARSettings
-from stillroom.models.shipped import model_folder
+from stillroom.networks.mar import MAR, TEXT, MARSettings
 
 if TYPE_CHECKING:
-    from stillroom.models.text_image import TextImageSpace
+    from stillroom.networks.text_image_space import TextImageSpace
 
 OPTIM = {"betas": (0.9, 0.99), "weight_decay": 0.02, "clip_norm": 3.0}
 SMALL, PAIRS = "small", "pairs"

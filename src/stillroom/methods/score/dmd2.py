@@ -13,7 +13,7 @@ from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.models.heads import Discriminator
+from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=10.0)
 

@@ -13,7 +13,7 @@ from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.models.heads import Discriminator
+from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=1e-6, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
 

@@ -14,7 +14,7 @@ from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses.score import denoising_loss, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.models.lora import lora_role
+from stillroom.surgery.lora import lora_role
 
 
 @register(

@@ -15,7 +15,7 @@ from stillroom.losses import adversarial
 from stillroom.losses.divergence import density_ratio, get_divergence
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss, square
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
-from stillroom.models.heads import Discriminator
+from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=1e-5, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
 

@@ -1,0 +1,1 @@
+"""Random changes of inputs that leave their meaning as it is."""

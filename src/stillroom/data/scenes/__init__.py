@@ -1,0 +1,1 @@
+"""The scenes world: what captions can say, and pictures of it."""

@@ -1,0 +1,50 @@
+"""The randomness of a turn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+class Draws:
+    """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that
+    the same recipe gives the same numbers on one process, on many, and under gradient accumulation.
+
+    ``rows``: this micro-batch's rows of the ``total`` rows of the step. ``place``: the same among the rows of all
+    processes, also where each process draws for itself: ``(rows, batch)`` of a second stream of data.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, rows: slice, total: int, place: tuple[slice, int] | None = None
+    ) -> None:
+        self.generator, self.rows, self.total = generator, rows, total
+        self.place = place or (rows, total)
+
+    @property
+    def local(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def _global(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if shape[0] != self.local:
+            raise ValueError(f"a draw's first dimension must be the micro-batch size {self.local}, got {shape[0]}")
+        return (self.total, *shape[1:])
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, float32, ``shape[0]`` = rows of this micro-batch."""
+        return torch.randn(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform on [0, 1), float32."""
+        return torch.rand(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        return self.normal(*x.shape).to(x)
+
+    def index(self, high: int) -> int:
+        """One integer in {0..high-1}, shared by the whole batch and by all processes."""
+        return int(torch.randint(high, (), generator=self.generator, device=self.generator.device))

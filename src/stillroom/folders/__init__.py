@@ -1,0 +1,1 @@
+"""Reading and writing model folders in the layouts of diffusers and transformers."""

@@ -1,0 +1,227 @@
+"""Text-to-image pipelines of diffusers as teachers, and students as pipelines that diffusers loads by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import VP, Process, RectifiedFlow
+from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.errors import UserError
+from stillroom.files import stay_inside
+from stillroom.folders.diffusers_networks import scheduler_config
+from stillroom.folders.pipeline_families import (
+    BY_CLASS,
+    Size,
+    family_of,
+    network_name,
+    network_of,
+)
+from stillroom.folders.transformers_layout import CONFIG, check_config, without_bar
+from stillroom.parsing import read_json
+from stillroom.surgery.skeleton import pipeline_from_configs, unread
+
+INDEX = "model_index.json"
+LORA = "lora"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""Where the parts of a pipeline may come from; a part from anywhere else would run code of its own."""
+_SIZED = re.compile(r"(?P<folder>.+)@(?P<height>[0-9]+)(x(?P<width>[0-9]+))?")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+def sized(name: str | Path) -> tuple[Path, Size | None]:
+    """``DIR``, ``DIR@512`` or ``DIR@HEIGHTxWIDTH`` as folder and size."""
+    path = Path(name).expanduser()
+    found = _SIZED.fullmatch(str(name))
+    if path.exists() or not found:
+        return path, None
+    height = int(found["height"])
+    return Path(found["folder"]).expanduser(), (height, int(found["width"] or height))
+
+
+def is_pipeline(name: str | Path) -> bool:
+    """Whether a name is the folder of a diffusers pipeline."""
+    return (sized(name)[0] / INDEX).is_file()
+
+
+def check_index(folder: Path) -> dict[str, Any]:
+    """The index of a pipeline's folder. Raises UserError as :func:`check_parts` does, and for a class that is not
+    supported."""
+    index = check_parts(folder)
+    family_of(index.get("_class_name"), str(folder))
+    return index
+
+
+def check_parts(folder: Path) -> dict[str, Any]:
+    """The index of the folder of any pipeline. Raises UserError for parts that would run code from elsewhere, and for
+    files that lead out of the folder."""
+    index = read_json(folder / INDEX)
+    stay_inside(folder)
+    if not isinstance(index.get("_class_name"), str):
+        raise UserError(f"{folder / INDEX} asks for code of its own", cure=f"supported: {', '.join(BY_CLASS)}")
+    for part, (library, name) in _parts(index).items():
+        if not part.isidentifier():  # parts are copied by name: none may lead out of the folder
+            raise UserError(f"{folder / INDEX} has a part called {part!r}", cure="copy the folder again")
+        if library not in LIBRARIES:
+            raise UserError(
+                f"{folder / INDEX}: {part} is a {name} of {library!r}", cure=f"supported: {', '.join(LIBRARIES)}"
+            )
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder} has no {part}/", cure="copy the whole folder")
+        if (folder / part / CONFIG).is_file():
+            check_config(folder / part)
+    return index
+
+
+def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Part -> (library, class) of an index; parts that were left out are not in it."""
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None and value[1] is not None
+    }
+
+
+def _from_pretrained(class_name: str, folder: Path) -> Any:
+    import diffusers
+
+    if unread():
+        return pipeline_from_configs(getattr(diffusers, class_name), folder, read_json(folder / INDEX))
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        with without_bar():
+            pipeline = getattr(diffusers, class_name).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True
+            )
+    except Exception as problem:  # of a config's nonsense anything may come
+        raise UserError(
+            f"the pipeline {folder} cannot be read ({str(problem)[:300]})",
+            cure="copy the folder again; only safetensors files are read, never pickles",
+        ) from None
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+    name = network_name(pipeline)
+    known = {key for file in (folder / name).glob("*.safetensors") for key in _keys(file)}
+    if missing := sorted(set(network_of(pipeline).state_dict()) - known):
+        raise UserError(f"the weights in {folder / name} lack {missing[0]}", cure="copy the folder again")
+    return pipeline
+
+
+def _keys(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def _unsafe(folder: str, names: list[str]) -> list[str]:
+    """What is not copied: weights in formats that run code, and code."""
+    return [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py", ".msgpack", ".h5", ".onnx"))]
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest over names, sizes and times of a folder's files: cheap, and another one after any change."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        state = path.stat()
+        digest.update(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
+    """Write an adapter as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads, and as
+    ``adapter_model.safetensors`` with ``adapter_config.json``, which peft puts on the network alone."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save_file
+
+    role, ranks, alphas, targets = str(denoiser.adapter), set(), set(), []
+    for name, module in denoiser.network.named_modules():
+        if isinstance(module, LoraLayer) and role in module.lora_A:
+            ranks.add(int(module.r[role]))
+            alphas.add(float(module.lora_alpha[role]))
+            targets.append(name)
+    state = {
+        name.replace(f".{role}.", "."): p.detach().cpu().contiguous()
+        for name, p in denoiser.network.named_parameters()
+        if f".{role}." in name
+    }
+    settings: dict[str, Any] = {"r": ranks.pop(), "lora_alpha": alphas.pop(), "target_modules": sorted(targets)}
+    about = json.dumps({f"{prefix}.{key}": value for key, value in (settings | {"peft_type": "LORA"}).items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{prefix}.{name}": value for name, value in state.items()}, folder / LORA_WEIGHTS,
+        metadata={"format": "pt", "lora_adapter_metadata": about},
+    )  # fmt: skip
+    save_file(
+        {f"base_model.model.{name}": value for name, value in state.items()}, folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )  # fmt: skip
+    LoraConfig(**settings).save_pretrained(str(folder))
+
+
+# --- schedulers -------------------------------------------------------------------------------------------------------
+def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: str) -> Any:
+    """A diffusers scheduler that, asked for ``len(sampler.times)`` steps and nothing else, runs a pipeline as
+    ``sampler`` would. Timesteps of several steps are whole numbers, at most one from those of training.
+
+    Raises UserError for samplers that no scheduler reproduces, with what to change.
+    """
+    import diffusers
+
+    n = len(sampler.times)
+    t_init = sampler.times[0]
+    even = tuple(t_init * (1 - k / n) for k in range(n))
+    if any(abs(a - b) > 1e-6 for a, b in zip(sampler.times, even, strict=True)):
+        raise UserError(f"no scheduler of diffusers asks at the times {sampler.times}", cure="use evenly spaced steps")
+    if n > 1 and sampler.renoise == "fixed":
+        raise UserError("no scheduler of diffusers keeps the first noise", cure="options.renoise=fresh, or ddim")
+    if isinstance(process, RectifiedFlow):
+        if t_init != 1.0:
+            raise UserError(
+                f"pipelines of rectified flows start from pure noise, not at t = {t_init}", cure="options.t_init=1.0"
+            )
+        # The same even steps, whether a pipeline gives the scheduler its sigmas (1 .. 1/n) or leaves them to it.
+        return diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=1.0,
+            shift_terminal=None if n == 1 else 1 / n,
+            stochastic_sampling=n > 1 and sampler.renoise == "fresh",
+        )
+    if not isinstance(process, VP):
+        raise UserError(f"students of the {process.name} process cannot be pipelines", cure="use a VP or flow teacher")
+    config = {k: v for k, v in scheduler_config(process, prediction).items() if k != "_class_name"}
+    config["steps_offset"] = 1  # unused here, but Stable Diffusion's pipelines insist on it
+    top = torch.tensor(t_init * process.t_max, dtype=torch.float64)
+    if n == 1:  # one "karras" step lies at sigma_max; its noise is scaled as in training, its time need not be whole
+        sigma = float(process.sigma(top) / process.alpha(top))
+        return diffusers.EulerDiscreteScheduler(
+            **config, timestep_spacing="linspace", use_karras_sigmas=True, sigma_max=sigma, sigma_min=sigma / 2
+        )
+    if sampler.renoise == "ddim":
+        return diffusers.EulerDiscreteScheduler(**_ending_at(config, process, top), timestep_spacing="trailing")
+    if float(process.sigma(top)) < 0.99:
+        raise UserError(
+            f"diffusers' scheduler with fresh noise starts from pure noise, not at {t_init} of the process",
+            cure="options.t_init=1.0, or options.renoise=ddim, or one step",
+        )
+    # With this scaling its boundary condition is the identity: c_skip = 0, c_out = 1.
+    return diffusers.LCMScheduler(**_ending_at(config, process, top), original_inference_steps=n, timestep_scaling=1e8)
+
+
+def _ending_at(config: dict[str, Any], process: VP, top: Tensor) -> dict[str, Any]:
+    """The config of the same process cut off after time ``top``."""
+    steps = round(float(top)) + 1
+    if steps == process.steps:
+        return config
+    times = torch.arange(steps, dtype=torch.float64)
+    kept = process.alpha(times) ** 2
+    betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    return config | {"num_train_timesteps": steps, "trained_betas": betas.tolist()}

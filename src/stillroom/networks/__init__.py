@@ -1,0 +1,1 @@
+"""Networks that no library ships, and the fixed parts that they stand between."""

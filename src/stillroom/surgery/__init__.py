@@ -1,0 +1,1 @@
+"""What is done to a network from outside: taps, adapters, freezing, new weights, no weights."""

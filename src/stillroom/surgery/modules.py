@@ -1,0 +1,26 @@
+"""What may be asked of any module: its size, its device, the hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes. Its weights may be elsewhere (``engine.offload``): then ``runs_on`` says it."""
+    return getattr(module, "runs_on", None) or next(module.parameters()).device
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256, in hex, over names and float32 values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""Networks without weights: made from their configs alone, of fake tensors that have a shape and no memory, so that
+what a training takes can be known before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stillroom.folders.transformers_layout import auto_config
+
+NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where a fake tensor's values would be needed."""
+
+_MODE: ContextVar[FakeTensorMode | None] = ContextVar("skeleton", default=None)
+
+
+@contextmanager
+def weights_unread() -> Iterator[FakeTensorMode]:
+    """Inside, everything that reads a model folder makes the network from its config instead. Yields the mode that its
+    fake tensors belong to."""
+    mode, ordinary = FakeTensorMode(allow_non_fake_inputs=True), nn.Module._apply
+    token = _MODE.set(mode)
+    nn.Module._apply = _convert  # type: ignore[method-assign]  # torch's own fails where a fake tensor stays as it is
+    copied, Tensor.__deepcopy__ = Tensor.__deepcopy__, _copied  # type: ignore[method-assign]  # and this for buffers
+    try:
+        yield mode
+    finally:
+        Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
+        nn.Module._apply = ordinary  # type: ignore[method-assign]
+        _MODE.reset(token)
+
+
+def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply``: what stands behind ``.to()`` and ``.float()``."""
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in tables:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                with torch.no_grad():
+                    new = function(tensor)
+                if new is not tensor:
+                    weight = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(new, tensor.requires_grad) if weight else new
+    return module
+
+
+def _copied(tensor: Tensor, known: dict[int, Any]) -> Tensor:
+    """``copy.deepcopy`` of a tensor, without a look at its storage."""
+    if id(tensor) not in known:
+        new = tensor.detach().clone()
+        known[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return known[id(tensor)]
+
+
+def unread() -> bool:
+    """Whether weights are left where they are (:func:`weights_unread`)."""
+    return _MODE.get() is not None
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """Around the making of networks: their tensors are fake where weights are left unread, and ordinary ones else."""
+    mode = _MODE.get()
+    if mode is None:
+        yield
+    else:
+        with mode, Answered():
+            yield
+
+
+class Answered(TorchDispatchMode):
+    """Answers for the values that fake tensors lack, where the answer is clear: checks are passed, a seed is 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
+            return args[0].answer
+        made = func(*args, **(kwargs or {}))
+        if func in _ANSWERS and isinstance(made, FakeTensor):
+            made.answer = _ANSWERS[func]  # type: ignore[attr-defined]
+        return made
+
+
+_ANSWERS: dict[Any, Any] = {
+    torch.ops.aten.all.default: True,
+    torch.ops.aten.any.default: False,
+    torch.ops.aten.randint.default: 0,
+    torch.ops.aten.randint.low: 0,
+}
+
+
+def from_config(cls: Any, folder: Path) -> nn.Module:
+    """A network of a class of diffusers or transformers, made from the ``config.json`` in its folder."""
+    with making():
+        if hasattr(cls, "load_config"):  # diffusers
+            return cls.from_config(cls.load_config(folder)).eval()
+        config = auto_config(folder)
+        if hasattr(cls, "config_class") and cls.config_class and not isinstance(config, cls.config_class):
+            config = cls.config_class.from_pretrained(folder, local_files_only=True)
+        return (
+            cls.from_config(config, trust_remote_code=False) if cls.__name__.startswith("Auto") else cls(config)
+        ).eval()
+
+
+def pipeline_from_configs(cls: Any, folder: Path, index: Mapping[str, Any]) -> Any:
+    """A pipeline of a class of diffusers whose networks have no weights; ``index``: its ``model_index.json``."""
+    import diffusers
+    import transformers
+
+    given: dict[str, Any] = {key: value for key, value in index.items() if not key.startswith("_")}
+    for name, value in given.items():
+        if not isinstance(value, list):
+            continue
+        library, kind = value
+        part = getattr(diffusers, str(kind), None) or getattr(transformers, str(kind), None)
+        if library is None or part is None or name == "safety_checker":
+            given[name] = None
+        elif isinstance(part, type) and issubclass(part, nn.Module):
+            given[name] = from_config(part, folder / name)
+        else:
+            given[name] = part.from_pretrained(folder / name, local_files_only=True)
+    return cls(**given)
+
+
+def emptied(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Replace what is left of ordinary parameters and buffers by fake ones, in place. Shared ones stay shared."""
+    known: dict[int, Any] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, FakeTensor):
+                    continue
+                if id(tensor) not in known:
+                    with mode:
+                        fake = tensor.detach().new_empty(tensor.shape)
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    known[id(tensor)] = (tensor, nn.Parameter(fake, tensor.requires_grad) if is_weight else fake)
+                tensors[name] = known[id(tensor)][1]
+    return module

@@ -1,0 +1,125 @@
+"""Image classifiers as transformers keeps them: one network and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.sampling import Sampler, sampler_from_dict
+from stillroom.errors import UserError
+from stillroom.folders.denoisers import SIDE_FILE
+from stillroom.folders.image_networks import channels_of
+from stillroom.folders.pretrained import CONFIG, WEIGHTS, pretrained
+from stillroom.folders.processors import PROCESSOR, Pixels, save_processor
+from stillroom.folders.transformers_layout import auto_config
+from stillroom.networks.dual_head import restore, two_heads
+from stillroom.networks.prompt_classifier import is_text_image_model
+from stillroom.networks.recognition import ForwardPass
+from stillroom.parsing import read_json
+from stillroom.surgery.modules import device_of
+
+
+class ImageClassifier:
+    """A network that recognises images; what ``stillroom.load`` returns for one.
+
+    classes: names in the order of the outputs. Images are float32 ``[N, C, H, W]`` in [-1, 1]. sampler: how the network
+    is asked; of one with two heads, with the mixture of their probabilities.
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[str] = (), sampler: Sampler | None = None) -> None:
+        self.network, self.classes, self.sampler = network.eval(), list(classes), sampler or ForwardPass()
+
+    def probabilities(self, images: Tensor, batch: int = 250) -> Tensor:
+        """``[N, classes]`` float32, on the CPU. Raises UserError for images of another number of channels."""
+        channels = channels_of(self.network)
+        if images.ndim != 4 or images.shape[1] not in channels:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} do not fit this classifier",
+                cure=f"give [N, {' or '.join(map(str, channels))}, H, W]",
+            )
+        device = device_of(self.network)
+        sample: Any = self.sampler.sample
+        parts = [sample(self.network, part.to(device)).float().softmax(-1).cpu() for part in images.split(batch)]
+        return torch.cat(parts)
+
+    def classify(self, images: Tensor, batch: int = 250) -> list[str]:
+        """The name of the most probable class of each image."""
+        return [self.classes[i] for i in self.probabilities(images, batch).argmax(-1).tolist()]
+
+    def save(self, folder: str | Path, **extra: Any) -> None:
+        """Write the folder as ``save_pretrained`` does, the processor's settings too; ``extra`` entries go into
+        ``stillroom.json`` beside it."""
+        network: Any = self.network
+        side = {"sampler": self.sampler.to_dict(), "classes": self.classes, **extra}
+        outputs = list(self.classes)
+        if heads := two_heads(network):
+            outputs += [f"{name} (teacher's head)" for name in self.classes]
+            side["heads"] = {"align": heads.align, "zeta": heads.zeta}
+        network.config.id2label = dict(enumerate(outputs))
+        network.config.label2id = {name: i for i, name in enumerate(outputs)}
+        network.save_pretrained(folder)
+        save_processor(network, Path(folder), channels_of(network)[0])
+        (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ImageClassifier:
+        """Read a folder of transformers with a model for image classification, weights in safetensors only. Size, mean
+        and deviation of its images come from its ``preprocessor_config.json``: the network is given images in [-1, 1]
+        all the same.
+
+        Raises UserError for a missing, incomplete or damaged folder.
+        """
+        from transformers import AutoModelForImageClassification
+
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder} holds no classifier", cure=f"it needs {CONFIG} and {WEIGHTS}")
+        if is_text_image_model(folder):
+            raise UserError(
+                f"{folder} holds a text-image model, which knows no classes of its own",
+                cure="name it as a teacher, after the student's network: teacher=resnet-small,FOLDER",
+            )
+        config = auto_config(folder)
+        if type(config) not in AutoModelForImageClassification._model_mapping:
+            raise UserError(
+                f"{folder / CONFIG} describes no image classifier, but a {type(config).__name__}",
+                cure="give an AutoModelForImageClassification of transformers",
+            )
+        network = pretrained(AutoModelForImageClassification, folder)
+        side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+        classes = side.get("classes") or [str(name) for _, name in sorted(config.id2label.items())]
+        if "heads" in side:
+            restore(network, side["heads"])
+        if (folder / PROCESSOR).is_file():
+            Pixels.read(folder, channels_of(network)[0]).attach(network)
+        return cls(network, classes, sampler_from_dict(side["sampler"]) if "sampler" in side else None)
+
+
+class Mixed(nn.Module):
+    """A network with two heads as one of a single head: images to the logarithm of the mixed probabilities."""
+
+    def __init__(self, classifier: ImageClassifier) -> None:
+        super().__init__()
+        self.whole, self.sampler = classifier.network, classifier.sampler
+        self.channels = channels_of(classifier.network)
+        self.config = SimpleNamespace(num_labels=len(classifier.classes), num_channels=self.channels[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        sample: Any = self.sampler.sample
+        return sample(self.whole, images)
+
+
+def asked(classifier: ImageClassifier) -> nn.Module:
+    """The classifier as a network with one output for each class."""
+    return Mixed(classifier) if two_heads(classifier.network) else classifier.network
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a model folder holds a classifier of transformers."""
+    return (folder / CONFIG).is_file() and "architectures" in read_json(folder / CONFIG)

@@ -1,0 +1,92 @@
+"""Text classifiers as transformers keeps them: a network, its tokenizer and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.sampling import Sampler
+from stillroom.errors import UserError
+from stillroom.folders.denoisers import SIDE_FILE
+from stillroom.folders.text_networks import CONFIG, load_text_network
+from stillroom.networks.recognition import ForwardPass
+from stillroom.parsing import read_json
+from stillroom.surgery.modules import device_of
+
+
+class TextClassifier:
+    """A network that names the class of a text; what ``stillroom.load`` returns for one.
+
+    classes: names in the order of the outputs. length: tokens of a text; longer ones are cut.
+    """
+
+    def __init__(
+        self, network: nn.Module, tokenizer: Any, classes: Sequence[str], length: int, sampler: Sampler | None = None
+    ) -> None:
+        self.network, self.tokenizer, self.classes = network.eval(), tokenizer, list(classes)
+        self.length, self.sampler = int(length), sampler or ForwardPass()
+
+    def probabilities(self, texts: Sequence[str], batch: int = 250) -> Tensor:
+        """``[N, classes]`` float32, on the CPU. Raises UserError for what is no list of texts."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError("texts are a list of strings", cure="wrap a single text: [text]")
+        parts = [self._ask(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
+
+    def _ask(self, texts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.length, padding_side="right",
+            return_tensors="pt",
+        )  # fmt: skip
+        device = device_of(self.network)
+        inputs = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
+        sample: Any = self.sampler.sample
+        return sample(self.network, inputs).float().softmax(-1).cpu()
+
+    def classify(self, texts: Sequence[str], batch: int = 250) -> list[str]:
+        """The name of the most probable class of each text."""
+        return [self.classes[i] for i in self.probabilities(texts, batch).argmax(-1).tolist()]
+
+    def save(self, folder: str | Path, **extra: Any) -> None:
+        """Write network and tokenizer as ``save_pretrained`` does; ``extra`` entries go into ``stillroom.json``. Of a
+        module that transformers does not know, the weights alone are written."""
+        from safetensors.torch import save_model
+
+        folder, network = Path(folder), self.network
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(network, "save_pretrained"):
+            config: Any = network.config
+            config.id2label = dict(enumerate(self.classes))
+            config.label2id = {name: i for i, name in enumerate(self.classes)}
+            network.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            save_model(network, str(folder / "model.safetensors"))
+        self.tokenizer.save_pretrained(folder)
+        side = {"sampler": self.sampler.to_dict(), "classes": self.classes, "length": self.length, **extra}
+        (folder / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TextClassifier:
+        """Read a folder of transformers with a model for sequence classification and its tokenizer.
+
+        Raises UserError for a missing, incomplete or damaged folder.
+        """
+        folder = Path(folder)
+        network, tokenizer = load_text_network(folder, classes=1)
+        if tokenizer is None:
+            raise UserError(f"{folder} has no tokenizer", cure="copy the tokenizer's files beside the model")
+        config: Any = network.config
+        classes = [str(name) for _, name in sorted(config.id2label.items())]
+        side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+        return cls(network, tokenizer, classes, side.get("length", min(int(tokenizer.model_max_length), 512)))
+
+
+def is_text_classifier(folder: Path) -> bool:
+    """Whether a model folder holds a text classifier of transformers."""
+    kinds = read_json(folder / CONFIG).get("architectures") or [] if (folder / CONFIG).is_file() else []
+    return any(kind.endswith("ForSequenceClassification") for kind in kinds)

@@ -1,0 +1,1 @@
+"""Images from prompts, by pipelines of diffusers."""

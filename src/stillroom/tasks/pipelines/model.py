@@ -1,0 +1,237 @@
+"""Text-to-image pipelines of diffusers as teachers, and students as pipelines that diffusers loads by itself."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.process import process_from_dict
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, sampler_from_dict
+from stillroom.errors import UserError
+from stillroom.folders.denoisers import SIDE_FILE, save_network
+from stillroom.folders.pipeline_families import (
+    Family,
+    Size,
+    check_pipeline,
+    family_of,
+    network_name,
+    network_of,
+)
+from stillroom.folders.pipelines import (
+    INDEX,
+    LORA,
+    _from_pretrained,
+    _parts,
+    _unsafe,
+    check_index,
+    few_step_scheduler,
+    save_lora,
+    sized,
+)
+from stillroom.parsing import read_json
+from stillroom.surgery.lora import LoraDenoiser, plain_copy
+
+TEACHER_STEPS = 25
+
+
+@dataclass(frozen=True)
+class OwnScheduler(Sampler):
+    """A pipeline's own scheduler, as its class runs it. steps: 0 is 25. guidance: the scale that is
+    asked for; 1 is none."""
+
+    name: ClassVar[str] = "scheduler"
+    steps: int = 0
+    guidance: float = 1.0
+
+    @property
+    def nfe(self) -> int:
+        return (self.steps or TEACHER_STEPS) * (1 if self.guidance in (0.0, 1.0) else 2)
+
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        raise UserError("a pipeline's own scheduler runs inside the pipeline only", cure="PipelineGenerator.sample")
+
+
+class PipelineGenerator:
+    """A text-to-image pipeline of diffusers, with its network as a :class:`Denoiser`.
+
+    pipeline: any pipeline of a supported class. sampler: how it is run; a :class:`FewStepSampler` replaces the
+    scheduler by one that asks at those times. size: (height, width) of a picture in pixels.
+    Raises UserError for classes, parts and samplers that are not supported, naming them.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        sampler: Sampler | None = None,
+        denoiser: Denoiser | None = None,
+        size: Size | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.family: Family = family_of(type(pipeline).__name__, "the teacher")
+        check_pipeline(pipeline, self.family, str(folder or type(pipeline).__name__))
+        self.size: Size = size or self.family.own_size(pipeline)
+        self.folder = folder
+        shape = self.family.shape(pipeline, self.size)
+        if denoiser is None:
+            process, kind = self.family.process(pipeline, self.size)
+            network = network_of(pipeline)
+            asked = {"call": self.family.call, "guide": self.family.guide}
+            denoiser = Denoiser(network, process, kind, shape=shape, **asked)  # type: ignore[arg-type]
+        self.denoiser = denoiser.eval()
+        self.sampler = sampler or OwnScheduler()
+        self.pipeline = copy.copy(pipeline)
+        parts: dict[str, Any] = {network_name(pipeline): denoiser.network}
+        if isinstance(self.sampler, FewStepSampler):
+            parts["scheduler"] = few_step_scheduler(self.sampler, denoiser.process, denoiser.prediction)
+        self.pipeline.register_modules(**parts)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline's own call is given besides prompts, noise and size."""
+        found = {**self.family.arguments, "num_inference_steps": self.steps}
+        guidance = getattr(self.sampler, "guidance", 1.0)
+        if guidance != 1.0:
+            found[self.family.guided] = guidance - self.family.offset
+            if self.family.guided == "true_cfg_scale":
+                found["negative_prompt"] = self.family.null
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Of the scheduler."""
+        if isinstance(self.sampler, FewStepSampler):
+            return len(self.sampler.times)
+        return getattr(self.sampler, "steps", 0) or TEACHER_STEPS
+
+    @torch.no_grad()
+    def sample(
+        self, captions: Sequence[str] | str, seed: int | Sequence[int] = 0, batch: int = 8, **changes: Any
+    ) -> Tensor:
+        """Images ``[N, 3, H, W]`` float32 in [-1, 1], one per caption, drawn by the pipeline itself, on the CPU.
+
+        seed: of the whole call, or one for each caption. Image i starts from noise of its own; of the schedulers, those
+        of rectified flows draw the noise between steps for a batch at a time. changes: arguments of the pipeline's own
+        call, e.g. ``guidance_scale``. Raises UserError without captions.
+        """
+        texts = [captions] if isinstance(captions, str) else list(captions)
+        if not texts:
+            raise UserError("no samples were asked for", cure="give at least one caption")
+        seeds = [_mix(seed, i) for i in range(len(texts))] if isinstance(seed, int) else [int(one) for one in seed]
+        if len(seeds) != len(texts):
+            raise UserError(f"{len(seeds)} seeds for {len(texts)} captions", cure="give one seed, or one per caption")
+        arguments, found = {**self.arguments, **changes}, []
+        for start in range(0, len(texts), batch):
+            rows = slice(start, start + batch)
+            generators = [torch.Generator().manual_seed(one) for one in seeds[rows]]
+            part = dict(arguments)
+            if isinstance(part.get("negative_prompt"), str):
+                part["negative_prompt"] = [part["negative_prompt"]] * len(texts[rows])
+            with torch.random.fork_rng(), self.denoiser.adapter_scope():
+                torch.manual_seed(_mix(*seeds[rows]))
+                images = self.pipeline(
+                    prompt=texts[rows], height=self.size[0], width=self.size[1], generator=generators,
+                    output_type="pt", **part,
+                )[0]  # fmt: skip
+            images = images[:, 0] if images.ndim == 5 else images
+            found.append(images.float().cpu() * 2 - 1)
+        return torch.cat(found)
+
+    def to(self, device: torch.device | str) -> PipelineGenerator:
+        self.pipeline.to(device)
+        self.denoiser.to(device)
+        return self
+
+    def student(self, network: Denoiser, sampler: Sampler) -> PipelineGenerator:
+        """This pipeline with another network and sampler; all other parts are shared."""
+        return PipelineGenerator(self.pipeline, sampler, network, self.size, self.folder)
+
+    # --- words and pictures ---------------------------------------------------------------------------------------
+    def conditions(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``(conditions [B, ...], unconditional values)`` of prompts, under the names that the network takes."""
+        return self.family.conditions(self.pipeline, prompts, self.size)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Latents of images ``[B, 3, H, W]`` in [-1, 1], of this generator's size."""
+        return self.family.latents(self.pipeline, images)
+
+    # --- folders --------------------------------------------------------------------------------------------------
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
+        """Write a pipeline folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads by itself. Parts other
+        than network and scheduler are copied from the teacher's folder. A LoRA student is merged, and its adapter
+        written to ``lora/`` in diffusers' own format as well. ``extra`` entries go to ``stillroom.json``."""
+        folder, name = Path(folder), network_name(self.pipeline)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = self.denoiser.adapter if isinstance(self.denoiser, LoraDenoiser) else None
+        if adapter:
+            save_lora(self.denoiser, name, folder / LORA)
+        network = plain_copy(self.denoiser, adapter).network if adapter else self.denoiser.network
+        if self.folder is not None:
+            index = read_json(self.folder / INDEX)
+            for part in _parts(index):
+                if part not in (name, "scheduler") and (self.folder / part).is_dir():
+                    shutil.copytree(self.folder / part, folder / part, ignore=_unsafe, dirs_exist_ok=True)
+        else:
+            others = {k: v for k, v in self.pipeline.components.items() if k not in (name, "scheduler")}
+            index = dict(self.pipeline.config)
+            for part, module in others.items():
+                if isinstance(module, nn.Module):
+                    module.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+                elif hasattr(module, "save_pretrained"):
+                    module.save_pretrained(folder / part)
+        save_network(network, folder, dtype)
+        self.pipeline.scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(self.pipeline.scheduler).__name__]
+        index["_class_name"] = type(self.pipeline).__name__
+        index.pop("_name_or_path", None)
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        side = {
+            "process": self.denoiser.process.to_dict(),
+            "prediction": self.denoiser.prediction,
+            "sampler": self.sampler.to_dict(),
+            "size": list(self.size),
+            "arguments": self.arguments,
+            **extra,
+        }
+        (folder / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, name: str | Path) -> PipelineGenerator:
+        """Read a pipeline's folder, or ``DIR@SIZE`` / ``DIR@HEIGHTxWIDTH`` for pictures of another size than its own.
+
+        Only safetensors are read, nothing is downloaded, no code of the folder is run. Raises UserError for what is
+        missing, damaged or not supported, naming it.
+        """
+        folder, size = sized(name)
+        index = check_index(folder)
+        pipeline = _from_pretrained(index["_class_name"], folder)
+        side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+        if side.get("sampler", {}).get("name", OwnScheduler.name) == OwnScheduler.name:
+            return cls(pipeline, size=size, folder=folder)
+        # A student's scheduler only samples; what it was trained with stands in the side file.
+        size = size or (int(side["size"][0]), int(side["size"][1]))
+        family = family_of(index["_class_name"], str(folder))
+        denoiser = Denoiser(
+            network_of(pipeline), process_from_dict(side["process"]), side["prediction"],
+            shape=family.shape(pipeline, size), call=family.call, guide=family.guide,
+        )  # fmt: skip
+        return cls(pipeline, sampler_from_dict(side["sampler"]), denoiser, size, folder)
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from numbers."""
+    text = "/".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,1 @@
+"""Images from captions, in a fixed space of text features and latents."""
