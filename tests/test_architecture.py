@@ -20,7 +20,18 @@ SOURCE = ROOT / "src" / "stillroom"
 
 # What each part of the package may import besides itself. A part that is not listed here fails the test.
 TOOLS = {"losses", "diffusion", "networks", "surgery", "folders", "augment", "draws", "errors", "files", "parsing"}
-BELOW_BENCH = TOOLS | {"cache", "data", "evaluation", "method", "engine", "recipe", "methods", "tasks"}
+BELOW_BENCH = TOOLS | {
+    "cache",
+    "data",
+    "evaluation",
+    "method",
+    "engine",
+    "recipe",
+    "methods",
+    "tasks",
+    "task",
+    "training",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -36,6 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": TOOLS,
     "evaluation": TOOLS | {"data", "tasks"},
     "method": TOOLS,
+    "task": TOOLS | {"evaluation", "recipe"},
+    "training": TOOLS | {"method", "engine", "recipe", "task"},
     "engine": TOOLS | {"data", "method"},
     "recipe": TOOLS | {"method", "engine"},
     "catalogue": TOOLS | {"method"},

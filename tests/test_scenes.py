@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.bench.scenes import PARSER_DIR, ScenesBench, scene_eval, teach_parser
+from stillroom.data.scenes import pictures as scenes
 from stillroom.data.scenes.captions import (
     CATEGORIES,
     COLOURS,
@@ -24,7 +25,6 @@ from stillroom.data.scenes.captions import (
     satisfied,
 )
 from stillroom.data.scenes.pictures import PAINT, SHAPE, mirrored, render, scene_set
-from stillroom.data.scenes.pictures import pictures as scenes
 from stillroom.errors import UserError
 from stillroom.evaluation import scene_parser
 from stillroom.evaluation.metrics import to_uint8

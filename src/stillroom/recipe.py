@@ -84,6 +84,8 @@ class Recipe:
     """Name of the run's folder; empty: the method's slug."""
     teacher: str = "fashion"
     """A shipped teacher by name, or a folder that diffusers loads; several, where the method takes them, by commas."""
+    student: str = ""
+    """What is trained: a network by name, a model folder, or a run; empty: a copy of the teacher."""
     data: str = "fashion"
     """A shipped data set by name, or a folder."""
     options: dict[str, Any] = field(default_factory=dict)

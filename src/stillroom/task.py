@@ -1,0 +1,356 @@
+"""Task and model: what a kind of model must say so that every command works with it.
+
+A :class:`Task` says what a run reads, what a method's ``build`` is given and how the result is looked at and measured.
+A :class:`Model` is a finished network that can be loaded, saved, asked, timed and written for other runtimes. Both are
+found by name: no command knows a class of model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.sampling import Sampler
+from stillroom.errors import UserError, nearest
+from stillroom.evaluation.scores import Score
+from stillroom.surgery.modules import parameter_count
+
+if TYPE_CHECKING:
+    from stillroom.recipe import Recipe
+
+IN_MEMORY = "(in memory)"
+"""Stands in a recipe for a teacher, a student or data that were given as objects."""
+COLUMNS = 8
+"""Samples in a row of a sample grid."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+ENTRY_POINT_GROUP = "stillroom.tasks"
+SIDE_FILE = "stillroom.json"
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Rows:
+    """Something of a model's to look at, row by row. names: of the rows. images: ``[rows, columns, C, H, W]`` in
+    [-1, 1]; None where there are no pictures. texts: lines of text for each row instead."""
+
+    names: Sequence[str] = ()
+    images: Tensor | None = None
+    texts: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True)
+class Card:
+    """A task's part of the model card. library, tag: as model hubs call them (empty: they have no name for it). makes:
+    the sentence of what the student is. use: lines of Python after ``student = sr.load(...)``. front: more of the front
+    matter. sections: Markdown between use and scores, and after them."""
+
+    makes: str
+    use: Sequence[str]
+    library: str = ""
+    tag: str = ""
+    kind: str = ""  # of the task in the model index, where hubs have no tag
+    front: Mapping[str, Any] = field(default_factory=dict)
+    before_scores: Sequence[str] = ()
+    after_scores: Sequence[str] = ()
+
+
+@dataclass
+class Part:
+    """One file of an export. module: called with tensors by position. inputs, outputs: their names, in order. example:
+    ``(batch, generator)`` to random inputs. axes: input -> {axis: name} of axes of any length besides the first.
+    reference: what the file must answer as, where that is not ``module`` itself."""
+
+    module: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: Callable[[int, torch.Generator], tuple[Tensor, ...]]
+    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    reference: Callable[..., Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Class of the network inside."""
+        network = self.module
+        while isinstance(inner := getattr(network, "network", None), nn.Module):
+            network = inner
+        return type(network).__name__
+
+    @torch.no_grad()
+    def eager(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the model itself answers."""
+        output = (self.reference or self.module)(*inputs)
+        return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+# --- the finished model -----------------------------------------------------------------------------------------------
+class Model:
+    """A finished model. A subclass has :meth:`holds`, :meth:`load`, :meth:`save` and a verb of its own (``sample``,
+    ``classify``, ...), and says how one call of it is timed (:meth:`call`).
+
+    does: "this model ..." in words. usage: the Python call that does it, for whoever asks for something else.
+    asked_by: what `stillroom sample` takes: ``labels``, ``captions``, or nothing.
+    """
+
+    does: ClassVar[str] = "is a model"
+    usage: ClassVar[str] = "stillroom.load(DIR)"
+    asked_by: ClassVar[str] = ""
+    int8: ClassVar[bool] = False  # whether a quantised export makes sense
+    sampler: Sampler
+
+    # --- folders --------------------------------------------------------------------------------------------------
+    @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """Whether a folder without a ``stillroom.json`` that names a task holds such a model."""
+        return False
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Model:
+        """Read a folder. Raises UserError for a missing, incomplete or damaged one, naming the file."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path, **extra: Any) -> None:
+        """Write the folder; ``extra`` entries go into its ``stillroom.json``."""
+        raise NotImplementedError
+
+    # --- costs ----------------------------------------------------------------------------------------------------
+    @property
+    def module(self) -> nn.Module:
+        """The network whose parameters count."""
+        return self.network  # type: ignore[attr-defined]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations for one answer."""
+        return self.sampler.nfe
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.module)
+
+    # --- looked at ------------------------------------------------------------------------------------------------
+    def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
+        """``n`` answers for each thing that is asked for (by default one of each kind), to look at. Raises UserError
+        for a model that has none."""
+        raise UserError(f"this model {self.does}, it draws nothing", cure=self.usage)
+
+    def check_asked(self, labels: Sequence[str], captions: Sequence[str]) -> Sequence[str]:
+        """What of a command's ``--labels`` and ``--captions`` this model is asked for. Raises UserError for the
+        other."""
+        given = {"labels": labels, "captions": captions}
+        wrong = [name for name, values in given.items() if values and name != self.asked_by]
+        if wrong and self.asked_by:
+            draws = {"labels": "classes", "captions": "captions"}
+            raise UserError(
+                f"this model draws {draws[self.asked_by]}, not {draws[wrong[0]]}", cure=f"give --{self.asked_by}"
+            )
+        return given.get(self.asked_by, ())
+
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        """File stem -> part, for an export. whole: the whole of a one-step generator too. size: (height, width) of
+        images, for models whose config does not say. Raises UserError for what cannot be exported."""
+        raise UserError(
+            f"a {type(self).__name__} cannot be exported", cure="give a student of stillroom, or its folder"
+        )
+
+    def export_facts(self) -> dict[str, Any]:
+        """What ``export.json`` says of this model beside its files."""
+        return {}
+
+    def export_extras(self, folder: Path) -> None:
+        """Write what the exported files need beside them (a tokenizer)."""
+
+    def judge(self, data: str, test: Any) -> Callable[[Callable[..., Any]], dict[str, float]] | None:
+        """Scores of an exported file, as a function of its runner, on labelled data; None where there are none."""
+        return None
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+class Task:
+    """What a run is about. One object serves one run; :meth:`load` comes first.
+
+    name: set by :func:`task`. serves: other tasks' names that methods may ask for and that this one can stand in for,
+    where :meth:`takes` the teacher. model: the class of its finished models. things: what the data hold, in words.
+    data: what the trainer reads. origin: where it came from. made: teachers that the method itself trained.
+    """
+
+    name: ClassVar[str]
+    serves: ClassVar[tuple[str, ...]] = ()
+    model: ClassVar[type[Model]]
+    things: ClassVar[str] = "images"
+    timed: ClassVar[tuple[int, ...]] = (1, 32)  # batch sizes
+    data: Any
+    origin: str
+    made: Mapping[str, nn.Module]
+
+    def __init__(self) -> None:
+        self.made = {}
+
+    @classmethod
+    def takes(cls, teacher: Any) -> bool:
+        """Whether this teacher, by name or as an object, is of this task's kind. Asked of tasks that stand in for
+        another."""
+        return False
+
+    # --- before the training --------------------------------------------------------------------------------------
+    def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        """Read student, teachers and data and check that they fit together. Writes nothing into the run's folder.
+
+        given: ``teacher``, ``student``, ``data``: objects to use instead of those that the recipe names. Raises
+        UserError.
+        """
+        raise NotImplementedError
+
+    def sketch(self, recipe: Recipe) -> None:
+        """Like :meth:`load`, for a plan: networks have no weights (:func:`~stillroom.surgery.skeleton.weights_unread`),
+        and what networks would have to compute of the data has the right shapes alone."""
+        self.load(recipe)
+
+    def given(self) -> Mapping[str, Any]:
+        """What a method's ``build`` may ask for, by name: ``teacher`` (where there is one), ``teachers`` (a list),
+        ``student``, ``space``, ``classes``."""
+        raise NotImplementedError
+
+    def check(self, method: Any) -> None:
+        """Raises UserError where the built method does not fit this task. Default: it does."""
+
+    # --- after the training ---------------------------------------------------------------------------------------
+    def student(self, network: nn.Module, sampler: Sampler) -> Model:
+        """The trained network as a finished model."""
+        raise NotImplementedError
+
+    def teachers(self) -> Mapping[str, Model]:
+        """The teachers by the name that tables and files call them."""
+        raise NotImplementedError
+
+    def rows(self, model: Model, seed: int) -> Rows:
+        """Samples to look at."""
+        return model.rows(seed=seed)
+
+    def call(self, model: Model, batch: int) -> Any:
+        """One typical call of the model's verb on ``batch`` inputs, to be timed."""
+        raise NotImplementedError
+
+    def cost(self, model: Model) -> dict[str, Any]:
+        """``latency_ms`` (median of 30 calls, by batch size) and ``macs`` for one input."""
+        from stillroom.evaluation import cost
+
+        timings = cost.latency(lambda batch: self.call(model, batch), batches=self.timed)
+        found: dict[str, Any] = {"latency_ms": {str(t.batch): round(t.median_ms, 3) for t in timings}}
+        return found | {"macs": cost.macs(lambda: self.call(model, 1))}
+
+    def facts(self, student: Model) -> dict[str, Any]:
+        """More that ``result.json`` is to say of the run, for the report and the card."""
+        return {}
+
+    def measure(self, recipe: Recipe, student: Model, bench: Any = None) -> dict[str, Any]:
+        """Costs and, where there is something to measure on, scores of student, teachers and real data.
+
+        bench: of these data, where there is one. Gives ``{"task", who: {"nfe", "params", "latency_ms", "macs"}, ...}``
+        and what :meth:`scores` gives.
+        """
+        everyone: dict[str, Model] = {"student": student, **self.teachers()}
+        costs: dict[str, dict[str, Any]] = {who: {"nfe": m.nfe, "params": m.parameters} for who, m in everyone.items()}
+        found: dict[str, Any] = {"task": self.name, **costs, **self.facts(student)}
+        if recipe.evaluate.n == 0:
+            return found
+        say("timing student and teachers")
+        for who, model in everyone.items():
+            costs[who] |= self.cost(model)
+        return found | self.scores(recipe, everyone, bench)
+
+    def scores(self, recipe: Recipe, everyone: Mapping[str, Model], bench: Any = None) -> dict[str, Any]:
+        """``{"scores": {who: {key: value}}, "metrics": [Score.to_dict()], "bench": {"n", "reference"}}``, or nothing
+        where nothing can be measured. Default: what the bench says."""
+        return bench.compare(everyone, recipe.evaluate.n, recipe.evaluate.seed) if bench is not None else {}
+
+    # --- in words -------------------------------------------------------------------------------------------------
+    @classmethod
+    def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
+        """This task's part of the model card, from the run's recipe and result."""
+        taught = " and ".join(f"`{name}`" for name in (recipe.teacher or recipe.student).split(","))
+        return Card(makes=f"A student of {taught}", use=[cls.model.usage.replace("stillroom.load(DIR)", "student")])
+
+    @classmethod
+    def report_part(cls) -> Path | None:
+        """The template of this task's own part of the report, beside the class; None where it has none."""
+        path = Path(sys.modules[cls.__module__].__file__ or "").parent / "report.html"
+        return path if path.is_file() else None
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def told(scores: Iterable[Score], values: Mapping[str, Mapping[str, Any]], **bench: Any) -> dict[str, Any]:
+    """What :meth:`Task.scores` gives, from the scores that are shown and each model's values."""
+    shown = [score.to_dict() for score in scores]
+    return {"bench": bench, "metrics": shown, "scores": {who: dict(found) for who, found in values.items()}}
+
+
+# --- registry ---------------------------------------------------------------------------------------------------------
+_REGISTRY: dict[str, type[Task]] = {}
+
+
+def task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: make a task known by its name."""
+
+    def add(cls: type[Task]) -> type[Task]:
+        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"two tasks claim the name {name!r}: {_REGISTRY[name].__module__} and {cls.__module__}")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def tasks() -> dict[str, type[Task]]:
+    """All known tasks by name: stillroom's own and those that installed packages offer as ``stillroom.tasks``."""
+    package = importlib.import_module("stillroom.tasks")
+    for room in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if room.ispkg:
+            importlib.import_module(f"{room.name}.task")
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        point.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get_task(name: str) -> type[Task]:
+    """A task by its name. Raises UserError for an unknown one, naming the nearest."""
+    known = tasks()
+    if name not in known:
+        raise UserError(f"unknown task {name!r}{nearest(name, known)}", cure=f"known: {', '.join(known)}")
+    return known[name]
+
+
+def make_task(name: str, teacher: Any = "") -> Task:
+    """A new task of this name, or of one that stands in for it and takes this teacher (by name, or an object)."""
+    found = get_task(name)
+    stand_ins = (cls for cls in tasks().values() if name in cls.serves and cls.takes(teacher))
+    return next(stand_ins, found)()
+
+
+def load_model(folder: Path) -> Model:
+    """The finished model in a folder, of whichever task its ``stillroom.json`` names, or its files show."""
+    from stillroom.parsing import read_json
+
+    side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
+    if isinstance(named := side.get("task"), str) and named in tasks():
+        return tasks()[named].model.load(folder)
+    for cls in tasks().values():
+        if cls.model.holds(folder):
+            return cls.model.load(folder)
+    if not folder.is_dir():
+        raise UserError(f"teacher folder {folder} does not exist", cure="give a folder in diffusers layout")
+    raise UserError(f"{folder} holds no model", cure="give a folder that diffusers or transformers loads")
