@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.engine import precision
-from stillroom.engine.checkpoint import lock_run
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.interrupt import Interrupted
@@ -26,6 +25,7 @@ from stillroom.engine.player import clip_norm, learning_rate_factor
 from stillroom.engine.progress import Progress
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import TrainingDiverged, UserError
+from stillroom.files import held
 from stillroom.method import Method, Optim, Stage, turn
 from workers.toy import Net, Points, Role, Stop, Toy, stop_after, trainer, weights
 
@@ -395,8 +395,8 @@ def test_metrics_have_a_row_per_interval_with_every_turn_in_it(tmp_path: Path) -
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
-    code = "import sys; from stillroom.engine.checkpoint import lock_run; from pathlib import Path\n"
-    code += "with lock_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from stillroom.files import held; from pathlib import Path\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     holder = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
@@ -412,7 +412,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_process_may_hold_its_run_folder_several_times(tmp_path: Path) -> None:
-    with lock_run(tmp_path):
+    with held(tmp_path):
         fit(tmp_path)
 
 

@@ -789,7 +789,7 @@ def test_a_full_disk_is_named_and_resumed_from(tmp_path: Path, short: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(UserError, match=r"cannot write .*: No space left on device; free some space"):
+        with pytest.raises(UserError, match=r"no space left on the disk while writing .*; free some space"):
             draw(tmp_path / "store", captions=CAPTIONS[:10])
     draw(tmp_path / "store", resume=True, captions=CAPTIONS[:10])
     assert contents(tmp_path / "store") == contents(short)

@@ -1,28 +1,138 @@
-"""What everything that must survive a crash or be trusted later is written and checked with."""
+"""What everything that must survive a crash, be held by one process or be trusted later is written and checked with."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import os
+import re
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stillroom.errors import UserError
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 LARGEST_UNPACKED = 1 << 30
 """Bytes of a compressed file after its decompression."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM_TEXT = re.compile(r"(os error|Errno) (28|122)\b")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def writing(place: Path, *, full_disk_only: bool = False) -> Iterator[None]:
+    """Turn what the operating system refuses (a full disk, no permission) into a ``UserError`` that names ``place``.
+
+    full_disk_only: for code that does more than write; other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch.distributed.checkpoint report the operating system's error as text only
+        if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _NO_ROOM_TEXT.search(str(error)):
+            raise UserError(
+                f"no space left on the disk while writing {place}; what was finished before is intact",
+                cure="free some space, then resume",
+            ) from error
+        if isinstance(error, OSError) and not full_disk_only:
+            raise UserError(
+                f"cannot write {place}: {error.strerror or error}", cure="choose a folder of your own"
+            ) from error
+        raise
+
+
+def write(path: Path, content: str | bytes | Callable[[Path], object], aside: Path | None = None) -> None:
+    """Write or replace a file: after a crash at any moment it holds the old content or the new, never a part.
+
+    content: text, bytes, or what writes the file that it is given. aside: where the new content waits, on the same
+    disk; by default beside ``path``, under a name that no other process uses. Raises UserError for what the operating
+    system refuses.
+    """
+    aside = aside or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            if callable(content):
+                content(aside)
+            else:
+                aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            sync(aside)
+            os.replace(aside, path)
+        except Exception:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
     """fsync a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
+# --- holding ----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock file ``path`` and hold it; the operating system frees it at death. Not to be taken twice."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
+        yield
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process, which may hold it several times over; the operating system frees it at
+    death. Raises ``UserError`` if another process holds it."""
+    from filelock import Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _folder_lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"the run folder {folder} is in use by another process", cure="wait for it, or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process holds the folder."""
+    if not (folder / ".lock").is_file():
+        return False
+    lock = _folder_lock(folder)
+    if lock.is_locked:
+        return True
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except OSError as error:
+        return isinstance(error, TimeoutError)
+
+
+def _folder_lock(folder: Path) -> BaseFileLock:
+    from filelock import FileLock
+
+    return FileLock((folder / ".lock").resolve(), thread_local=False, is_singleton=True)
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:

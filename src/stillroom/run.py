@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -14,11 +13,10 @@ from typing import Any
 
 import torch
 
-from stillroom.engine.checkpoint import lock_run, write_atomically, writing
 from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.files import stay_inside
+from stillroom.files import held, in_use, stay_inside, write, writing
 from stillroom.folders.pipelines import sized
 from stillroom.folders.shipped import model_folder
 from stillroom.method import Method, get_method
@@ -66,9 +64,9 @@ def run(
     if not first:
         return RunResult(run_dir, _train(trainer, task))
     check_space(run_dir, method, recipe)
-    with lock_run(run_dir), writing(run_dir):
+    with held(run_dir), writing(run_dir, full_disk_only=True):
         if not resume:
-            write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+            write(run_dir / "recipe.yaml", recipe.to_yaml())
         student = _train(trainer, task)
         return finish(recipe, run_dir, method, task, student)
 
@@ -117,8 +115,8 @@ def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: G
         "cost": training_cost(run_dir),
         **task.measure(recipe, student),
     }
-    write_atomically(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
-    write_atomically(run_dir / "student" / "README.md", model_card(recipe, result, type(method).paper))
+    write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    write(run_dir / "student" / "README.md", model_card(recipe, result, type(method).paper))
     return RunResult(run_dir, student, result.get("scores", {}), result["cost"], write_report(run_dir))
 
 
@@ -188,16 +186,3 @@ def check_space(run_dir: Path, method: Method, recipe: Recipe) -> None:
             f"disk full: {parent} has {free / 1e6:.0f} MB free, this run needs {need / 1e6:.0f} MB",
             cure="free some space, or lower engine.keep",
         )
-
-
-def in_use(run_dir: Path) -> bool:
-    """Whether a living process holds the run's folder."""
-    path = run_dir / ".lock"
-    if not path.is_file():
-        return False
-    with path.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False

@@ -19,9 +19,9 @@ from torch import distributed as dist
 
 from stillroom.augment.images import Augmentation, numbered_views
 from stillroom.data.source import ArrayData
-from stillroom.data.store import encode_json, replace
+from stillroom.data.store import encode_json
 from stillroom.errors import UserError
-from stillroom.files import digest, stay_inside
+from stillroom.files import digest, stay_inside, write
 from stillroom.parsing import parse_json, read_json
 
 INDEX = "outputs.json"
@@ -99,7 +99,7 @@ def write_outputs(
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         check_same(read_json(plan) if plan.is_file() else about, about, folder)
-        replace(plan, encode_json(about))
+        write(plan, encode_json(about))
     _wait(size)
     keys = data.n * views.count
     starts = range(0, keys, shard)
@@ -111,13 +111,13 @@ def write_outputs(
         rows = torch.arange(starts[number], min(starts[number] + shard, keys))
         tensors = _asked(teacher, data, views, rows, keep, precision, batch)
         classes = tensors.pop("classes")
-        replace(path, save(tensors))
-        replace(entry, encode_json({"sha256": digest(path), "count": len(rows), "classes": int(classes)}))
+        write(path, save(tensors))
+        write(entry, encode_json({"sha256": digest(path), "count": len(rows), "classes": int(classes)}))
     _wait(size)
     if rank == 0:
         entries = {f"outputs-{i:05d}.safetensors": folder / f"outputs-{i:05d}.json" for i in range(len(starts))}
         shards = {shard_name: read_json(path) for shard_name, path in entries.items()}
-        replace(folder / INDEX, encode_json({"format": FORMAT, "about": about, "shards": shards}))
+        write(folder / INDEX, encode_json({"format": FORMAT, "about": about, "shards": shards}))
         for path in (*entries.values(), plan):
             path.unlink()
     _wait(size)

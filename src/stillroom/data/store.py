@@ -7,15 +7,13 @@ the shards as they are; :func:`read_store` and :func:`store_data` also check the
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +21,8 @@ from torch import Tensor
 
 from stillroom.data.pictures import opened
 from stillroom.errors import UserError, nearest
-from stillroom.files import digest, stay_inside, sync
+from stillroom.files import digest, stay_inside, write
 from stillroom.parsing import parse_json
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".synthesis"
@@ -55,27 +50,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (a full disk, no permission) into a ``UserError`` that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}", cure="free some space or choose a folder of your own"
-        ) from error
-
-
-def replace(path: Path, data: bytes, aside: Path | None = None) -> None:
-    """Write a whole file: after a crash it holds the old bytes or the new. ``aside`` is where they wait."""
-    aside = aside or path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        aside.write_bytes(data)
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
-
-
 def encode_json(value: Any) -> bytes:
     """JSON with sorted keys: equal values are equal bytes. Raises ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
@@ -95,8 +69,10 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, bytes]], aside: 
 
     Members carry no time and no owner. ``aside`` is where the file waits, on the same disk.
     """
-    count = 0
-    with writing(path):
+    entry: dict[str, Any] = {}
+
+    def tarred(aside: Path) -> None:
+        count = 0
         with aside.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, png, record in samples:
                 for ending, data in (("png", png), ("json", record)):
@@ -104,10 +80,9 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, bytes]], aside: 
                     member.size, member.mode, member.mtime = len(data), 0o644, 0
                     tar.addfile(member, io.BytesIO(data))
                 count += 1
-        sync(aside)
-        entry = {"sha256": digest(aside), "bytes": aside.stat().st_size, "count": count}
-        os.replace(aside, path)
-        sync(path.parent)
+        entry.update(sha256=digest(aside), bytes=aside.stat().st_size, count=count)
+
+    write(path, tarred, aside)
     return entry
 
 

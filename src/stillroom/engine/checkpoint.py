@@ -3,16 +3,12 @@ all else is one JSON manifest: reading one runs no code."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +17,13 @@ from torch import Tensor
 
 from stillroom.engine.distributed import World
 from stillroom.errors import UserError, reading
-from stillroom.files import digest, sync
+from stillroom.files import digest, sync, write, writing
 from stillroom.parsing import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_ROOM_TEXT = re.compile(r"(os error|Errno) (28|122)\b")
 
 log = logging.getLogger("stillroom")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk into a ``UserError`` that names ``path``."""
-    try:
-        yield
-    except Exception as error:
-        # safetensors and torch.distributed.checkpoint report the operating system's error as text only
-        if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _NO_ROOM_TEXT.search(str(error)):
-            raise UserError(
-                f"no space left on the disk while writing {path}; the last good checkpoint is intact",
-                cure="free some space and resume the run",
-            ) from error
-        raise
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file: after a crash it holds the old text or the new, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync(path.parent)
-
-
-_held: dict[Path, tuple[int, int]] = {}
-
-
-@contextlib.contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process (it may be held several times over); the operating system frees it at death.
-
-    Raises ``UserError`` if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = (folder / ".lock").resolve()
-    fd, count = _held.get(path, (-1, 0))
-    if not count:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            raise UserError(
-                f"the run folder {folder} is in use by another process", cure="wait for it, or choose another folder"
-            ) from error
-    _held[path] = (fd, count + 1)
-    try:
-        yield
-    finally:
-        fd, count = _held.pop(path)
-        if count > 1:
-            _held[path] = (fd, count - 1)
-        else:
-            os.close(fd)
 
 
 class BadCheckpoint(Exception):
@@ -145,7 +80,7 @@ class Checkpoints:
         """Every process's outcome of ``act``; a full disk on one is a ``UserError`` on all."""
         outcome, failure = None, None
         try:
-            with writing(final):
+            with writing(final, full_disk_only=True):
                 outcome = act()
         except UserError as error:
             failure = error
@@ -190,11 +125,7 @@ class Checkpoints:
     def _commit(self, aside: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         if not self.world.first:
             return
-        with (aside / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(aside)
+        write(aside / MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():
             shutil.rmtree(final)
         os.rename(aside, final)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stillroom.errors import UserError, nearest
+from stillroom.files import write
 
 PROJECT = "stillroom"
 Row = Mapping[str, Any]
@@ -69,11 +70,9 @@ class Service(ABC):
     def begin(self, run_dir: Path, resumed: bool) -> None: ...
 
     def write(self, row: Row) -> None:
-        from stillroom.engine.checkpoint import write_atomically  # brings torch, which reading a recipe must not
-
         if row["step"] > self.last:
             self.last = row["step"]
-            write_atomically(self.seen, f"{self.last}\n")  # first: a crash in between costs a row, none comes twice
+            write(self.seen, f"{self.last}\n")  # first: a crash in between costs a row, none comes twice
             self.module.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stillroom.draws import Draws
 from stillroom.engine import precision, state
-from stillroom.engine.checkpoint import Checkpoints, lock_run, write_atomically, writing
+from stillroom.engine.checkpoint import Checkpoints
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import DataParallel, Sharded, World, local, shard, statistics
 from stillroom.engine.ema import EMA, EMARule
@@ -29,6 +29,7 @@ from stillroom.engine.progress import Progress
 from stillroom.engine.stages import Span, lay_out
 from stillroom.engine.track import TRACKERS, Tracker
 from stillroom.errors import TrainingDiverged, UserError
+from stillroom.files import held, write, writing
 from stillroom.method import Batch, Method, Stage, nearest
 
 
@@ -412,7 +413,7 @@ class Trainer:
     def _open_run(self, stack: ExitStack) -> None:
         assert self.run_dir is not None
         if self.world.first:
-            stack.enter_context(lock_run(self.run_dir))
+            stack.enter_context(held(self.run_dir))
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", self.config.keep, self.world)
         if self.resume:
             if (manifest := self.checkpoints.newest()) is not None:
@@ -439,7 +440,7 @@ class Trainer:
                 continue  # a line that the crash cut short
             if row["step"] <= self.step:
                 self.history.append(row)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.history))
+        write(path, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _files(self) -> dict[str, dict[str, Tensor]]:
         return state.files(self._state, self.players, self.averages)

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from stillroom.data.source import load_data
 from stillroom.data.texts import load_texts
-from stillroom.engine.checkpoint import writing
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.probes import linear_probe, nearest_neighbours
 from stillroom.exports.formats import FORMATS, Runner, capture, quantize
 from stillroom.exports.masked import is_masked, masked_facts, masked_parts
 from stillroom.exports.parts import Part, denoiser_of, parts_of, sampling_steps
-from stillroom.files import digest
+from stillroom.files import digest, writing
 from stillroom.folders.shipped import model_folder
 from stillroom.networks.text_encoder import TOKENIZER
 from stillroom.recipe import Recipe
@@ -112,7 +111,7 @@ def export_model(
     except OSError as error:
         raise UserError(f"cannot write to {out.parent} ({error.strerror})", cure="choose another --out") from None
     try:
-        with writing(aside):
+        with writing(out, full_disk_only=True):
             for stem, part in parts.items():
                 facts["files"] |= _write(aside, stem, part, to, seconds, int8, judge)
             if is_masked(model):

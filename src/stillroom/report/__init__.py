@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from stillroom.files import write
 from stillroom.report.log import read_metrics, read_recipe, read_result
 
 ARROWS = {
@@ -205,9 +206,7 @@ def write_report(run_dir: Path) -> Path:
         figures=figures(rows, recipe),
     )
     path = run_dir / "report.html"
-    aside = path.with_name("report.html.part")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    write(path, page)
     return path
 
 

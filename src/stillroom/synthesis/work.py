@@ -25,22 +25,19 @@ from stillroom.data.store import (
     FORMAT,
     MANIFEST,
     UNFINISHED,
-    digest,
     encode_json,
     encode_png,
     read_manifest,
     read_shard,
-    replace,
     shard_name,
     write_shard,
-    writing,
 )
-from stillroom.engine.checkpoint import lock_run
 from stillroom.engine.distributed import World
 from stillroom.engine.interrupt import Interrupted, StopRequest
 from stillroom.engine.progress import Progress
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import NOT_JUDGED, Filter
+from stillroom.files import digest, held, write, writing
 from stillroom.synthesis.plan import Plan, Router, make_plan
 from stillroom.synthesis.teachers import Teacher, as_teachers
 
@@ -161,8 +158,8 @@ def carry_out(
     plan: Plan, out: Path, resume: bool, world: World, progress: bool, report: Callable[[str], None]
 ) -> Synthesis:
     """Make the store of ``plan`` in ``out``; collective."""
-    with contextlib.ExitStack() as held:
-        finished = _agreed(world, lambda: _begin(plan, out, resume, held))
+    with contextlib.ExitStack() as holding:
+        finished = _agreed(world, lambda: _begin(plan, out, resume, holding))
         drawn, began = 0, time.perf_counter()
         if not finished:
             drawn = sum(world.gather(_make_shards(plan, out, world, progress)))  # also a barrier: all shards are there
@@ -190,13 +187,13 @@ def _agreed(world: World, check: Callable[[], Any]) -> Any:
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-def _begin(plan: Plan, out: Path, resume: bool, held: contextlib.ExitStack) -> bool:
+def _begin(plan: Plan, out: Path, resume: bool, holding: contextlib.ExitStack) -> bool:
     """Whether the store is finished already; else take hold of its folder. Raises UserError where it cannot be made."""
     with writing(out):
-        return _started(plan, out, resume, held)
+        return _started(plan, out, resume, holding)
 
 
-def _started(plan: Plan, out: Path, resume: bool, held: contextlib.ExitStack) -> bool:
+def _started(plan: Plan, out: Path, resume: bool, holding: contextlib.ExitStack) -> bool:
     work = out / UNFINISHED
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", cure="choose another folder")
@@ -216,10 +213,10 @@ def _started(plan: Plan, out: Path, resume: bool, held: contextlib.ExitStack) ->
     parent = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {parent}", cure="choose a folder of your own")
-    held.enter_context(lock_run(work))
+    holding.enter_context(held(work))
     for left_over in work.glob("*.tmp"):
         left_over.unlink()
-    replace(work / PLAN, encode_json(plan.settings))
+    write(work / PLAN, encode_json(plan.settings))
     return False
 
 
@@ -284,7 +281,7 @@ def _make_shards(plan: Plan, out: Path, world: World, progress: bool) -> int:
 
 def _write(out: Path, number: int, samples: Iterable[tuple[str, bytes, bytes]], note: dict[str, Any]) -> None:
     note["entry"] = write_shard(out / shard_name(number), samples, out / UNFINISHED / f"{shard_name(number)}.tmp")
-    replace(_note_path(out, number), encode_json(note))
+    write(_note_path(out, number), encode_json(note))
 
 
 def _draw(plan: Plan, teacher: Teacher, items: list, note: dict[str, Any]) -> dict[int, tuple[str, bytes, bytes]]:
@@ -387,12 +384,12 @@ def _finish(plan: Plan, out: Path) -> None:
             cure="look at the teachers and thresholds, then start again in another folder",
         )
     manifest = _manifest(plan, notes, kept, dropped)
-    replace(out / DROPPED, b"".join(_dropped_line(plan, *row) for row in sorted(dropped)), out / UNFINISHED / "d.tmp")
-    replace(out / CARD, _card(plan, manifest).encode(), out / UNFINISHED / "c.tmp")
+    write(out / DROPPED, b"".join(_dropped_line(plan, *row) for row in sorted(dropped)), out / UNFINISHED / "d.tmp")
+    write(out / CARD, _card(plan, manifest), out / UNFINISHED / "c.tmp")
     for number, note in enumerate(notes):
         if not note["entry"]["count"]:
             (out / shard_name(number)).unlink()
-    replace(out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n", out / UNFINISHED / "m.tmp")
+    write(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", out / UNFINISHED / "m.tmp")
     shutil.rmtree(out / UNFINISHED)
 
 

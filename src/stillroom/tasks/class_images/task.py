@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from stillroom.data.source import ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
-from stillroom.engine.checkpoint import write_atomically
 from stillroom.errors import UserError, nearest
 from stillroom.folders.shipped import model_folder
 from stillroom.recipe import Recipe
@@ -186,7 +184,7 @@ def teacher_scores(
 ) -> tuple[dict[str, Any], bool]:
     """The scores, and whether they were measured earlier: a teacher takes tens of evaluations per sample, so they come
     from its own card where that has them, and are else kept in the cache, by its very files."""
-    from stillroom.cache import cache_folder
+    from stillroom.cache import kept_json
 
     if name == IN_MEMORY:
         return score(bench, teacher, n, seed), False
@@ -201,15 +199,16 @@ def teacher_scores(
     )
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
         digest.update(path.read_bytes())
-    path = cache_folder() / "teachers" / f"{digest.hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text(encoding="utf-8"))), True
-    say(f"scoring the teacher (once; {teacher.sampler.nfe} network evaluations for each of {n:,} samples)")
-    scores = score(bench, teacher, n, seed)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not results
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(scores))
-    return scores, False
+    measured = False
+
+    def measure() -> dict[str, Any]:
+        nonlocal measured
+        measured = True
+        say(f"scoring the teacher (once; {teacher.sampler.nfe} network evaluations for each of {n:,} samples)")
+        return score(bench, teacher, n, seed)
+
+    scores = kept_json("teachers/scores", measure, parts=[digest.hexdigest()])
+    return scores, not measured
 
 
 def _teacher_card(folder: Path) -> dict[str, Any]:

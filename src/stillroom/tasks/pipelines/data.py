@@ -14,6 +14,7 @@ from torch import Tensor
 from stillroom.data.prompt_sources import PromptSource, fitted
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
+from stillroom.files import write
 
 SHARD = 64
 """Rows of a shard."""
@@ -120,9 +121,7 @@ def encode_prompts(
     if cache is not None:
         _written({key: value.contiguous() for key, value in null.items()}, cache / "null.safetensors")
         index = {"captions": captions, "origin": source.origin, "shards": len(shards)}
-        part = cache / "index.json.part"
-        part.write_text(json.dumps(index), encoding="utf-8")
-        part.replace(cache / "index.json")
+        write(cache / "index.json", json.dumps(index))
     return PromptedData(shards, captions, null, source.origin)
 
 
@@ -192,9 +191,7 @@ def _shapes(shard: Mapping[str, Tensor] | Path) -> dict[str, tuple[int, ...]]:
 def _written(tensors: dict[str, Tensor], path: Path) -> Path:
     from safetensors.torch import save_file
 
-    part = path.with_name(f"{path.name}.part")
-    save_file(tensors, part)
-    part.replace(path)
+    write(path, lambda aside: save_file(tensors, aside))
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
-from stillroom.files import digest, sync
+from stillroom.files import digest, write
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import parse_json
 
 if TYPE_CHECKING:
     from stillroom.networks.text_image_space import TextImageSpace
-from stillroom.data.store import FORMAT, OnCorrupt, Samples, _read, check_store, encode_json, replace
+from stillroom.data.store import FORMAT, OnCorrupt, Samples, _read, check_store, encode_json
 
 _LATENTS = ("mean", "std", "mirrored", "mirrored_std")
 
@@ -293,11 +292,11 @@ def _cached(path: Path) -> CaptionedData | None:
 
 
 def _keep(data: CaptionedData, path: Path, report: Callable[[str], None]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    def saved(aside: Path) -> None:
         data.save(aside)
-        sync(aside)
-        replace(path.with_suffix(".sha256"), digest(aside).encode())
-        os.replace(aside, path)
+        write(path.with_suffix(".sha256"), digest(aside))
+
+    try:
+        write(path, saved)
     except (OSError, UserError) as error:
         report(f"the cache {path.parent} cannot be written ({error}): the store will be encoded again next time")
