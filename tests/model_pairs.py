@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import tiny_text
+from given import given as by_name
 from stillroom.data.source import ArrayData
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
@@ -81,7 +82,7 @@ def _try(kind: str, family: str, method: str, more: list[str]) -> str:
             built = cls(recipe.method_options(), recipe.lora)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                built.build(*task.networks())
+                built.build_from(by_name(task.networks()))
             task.check(built)
             trainer = Trainer(built, task.data, recipe.engine, Path(folder), False, recipe_hash=recipe.hash())
             before = {name: p.detach().clone() for name, p in built.trained_parameters("student").items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from given import given as by_name
 from stillroom.data.prompt_sources import PromptSource
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.engine.trainer import Trainer
@@ -55,7 +56,7 @@ def try_pair(family: str, method: str) -> str:
         built = get_method(method)(recipe.method_options(), recipe.lora)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            built.build(*task.networks())
+            built.build_from(by_name(task.networks()))
         task.check(built)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(built, task.data, recipe.engine, Path(folder), False, recipe_hash=recipe.hash())

@@ -304,8 +304,10 @@ def test_data_with_a_labelled_part_bring_their_own() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     method = DHO(DHO.Options())
-    with pytest.raises(UserError, match="one teacher, 0 were given"):
-        method.build(network())
+    with pytest.raises(UserError, match="dho has no teacher"):
+        method.build_from({"student": network(), "teachers": []})
+    with pytest.raises(UserError, match="one teacher, 2 were given"):
+        method.build_from({"student": network(), "teachers": [network(), network()]})
     with pytest.raises(UserError, match="needs a text-image teacher"):
         DHO(DHO.Options(init="both")).build(network(), network(1))
     with pytest.raises(UserError, match="are for two heads"):

@@ -414,7 +414,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match="does not divide into 3 heads"):
         built(critic_heads=3)
     method = Distiller(Distiller.Options())
-    with pytest.raises(UserError, match="has 2 teachers, it wants one"):
-        method.build(encoder(), encoder(), encoder())
+    with pytest.raises(UserError, match="one teacher, 2 were given"):
+        method.build_from({"student": encoder(), "teachers": [encoder(), encoder()]})
     with pytest.raises(UserError, match=r"options\.intermediate"):
         Recipe.load("distiller", ["options.intermediate=mi-alpha"])

@@ -30,7 +30,7 @@ def teachers() -> tuple[nn.Module, nn.Module]:
 def built(stage: str = "TSD", student: nn.Module | None = None, **options: Any) -> ERNIETiny:
     method = ERNIETiny(ERNIETiny.Options(**options))
     torch.manual_seed(3)
-    method.build(student or encoder(2, 8, **QUIET), *teachers())
+    method.build(student or encoder(2, 8, **QUIET), teachers())
     method.draw, method.stage = Draws(torch.Generator().manual_seed(0), slice(0, 5), 5), Stage(stage)
     return method
 
@@ -186,7 +186,7 @@ def trainer(*given: nn.Module, folder: Path | None = None, resume: bool = False,
     options.setdefault("stages", [{**row, "share": 1.0} for row in TABLE])
     method = ERNIETiny(ERNIETiny.Options(**options))
     torch.manual_seed(5)
-    method.build(encoder(2, 8), *given)
+    method.build(encoder(2, 8), given)
     config = EngineConfig(
         steps=8, batch=5, checkpoint_every=1, log_every=1, check_freezing=True, optim={"all": {"lr": 1e-2}}
     )

@@ -45,7 +45,8 @@ def data(n: int = 24) -> ArrayData:
 
 def built(stage: str = "generic", **options: Any) -> G2SD:
     method = G2SD(G2SD.Options(**{"mask_ratio": 0.5, "mixup": 0.0, "cutmix": 0.0, **options}))
-    method.build(*networks())
+    student, *teachers = networks()
+    method.build(student, teachers)
     method.prepare(data())
     method.draw, method.stage = draws(), Stage(stage)
     return method.eval()
@@ -67,7 +68,7 @@ def decoded(network: Any, head: Any, latent: Tensor, restore: Tensor, blocks: in
 def both_sides(method: G2SD, images: Tensor) -> tuple[Tensor, Tensor, Any]:
     mask = masking(draws().uniform(6, 9), 0.5)
     teacher: Any = method.teacher
-    ours = decoded(method.decoder, method.head, encode(method.pretrained, images, mask.ids_keep), mask.ids_restore, 2)
+    ours = decoded(method.decoder, method.head, encode(method.encoder, images, mask.ids_keep), mask.ids_restore, 2)
     theirs = decoded(teacher.decoder, None, encode(teacher.vit, images, mask.ids_keep), mask.ids_restore, 2)
     return ours, theirs.detach(), mask
 
@@ -102,7 +103,7 @@ def test_encoder_features_are_an_option() -> None:
     assert "encoder_head" in more.turns()[0].trains
     mask = masking(draws().uniform(6, 9), 0.5)
     latent = encode(more.teacher.vit, batch["image"], mask.ids_keep)  # type: ignore[arg-type]
-    told = more.encoder_head(encode(more.pretrained, batch["image"], mask.ids_keep))
+    told = more.encoder_head(encode(more.encoder, batch["image"], mask.ids_keep))
     expected = 0.5 * smooth(told - F.layer_norm(latent, (96,), eps=1e-6), 2.0).mean()
     torch.testing.assert_close(more.generic(batch)["encoder"], expected)
 
@@ -218,7 +219,8 @@ def trained(folder: Path | None = None, resume: bool = False, callbacks: Any = (
     settings = {"mask_ratio": 0.5, "generic_share": 3, "specific_share": 3, "labels": 4, "layer_decay": 0.5, **options}
     method = G2SD(G2SD.Options(**settings))
     torch.manual_seed(5)
-    method.build(*networks())
+    student, *teachers = networks()
+    method.build(student, teachers)
     config = EngineConfig(steps=6, batch=6, checkpoint_every=1, log_every=1, check_freezing=True)
     return Trainer(method, data(), config, folder, resume, show=False, callbacks=callbacks)
 
@@ -263,7 +265,7 @@ def test_without_a_specific_stage_the_student_stays_an_encoder() -> None:
     run = trained(specific_share=0.0)
     run.fit()
     assert type(run.export_role()).__name__ == "ViTMAEModel"
-    assert [t.trains for t in run.method.turns()] == [("student", "decoder", "head")]
+    assert [t.trains for t in run.method.turns()] == [("encoder", "decoder", "head")]
 
 
 def test_the_face_makes_a_classifier_that_transformers_loads(tmp_path: Path) -> None:
@@ -299,4 +301,4 @@ def test_missing_teachers_are_named() -> None:
     }
     for message, (options, given) in cases.items():
         with pytest.raises(UserError, match=message):
-            G2SD(G2SD.Options(**options)).build(*given)
+            G2SD(G2SD.Options(**options)).build(given[0], given[1:])

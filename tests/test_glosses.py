@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from given import given as by_name
 from stillroom.bench import glosses
 from stillroom.bench.glosses import GlossesBench, logits_of
 from stillroom.errors import UserError
@@ -79,7 +80,7 @@ def test_the_worlds_build_both_methods_and_spoil_their_teachers(quick: Path, mon
         world = get_world(name).at(3)
         monkeypatch.setattr(GlossesBench, "tuned", lambda self: GlossesBench.network(self, "bert-4x128").eval())
         method = cls(cls.Options())
-        method.build(*world.teacher())
+        method.build_from(by_name(world.teacher()))
         reader = method.readers["tuned"] if isinstance(method, ERNIETiny) else method.theirs
         batch = world.data(labelled=20).batch(0, 0, 4)
         before = reader(batch).logits

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tiny_text
+from given import given as by_name
 from stillroom.bench import glosses, glosses_minilm
 from stillroom.bench.glosses_minilm import MiniLMGlossesBench
 from stillroom.errors import UserError
@@ -100,7 +101,7 @@ def test_the_worlds_build_both_methods_and_spoil_their_teachers(quick: Path) -> 
     for name, cls in (("glosses-minilm", ERNIETiny), ("glosses-minilm-task", Distiller)):
         world = get_world(name).at(3)
         method = cls(cls.Options(**({"attention": "none"} if cls is ERNIETiny else {})))
-        method.build(*world.teacher())
+        method.build_from(by_name(world.teacher()))
         reader = method.readers["tuned"] if isinstance(method, ERNIETiny) else method.theirs
         batch = world.data(labelled=20).batch(0, 0, 4)
         with torch.no_grad():

@@ -39,7 +39,8 @@ def data(n: int = 12) -> ArrayData:
 
 def built(**options: Any) -> HybridDistill:
     method = HybridDistill(HybridDistill.Options(**options))
-    method.build(*networks())
+    student, *teachers = networks()
+    method.build(student, teachers)
     method.draw = Draws(torch.Generator().manual_seed(0), slice(0, 4), 4)
     return method.eval()
 
@@ -106,7 +107,7 @@ def test_rounds_drop_as_the_masked_teacher_goes_on_without_the_dropped() -> None
 @pytest.mark.parametrize("theta", [0.0, 0.3])
 def test_the_terms_are_the_papers(theta: float) -> None:
     method, images = built(theta=theta, alpha=2.0, beta=3.0), data().images(slice(4))
-    teacher: Any = method.teachers[0]
+    teacher: Any = method.masters[0]
     kept = method.informative(images) if theta else torch.arange(25).expand(4, -1)
     rows = [[0, *(k + 1 for k in one)] for one in kept.tolist()]
     terms = method.distil({"image": images})
@@ -144,8 +145,8 @@ def test_ablations_are_options() -> None:
 def test_a_target_need_not_be_whitened() -> None:
     method, images = built(theta=0.0, whiten=False), data().images(slice(4))
     with torch.no_grad():
-        method.teachers[0].layernorm.weight.mul_(3)  # type: ignore[union-attr, operator]
-    gap = method.projector(encode(method.student, images)) - method.teachers[0](images).last_hidden_state
+        method.masters[0].layernorm.weight.mul_(3)  # type: ignore[union-attr, operator]
+    gap = method.projector(encode(method.student, images)) - method.masters[0](images).last_hidden_state
     huber = torch.where(gap.abs() < 1, gap.square() / 2, gap.abs() - 0.5).mean()
     torch.testing.assert_close(method.distil({"image": images})["features"], huber)
 
@@ -153,7 +154,7 @@ def test_a_target_need_not_be_whitened() -> None:
 def test_gradients_reach_student_and_projector_alone() -> None:
     method = built()
     sum(method.distil({"image": data().images(slice(4))}).values()).backward()  # type: ignore[union-attr]
-    assert all(p.grad is None for p in method.teachers.parameters())
+    assert all(p.grad is None for p in method.masters.parameters())
     for role in ("student", "projector"):
         assert all(p.grad is not None for p in method.trained_parameters(role).values()), role
     method = built(alpha=0.0)
@@ -167,7 +168,7 @@ def test_gradients_reach_student_and_projector_alone() -> None:
 def test_a_student_that_is_its_masked_teacher_has_no_relations_to_learn() -> None:
     _, vit, masked = networks()
     method = HybridDistill(HybridDistill.Options(theta=0.0))
-    method.build(masked, vit, masked)
+    method.build(masked, [vit, masked])
     method.draw = Draws(torch.Generator().manual_seed(0), slice(0, 4), 4)
     assert float(method.eval().distil({"image": data().images(slice(4))})["relations"].detach()) < 1e-6
 
@@ -185,7 +186,7 @@ def test_what_does_not_fit_is_refused() -> None:
     }
     for message, (options, given) in cases.items():
         with pytest.raises(UserError, match=message):
-            HybridDistill(HybridDistill.Options(**options)).build(*given)
+            HybridDistill(HybridDistill.Options(**options)).build(given[0], given[1:])
 
 
 # --- diagnostics ------------------------------------------------------------------------------------------------------
@@ -216,7 +217,8 @@ def test_a_dense_probe_reads_single_patches() -> None:
 # --- a run ------------------------------------------------------------------------------------------------------------
 def test_a_run_trains_the_student_and_its_projector() -> None:
     method = HybridDistill()
-    method.build(*networks())
+    student, *teachers = networks()
+    method.build(student, teachers)
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
     config = EngineConfig(steps=3, batch=4, log_every=1, check_freezing=True)
     run = Trainer(method, data(), config, None, show=False)

@@ -42,7 +42,7 @@ def data(n: int = 30) -> ArrayData:
 
 def built(*teachers: nn.Module, **options: Any) -> MEALV2:
     method = MEALV2(MEALV2.Options(**options))
-    method.build(network(), *teachers)
+    method.build(network(), teachers)
     method.prepare(data())
     method.draw, method.stage = draws(), Stage("distil")
     return method.eval()
@@ -98,7 +98,7 @@ def test_the_students_loss_is_soft_labels_and_the_discriminators_loss_with_its_o
     found = {name: p.grad.clone() for name, p in method.student.named_parameters()}
     method.student.zero_grad()
     images = batch["image"]
-    each = torch.stack([teacher(images) for teacher in method.teachers]).detach()
+    each = torch.stack([teacher(images) for teacher in method.ensemble]).detach()
     logits = method.student(images)
     ours, theirs = method.discriminator(logits), method.discriminator(each.mean(0))
     log_sigmoid = nn.functional.logsigmoid
@@ -108,7 +108,7 @@ def test_the_students_loss_is_soft_labels_and_the_discriminators_loss_with_its_o
     (soft + 0.7 * told).backward()
     for name, p in method.student.named_parameters():
         torch.testing.assert_close(found[name], p.grad)
-    assert all(p.grad is None for p in method.teachers.parameters())
+    assert all(p.grad is None for p in method.ensemble.parameters())
     torch.testing.assert_close(terms["discriminator"] / 0.7, told)
     alone = method.judge(batch)["discriminator"]  # from the very logits that the student had
     torch.testing.assert_close(alone, told)
@@ -156,7 +156,7 @@ def trainer(*teachers: nn.Module, folder: Path | None = None, resume: bool = Fal
     callbacks = given.pop("callbacks", ())
     method = MEALV2(MEALV2.Options(**given))
     torch.manual_seed(5)
-    method.build(network(), *teachers)
+    method.build(network(), teachers)
     config = EngineConfig(steps=12, batch=6, checkpoint_every=1, log_every=1, check_freezing=True)
     return Trainer(method, data(), config, folder, resume, callbacks=callbacks, show=False)
 
@@ -175,7 +175,7 @@ def test_each_stage_trains_what_it_should() -> None:
     last = {name: copy.deepcopy(part) for name, part in run.method.named_children()}
     run.fit()
     both = {"student", "discriminator"}
-    parts = {"teach": (4, {"teachers"}), "init": (4, {"student"}), "distil": (2, both), "settle": (2, both)}
+    parts = {"teach": (4, {"ensemble"}), "init": (4, {"student"}), "distil": (2, both), "settle": (2, both)}
     assert seen == [(stage, moved) for stage, (n, moved) in parts.items() for _ in range(n)]
     rates = [row["lr/distil"] for row in run.history]
     assert rates[-1] == pytest.approx(0.1 * rates[-3])
@@ -188,7 +188,7 @@ def test_teachers_that_are_given_stay_as_they_are() -> None:
     assert [t.name for t in run.method.turns()] == ["distil", "judge"]
     assert [s.name for s in run.method.stages()] == ["distil", "settle"]
     run.fit()
-    kept: Any = run.method.teachers
+    kept: Any = run.method.ensemble
     assert all(same(mine, theirs) for mine, theirs in zip(kept, teachers, strict=True))
     run.method.train()
     assert not any(part.training for part in kept.modules() if part is not kept)
@@ -196,7 +196,7 @@ def test_teachers_that_are_given_stay_as_they_are() -> None:
 
 def test_teachers_that_are_made_differ() -> None:
     method = built(teachers=3)
-    first, second, third = method.teachers
+    first, second, third = method.ensemble
     assert not same(first, second)
     assert not same(second, third)
     assert not same(first, method.student)

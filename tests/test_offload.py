@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tiny
+from given import given as by_name
 from stillroom import planning
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
@@ -54,7 +55,7 @@ def ensemble() -> Method:
     cls = get_method("meal-v2")
     method = cls(cls.Options())
     torch.manual_seed(0)
-    method.build(*(make_classifier("resnet-small", 1, 3) for _ in range(3)))
+    method.build_from(by_name([make_classifier("resnet-small", 1, 3) for _ in range(3)]))
     return method
 
 

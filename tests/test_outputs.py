@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from given import given as by_name
 from stillroom.augment.images import VIEW, Augmentation, numbered_views
 from stillroom.data.outputs import Views, lengthen, read_outputs, shorten, stored_outputs, write_outputs
 from stillroom.data.source import ArrayData
@@ -169,7 +170,7 @@ def test_a_store_of_something_else_is_refused(tmp_path: Path) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 def trained(method: Method, *teachers: nn.Module) -> tuple[dict[str, Tensor], Method]:
     torch.manual_seed(5)
-    method.build(network(9), *teachers)
+    method.build_from(by_name((network(9), *teachers)))
     run = Trainer(method, data(), EngineConfig(steps=10, batch=6, log_every=5, check_freezing=True), show=False)
     run.fit()
     return run.export_role().state_dict(), method
@@ -244,7 +245,7 @@ def test_a_mixed_batch_has_the_mixture_of_its_stored_targets(tmp_path: Path) -> 
         meal(stored=str(tmp_path), stored_precision="float32", cutmix=1.0, discriminator=0.0, shift=0),
         data(),
     )
-    method.build(network(9), network(1), network(2))
+    method.build(network(9), [network(1), network(2)])
     method.prepare(read)
     method.draw, method.stage = Draws(torch.Generator().manual_seed(0), slice(0, 6), 6), Stage("distil")
     seen: list[Tensor] = []

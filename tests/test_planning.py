@@ -20,6 +20,7 @@ import stillroom as sr
 import tiny
 import tiny_pipelines
 import tiny_text
+from given import given as by_name
 from stillroom import cli, planning
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
@@ -191,7 +192,7 @@ def test_a_plan_is_within_15_per_cent_of_what_is_taken(tmp_path: Path, slug: str
 
     def make() -> Method:
         method = cls(cls.Options(**options))
-        method.build(*copy.deepcopy(given))
+        method.build_from(by_name(copy.deepcopy(given)))
         return method
 
     real = Measured(make(), data(), EngineConfig(steps=60, batch=8, device="cpu"), show=False).measure()

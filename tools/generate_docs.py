@@ -192,7 +192,10 @@ def method_page(sources: Sources, cls: Any, purpose: str) -> str:
         "",
         table(
             ["turn", "trains", "every", "optimizer"],
-            [[t.name, ", ".join(t.trains), option_or_steps(t.every), optimizer(t.optim)] for t in cls().turns()],
+            [
+                [t.name, ", ".join(t.trains), option_or_steps(t.every), optimizer(t.optim)]
+                for t in cls.turns_for(cls.Options())
+            ],
         ),
         "",
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,15 +74,17 @@ class Optim:
 class Turn:
     """One player's update inside a step.
 
-    ``trains`` names the networks (attributes of the method) that move; all others are frozen while the turn runs.
-    ``every`` is a period in steps: a number, or the name of an integer option; the turn runs at steps 0, every,
-    2*every, ...
+    ``trains`` names the networks (attributes of the method) that move; all others are frozen while the turn runs. One
+    that the method has set to None is left out. ``every`` is a period in steps: a number, or the name of an integer
+    option; the turn runs at steps 0, every, 2*every, ... ``when`` names options (fields or properties of ``Options``)
+    or attributes of the method: where one of them is zero, empty or False, the turn does not exist.
     """
 
     name: str
     trains: tuple[str, ...]
     every: int | str = 1
     optim: Optim = Optim()
+    when: tuple[str, ...] = ()
 
     def period(self, method: Method) -> int:
         return int(getattr(method.options, self.every)) if isinstance(self.every, str) else self.every
@@ -105,12 +108,17 @@ class Stage:
     fresh_optimizer: bool = False
 
 
-def turn(trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Optim()) -> Callable[[Callable], Callable]:
-    """Mark a method's function as a turn. Turns of one step run in the order in which the class defines them."""
-    names = (trains,) if isinstance(trains, str) else tuple(trains)
+def turn(
+    trains: str | tuple[str, ...], every: int | str = 1, optim: Optim = Optim(), when: str | tuple[str, ...] = ()
+) -> Callable[[Callable], Callable]:
+    """Mark a method's function as a turn (:class:`Turn`). Turns of one step run in the order in which the class defines
+    them."""
+
+    def names(given: str | tuple[str, ...]) -> tuple[str, ...]:
+        return (given,) if isinstance(given, str) else tuple(given)
 
     def mark(function: Callable) -> Callable:
-        function.turn = Turn(function.__name__, names, every, optim)  # type: ignore[attr-defined]
+        function.turn = Turn(function.__name__, names(trains), every, optim, names(when))  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -144,8 +152,10 @@ class Method(nn.Module):
         self.notes: dict[str, Tensor] = {}  # health numbers of the last turn
 
     # --- what a method writes -------------------------------------------------------------------------------------
-    def build(self, *teachers: Any) -> None:
-        """Make the networks from one or several teachers. Called once, before the optimizers exist."""
+    def build(self, *args: Any, **kwargs: Any) -> None:
+        """Make the networks. A method declares the things it wants as parameters, by the names that they have in every
+        task: ``teacher`` (the one), ``teachers`` (all, a list), ``student`` (what is to be trained), ``space``,
+        ``classes``; those that it can do without have a default. Called once, before the optimizers exist."""
         raise NotImplementedError
 
     def prepare(self, data: Any) -> None:
@@ -172,9 +182,10 @@ class Method(nn.Module):
         all."""
         return 1.0
 
-    def own_teachers(self) -> Mapping[str, nn.Module]:
-        """Teachers that the method itself has trained, by name, to be scored in place of those it was given."""
-        return {}
+    def teachers(self) -> Mapping[str, nn.Module]:
+        """The teachers that the method holds, given or trained, by the names that tables call them. Default: its frozen
+        networks."""
+        return {name: child for name, child in self.named_children() if getattr(child, "is_frozen", False)}
 
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""
@@ -197,15 +208,49 @@ class Method(nn.Module):
             return unfrozen(plain_copy(teacher))
         return unfrozen(copy.deepcopy(teacher))
 
-    # --- what the engine uses -------------------------------------------------------------------------------------
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns in definition order, base classes first, one per name."""
+    # --- what runs and the engine use -----------------------------------------------------------------------------
+    def build_from(self, given: Mapping[str, Any]) -> None:
+        """Call :meth:`build` with those of the ``given`` things that it names. Raises UserError for one that is missing
+        and for several teachers where it takes one."""
+        wanted = inspect.signature(self.build).parameters
+        several = len(given.get("teachers", ()))
+        if "teacher" in wanted and several > 1:
+            raise UserError(f"{self.slug} learns from one teacher, {several} were given", cure="name one")
+        for name, parameter in wanted.items():
+            if name in given or parameter.default is not parameter.empty:
+                continue
+            if name in ("teacher", "teachers"):
+                raise UserError(f"{self.slug} has no teacher", cure="name one")
+            raise UserError(f"{self.slug} wants a {name}, which is not there", cure=f"given: {', '.join(given)}")
+        self.build(**{name: given[name] for name in wanted if name in given})
+
+    @classmethod
+    def turns_for(cls, options: Any) -> tuple[Turn, ...]:
+        """The turns that there may be under these options, in definition order, base classes first, one per name; what
+        depends on the networks is taken for true."""
         found: dict[str, Turn] = {}
-        for cls in reversed(type(self).__mro__):
-            for value in vars(cls).values():
+        for base in reversed(cls.__mro__):
+            for value in vars(base).values():
                 if isinstance(marked := getattr(value, "turn", None), Turn):
                     found[marked.name] = marked
-        return tuple(found.values())
+        return tuple(t for t in found.values() if all(getattr(options, name, True) for name in t.when))
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns that there are, each with the networks that there are."""
+        return tuple(
+            dataclasses.replace(t, trains=tuple(role for role in t.trains if getattr(self, role, self) is not None))
+            for t in self.turns_for(self.options)
+            if all(getattr(self, name) for name in t.when if not hasattr(self.options, name))
+        )
+
+    def trained_teachers(self) -> Mapping[str, nn.Module]:
+        """Those of :meth:`teachers` that turns train."""
+        roles = [self.role(name) for t in self.turns() for name in t.trains]
+        return {
+            name: teacher
+            for name, teacher in self.teachers().items()
+            if any(teacher is part for role in roles for part in (role, *role.children()))
+        }
 
     def role(self, name: str) -> nn.Module:
         module = getattr(self, name, None)

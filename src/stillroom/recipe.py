@@ -144,7 +144,7 @@ class Recipe:
     def _check_against_method(self) -> None:
         from stillroom.method import Optim, get_method
 
-        turns = [turn.name for turn in get_method(self.method)(self.method_options()).turns()]
+        turns = [turn.name for turn in get_method(self.method).turns_for(self.method_options())]
         for turn, settings in self.engine.optim.items():
             if turn != "all" and turn not in turns:
                 raise _unknown(f"engine.optim.{turn}", [f"engine.optim.{name}" for name in ("all", *turns)])

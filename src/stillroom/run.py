@@ -86,7 +86,7 @@ def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: G
     from stillroom.report.images import save_grid
 
     if recipe.engine.parallel != "fsdp":  # else one process has a part of their weights only
-        task.made = method.own_teachers()
+        task.made = method.trained_teachers()
     part = run_dir / "student.part"
     shutil.rmtree(part, ignore_errors=True)
     student.save(part, method=recipe.method, recipe_hash=recipe.hash())

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from given import given as by_name
 from stillroom.bench.semi import tiny_clip
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
@@ -57,7 +60,7 @@ def trained(case: str, **settings: Any) -> dict[str, Tensor]:
     if case in ("captions", "few-shot"):
         torch.manual_seed(1)
         given[1] = PromptClassifier(*tiny_clip("abc", ["the {}."], 4, 2, width=8), "abc")
-    method.build(*given)
+    method.build_from(by_name(given))
     optim = {"all": {"name": "sgd", "lr": 0.05, "betas": (0.9, 0.0)}}
     run = Trainer(method, data(), EngineConfig(steps=8, batch=8, log_every=2, optim=optim, **settings), show=False)
     run.fit()

@@ -276,7 +276,7 @@ class Trainer:
         player.update(self._learning_rate_factor(step), want_norm=self._next_row(step) <= step + player.period)
         self.world.spread(player.statistics)
         for average in self.averages.values():
-            if average.rule.of in player.roles:
+            if any(m.role(name) is m.role(average.rule.of) for name in player.roles):
                 average.update(c.batch)
         if before is not None:
             self._compare(player, before)

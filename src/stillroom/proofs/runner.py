@@ -33,6 +33,7 @@ from stillroom.proofs.base import Arm, Claim, Level, Proof
 from stillroom.proofs.worlds import World, get_world
 from stillroom.recipe import Recipe
 from stillroom.surgery.initial import fresh_weights
+from stillroom.tasks.base import by_name
 
 RESULTS = Path("results")
 
@@ -75,8 +76,7 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
         method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
         torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
         chosen = () if arm.teacher in ("bench", "shuffled", "untrained") else (arm.teacher,)
-        given: Any = world.teacher(*chosen)
-        method.build(*given if isinstance(given, tuple) else (given,))
+        method.build_from(by_name(world.teacher(*chosen)))
         if arm.teacher == "untrained":
             forget(method, seed)
         network = method.role("student")
@@ -101,7 +101,7 @@ def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, di
 
 def forget(method: Any, seed: int) -> None:
     """Give the teachers that ``method`` holds new weights, drawn as their classes draw them; fixed positions stay."""
-    for place, teacher in enumerate(getattr(method, "teachers", None) or [method.teacher]):
+    for place, teacher in enumerate(method.teachers().values()):
         drawn = learned(fresh_weights(teacher, mix("forget", seed, place)))
         teacher.load_state_dict({**teacher.state_dict(), **drawn})
 

@@ -101,7 +101,8 @@ class LabelWorld:
         return self.bench.train
 
     def mislead(self, method: Any, data: ArrayData) -> ArrayData:
-        shuffle(method.teacher)
+        for teacher in method.teachers().values():
+            shuffle(teacher)
         return data
 
     def worst(self, metric: str) -> float:

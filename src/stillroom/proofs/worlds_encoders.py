@@ -49,7 +49,7 @@ class EncoderWorld:
         def other(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].roll(1, 0), *args[1:])
 
-        for teacher in taught(method):
+        for teacher in method.teachers().values():
             encoder_of(teacher).register_forward_pre_hook(other)
         return data
 
@@ -67,12 +67,6 @@ class EncoderWorld:
 
     def floor(self) -> dict[str, Any]:
         return dict(self.bench.floor())
-
-
-def taught(method: Any) -> list[nn.Module]:
-    """The teachers that a method holds."""
-    single = [found for name in ("teacher", "tutor") if (found := getattr(method, name, None)) is not None]
-    return [*getattr(method, "teachers", ()), *single]
 
 
 class CanvasWorld(EncoderWorld):

@@ -45,7 +45,7 @@ class LabelledWorld:
             output.logits = output.logits.roll(1, dims=-1)
             return output
 
-        for teacher in getattr(method, "teachers", [getattr(method, "teacher", None)]):
+        for teacher in method.teachers().values():
             teacher.register_forward_hook(wrong)
         return data
 

@@ -46,9 +46,8 @@ class GlossesWorld:
         def roll(_module: nn.Module, args: Any, inputs: dict[str, Tensor]) -> Any:
             return args, {name: value.roll(1, 0) for name, value in inputs.items()}
 
-        for name in ("pretrained", "tuned", "teacher"):
-            if isinstance(teacher := getattr(method, name, None), nn.Module):
-                teacher.register_forward_pre_hook(roll, with_kwargs=True)
+        for teacher in method.teachers().values():
+            teacher.register_forward_pre_hook(roll, with_kwargs=True)
         return data
 
     def worst(self, metric: str) -> float:

@@ -85,7 +85,7 @@ def options_table(slug: str) -> Table:
     table.title_justify = "left"
     for option in options_of(method):
         table.add_row(f"options.{option.name}", option.default, option.allowed, escape(option.meaning))
-    for turn in method(method.Options()).turns():
+    for turn in method.turns_for(method.Options()):
         optim = f"{turn.optim.name}, lr {turn.optim.lr:g}"
         table.add_row(f"engine.optim.{turn.name}", optim, "a mapping", f"trains {', '.join(turn.trains)}")
     return table

@@ -93,7 +93,7 @@ def build_method(recipe: Recipe, task: Task) -> Method:
     try:
         with torch.random.fork_rng(), making():
             torch.manual_seed(mix("build", recipe.engine.seed))  # heads and adapters start at random
-            method.build(*_to_shard(recipe, task.networks()))
+            method.build_from(_to_shard(recipe, by_name(task.networks())))
     except ValueError as error:
         raise UserError(f"method {recipe.method!r} cannot use teacher {recipe.teacher!r}: {error}") from error
     for role in recipe.lora:
@@ -107,13 +107,25 @@ def build_method(recipe: Recipe, task: Task) -> Method:
     return method
 
 
-def _to_shard(recipe: Recipe, networks: Sequence[Any]) -> Sequence[Any]:
+def by_name(networks: Any) -> dict[str, Any]:
+    """What a method's ``build`` may ask for: of a denoiser, a space, a network, or a student's network and its
+    teachers'."""
+    first, *others = networks if isinstance(networks, list | tuple) else (networks,)
+    if isinstance(first, Denoiser):
+        return {"teacher": first, "teachers": [first]}
+    if not isinstance(first, nn.Module):
+        return {"space": first}
+    return {"student": first, "teachers": others} | ({"teacher": others[0]} if len(others) == 1 else {})
+
+
+def _to_shard(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
     """The networks, copied where the first process will need whole ones after the method's have been sharded: it draws
     the teachers' samples for the report."""
     first, several = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1")) > 1
     if recipe.engine.parallel != "fsdp" or not first or not several:
-        return networks
-    return [copy.deepcopy(part) if isinstance(part, nn.Module) else part for part in networks]
+        return given
+    memo: dict[int, Any] = {}  # what stands under two names stays one network
+    return {name: value if name == "space" else copy.deepcopy(value, memo) for name, value in given.items()}
 
 
 def teacher_names(names: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.losses.conflict import gradient_cosine
 from stillroom.losses.soft_labels import forward_kl
-from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
 from stillroom.networks.dual_head import best_mixture, exchange, last_layer
 from stillroom.networks.prompt_classifier import PROMPTS, FewShotCache, PromptClassifier
 from stillroom.networks.recognition import ForwardPass, TwoHeadPass, class_logits
@@ -77,21 +77,19 @@ class DHO(Method):
         stored_precision: Literal["float16", "float32"] = "float16"
         conflict_every: int = field(default=50, metadata={"min": 0})  # steps between measured conflicts; 0: never
 
+        @property
+        def adapted(self) -> bool:
+            return self.cache == "tuned"
+
     options: Options
     mixture: tuple[float, float]
     cache: FewShotCache | None
     cosine: Tensor | None = None  # the last that was measured
 
-    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module) -> None:
         o = self.options
-        if len(teachers) != 1:
-            raise UserError(
-                f"dho learns from one teacher, {len(teachers)} were given",
-                cure="name the student's network and the teacher: resnet-small,./clip",
-            )
         if o.heads == "one" and (o.init != "none" or o.align != "none"):
             raise UserError("options.init and options.align are for two heads", cure="set options.heads to two")
-        (teacher,) = teachers
         if isinstance(teacher, PromptClassifier):
             teacher.ask(o.prompts, o.zeta, o.text_average)
         elif o.init != "none" or o.cache != "none":
@@ -169,13 +167,10 @@ class DHO(Method):
             few[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
         return few
 
-    def turns(self) -> tuple[Turn, ...]:
-        return tuple(t for t in super().turns() if t.name != "adapt" or self.options.cache == "tuned")
-
     def stages(self) -> tuple[Stage, ...]:
         distil = Stage("distil", ("distil",), data="unlabelled", own_schedule=True)
         adapt = Stage("adapt", ("adapt",), self.options.cache_share, data="labelled", own_schedule=True)
-        return (adapt, distil) if self.options.cache == "tuned" else (distil,)
+        return (adapt, distil) if self.options.adapted else (distil,)
 
     def streams(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """1. As many labelled images as the batch has unlabelled ones: augmented images ``[2 B, ...]``, labelled first,
@@ -202,7 +197,7 @@ class DHO(Method):
             return self.store.read(ids, numbers)["logits"].to(images.device)
         return class_logits(self.teacher, images) if self.cache is None else self.teacher(images, self.cache)
 
-    @turn(trains="cache", optim=Optim(lr=1e-3, weight_decay=1e-2, eps=1e-4))
+    @turn(trains="cache", optim=Optim(lr=1e-3, weight_decay=1e-2, eps=1e-4), when="adapted")
     def adapt(self, batch: Batch) -> Terms:
         """The few-shot teacher learns its keys from the labelled images."""
         images = self._viewed(batch["image"], batch["id"].cpu())[0]

@@ -350,15 +350,23 @@ class GTSelfDistill(Method):
     weight: Tensor  # of the labels in this stage
     by_truth: Tensor  # held-out probabilities of round 1, [N, classes]
 
-    def build(self, network: nn.Module) -> None:
-        self.student = unfrozen(copy.deepcopy(network))
+    def build(self, student: nn.Module, teachers: Sequence[nn.Module] = ()) -> None:
+        if teachers:
+            raise UserError(
+                f"gt-self-distill is its own teacher, {len(teachers)} were given",
+                cure="name the student's network alone",
+            )
+        self.student = unfrozen(copy.deepcopy(student))
         # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
-        self.teacher = copy.deepcopy(network).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
         # A plain example of the network, no role of the method, so that it stays whole where the roles are sharded.
-        object.__setattr__(self, "architecture", copy.deepcopy(network))
+        object.__setattr__(self, "architecture", copy.deepcopy(student))
         if self.options.start == "given":
-            self.given = frozen(copy.deepcopy(network))
+            self.given = frozen(copy.deepcopy(student))
         self.register_buffer("weight", torch.ones(()))
+
+    def teachers(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher}
 
     @torch.no_grad()
     def prepare(self, data: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from stillroom.data.outputs import Views, stored_outputs
 from stillroom.errors import UserError
 from stillroom.losses.adversarial import logit_discrimination
 from stillroom.losses.soft_labels import ensemble_probabilities, soft_cross_entropy
-from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
 from stillroom.networks.critics import LogitDiscriminator
 from stillroom.networks.recognition import ForwardPass, class_logits
 from stillroom.surgery.initial import fresh_weights
@@ -75,13 +76,13 @@ class MEALV2(Method):
     options: Options
     untaught = True  # whether the teachers are made and trained here
 
-    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+    def build(self, student: nn.Module, teachers: Sequence[nn.Module] = ()) -> None:
         o = self.options
         if teachers:
-            self.teachers = nn.ModuleList(frozen(copy.deepcopy(teacher)) for teacher in teachers)
+            self.ensemble = nn.ModuleList(frozen(copy.deepcopy(teacher)) for teacher in teachers)
         else:
-            self.teachers = nn.ModuleList(unfrozen(copy.deepcopy(student)) for _ in range(o.teachers))
-            for teacher in self.teachers:
+            self.ensemble = nn.ModuleList(unfrozen(copy.deepcopy(student)) for _ in range(o.teachers))
+            for teacher in self.ensemble:
                 teacher.load_state_dict(fresh_weights(student, int(torch.randint(2**31, ()))))
         self.untaught = not teachers
         if self.untaught and not o.teach_share:
@@ -101,27 +102,21 @@ class MEALV2(Method):
     def prepare(self, data: Any) -> None:
         o = self.options
         if o.stored:
-            name = "+".join(weights_hash(teacher) for teacher in self.teachers)
+            name = "+".join(weights_hash(teacher) for teacher in self.ensemble)
             kept: dict[str, Any] = {"keep": o.stored_keep, "precision": o.stored_precision}
             self.store = stored_outputs(o.stored, self._all_logits, data, self.augment, name=name, **kept)
-            self.teachers = nn.ModuleList()
+            self.ensemble = nn.ModuleList()
         if self.options.discriminator:
             rows = data.batch(0, 0, 2)["image"].to(next(self.student.parameters()).device)
             classes = class_logits(self.student, rows).shape[-1]
             self.discriminator = LogitDiscriminator(classes, self.options.final_relu).to(rows.device)
 
-    def turns(self) -> tuple[Turn, ...]:
-        """Without those that the options leave nothing to do."""
-        o = self.options
-        idle = {"teach"} if not (self.untaught and o.teach_share) else set()
-        idle |= {"init"} if not o.init_share else set()
-        idle |= {"judge"} if not (o.discriminator and o.distil_share) else set()
-        idle |= {"distil"} if not o.distil_share else set()
-        return tuple(t for t in super().turns() if t.name not in idle)
+    def teachers(self) -> dict[str, nn.Module]:
+        return {f"teacher-{i}": teacher for i, teacher in enumerate(self.ensemble, start=1)}
 
     def stages(self) -> tuple[Stage, ...]:
         """Labels for the teachers and for the student, where they are not trained; then soft labels."""
-        o, distil = self.options, tuple(t.name for t in self.turns() if t.name in ("distil", "judge"))
+        o, distil = self.options, ("distil", "judge")
         every = (
             Stage("teach", ("teach",), o.teach_share if self.untaught else 0.0, own_schedule=True),
             Stage("init", ("init",), o.init_share, own_schedule=True),
@@ -135,13 +130,13 @@ class MEALV2(Method):
         """1. Moved and mirrored; student and teachers see the same."""
         return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
-    @turn(trains="teachers", optim=Optim(lr=0.05, **OPTIM))
+    @turn(trains="ensemble", optim=Optim(lr=0.05, **OPTIM), when=("untaught", "teach_share"))
     def teach(self, batch: Batch) -> Terms:
         """Teachers that were not given, on labels."""
         images, label = self.images(batch), batch["cond"]["label"]
-        return {f"label_{k}": F.cross_entropy(class_logits(t, images), label) for k, t in enumerate(self.teachers)}
+        return {f"label_{k}": F.cross_entropy(class_logits(t, images), label) for k, t in enumerate(self.ensemble)}
 
-    @turn(trains="student", optim=Optim(lr=0.05, **OPTIM))
+    @turn(trains="student", optim=Optim(lr=0.05, **OPTIM), when="init_share")
     def init(self, batch: Batch) -> Terms:
         """The student's start, on labels: without a good one, labels matter again."""
         return {"label": F.cross_entropy(class_logits(self.student, self.images(batch)), batch["cond"]["label"])}
@@ -150,7 +145,7 @@ class MEALV2(Method):
     def _all_logits(self, images: Tensor) -> dict[str, Tensor]:
         """``[B, K, classes]``: what is stored."""
         images = images.to(next(self.student.parameters()).device)
-        return {"logits": torch.stack([class_logits(teacher, images) for teacher in self.teachers], 1)}
+        return {"logits": torch.stack([class_logits(teacher, images) for teacher in self.ensemble], 1)}
 
     @torch.no_grad()
     def taught(self, images: Tensor, key: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +156,7 @@ class MEALV2(Method):
             if self.options.ensemble == "random":
                 logits = (logits[self.draw.index(len(logits))],)
         else:
-            teachers = list(self.teachers)
+            teachers = list(self.ensemble)
             if self.options.ensemble == "random":
                 teachers = [teachers[self.draw.index(len(teachers))]]
             logits = [class_logits(teacher, images) for teacher in teachers]
@@ -175,7 +170,7 @@ class MEALV2(Method):
         numbers = (self.draw.uniform(len(ids)) * self.augment.count).long().cpu()
         return self.augment.of(images, ids, numbers), (ids, numbers)
 
-    @turn(trains="student", optim=Optim(lr=0.01, **OPTIM))
+    @turn(trains="student", optim=Optim(lr=0.01, **OPTIM), when="distil_share")
     def distil(self, batch: Batch) -> Terms:
         """3. - sum_c p_c log softmax(S)_c, no labels; 4. plus the discriminator's loss: student rows are (1, 0),
         teacher rows (0, 1), and the sign is not turned."""
@@ -197,7 +192,7 @@ class MEALV2(Method):
         self.note("target_entropy", -(target * target.clamp_min(1e-12).log()).sum(-1).mean())
         return terms
 
-    @turn(trains="discriminator", optim=Optim(lr=0.001, **OPTIM))
+    @turn(trains="discriminator", optim=Optim(lr=0.001, **OPTIM), when=("discriminator", "distil_share"))
     def judge(self, batch: Batch) -> Terms:
         """5. The same step for the discriminator, from the logits that the student had."""
         return {"discriminator": logit_discrimination(self.discriminator, *self.shared["judged"])}

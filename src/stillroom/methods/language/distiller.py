@@ -89,13 +89,8 @@ class Distiller(Method):
 
     options: Options
 
-    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module) -> None:
         o = self.options
-        if len(teachers) != 1:
-            raise UserError(
-                f"distiller has {len(teachers)} teachers, it wants one",
-                cure="name the student's network and then a fine-tuned teacher, such as bert-4x312,./tuned",
-            )
         if o.intermediate == o.prediction == "none" and not o.label_weight:
             raise UserError(
                 "distiller has nothing to learn from", cure="choose a loss, or set options.label_weight to 1"
@@ -106,7 +101,7 @@ class Distiller(Method):
                 cure="choose a multiple",
             )
         self.student = unfrozen(copy.deepcopy(student))
-        self.teacher = (unfrozen if o.tune_share else frozen)(copy.deepcopy(teachers[0]))
+        self.teacher = (unfrozen if o.tune_share else frozen)(copy.deepcopy(teacher))
         self.masked_lm = self.read_masked_lm() if o.augmentation == "contextual" else None
         m, n = depth(self.teacher), depth(self.student)
         layers = None if o.layer_map == "emd" else layer_map(o.layer_map, m, n)
@@ -152,8 +147,8 @@ class Distiller(Method):
             check_vocabularies({"the student": tokenizer, self.options.masked_lm: self.words})
             self.mask_id = int(self.words.mask_token_id)
 
-    def turns(self) -> tuple[Turn, ...]:
-        return tuple(t for t in super().turns() if t.name != "tune" or self.options.tune_share)
+    def teachers(self) -> dict[str, nn.Module]:
+        return {"teacher-tuned" if self.options.tune_share else "teacher": self.teacher}
 
     def stages(self) -> tuple[Stage, ...]:
         distil = Stage("distil", ("distil",), own_schedule=True)
@@ -166,7 +161,7 @@ class Distiller(Method):
     def rate(self, turn: Turn, name: str) -> float:
         return self.options.critic_rate if name.startswith("critics.") else 1.0
 
-    @turn(trains="teacher", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
+    @turn(trains="teacher", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0), when="tune_share")
     def tune(self, batch: Batch) -> Terms:
         """The teacher, where it is not fine-tuned yet."""
         return {"label": F.cross_entropy(class_logits(self.teacher, text_inputs(batch)), batch["cond"]["label"])}
@@ -264,9 +259,6 @@ class Distiller(Method):
             scores, log_q = self.critics[self.critic_of(i, j)](x, y, keep, keep)
             return -i_alpha(scores, log_q, o.alpha, seen.distinct)
         return distance(o.intermediate, self.adapters.project(f"h{j + 1}", mine), theirs, keep)  # type: ignore[operator]
-
-    def own_teachers(self) -> dict[str, nn.Module]:
-        return {"teacher-tuned": self.teacher} if self.options.tune_share else {}
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()

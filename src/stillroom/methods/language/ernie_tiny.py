@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from stillroom.errors import UserError, nearest
 from stillroom.losses.features import attention_mse, mse
 from stillroom.losses.layer_maps import layer_map
 from stillroom.losses.soft_labels import soft_cross_entropy
-from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn, unfrozen
 from stillroom.networks.projectors import Projectors
 from stillroom.networks.recognition import ForwardPass, class_logits
 from stillroom.surgery.text_reader import EncoderReader, Reading, copy_layers, depth, text_inputs
@@ -80,15 +81,21 @@ class ERNIETiny(Method):
         soft_weight: float = field(default=1.0, metadata={"min": 0})
         hard_weight: float = field(default=1.0, metadata={"min": 0})
 
+        def __post_init__(self) -> None:
+            read_records(self.stages)
+
     options: Options
     untuned = True  # whether the fine-tuned teacher is made here
 
-    def __init__(self, options: Any = None, lora: Any = None) -> None:
-        super().__init__(options, lora)
-        self.records = read_records(self.options.stages)
-
-    def build(self, student: nn.Module, pretrained: nn.Module, tuned: nn.Module | None = None) -> None:
+    def build(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         o = self.options
+        self.records = read_records(o.stages)
+        if len(teachers) not in (1, 2):
+            raise UserError(
+                f"ernie-tiny learns from a pretrained teacher and a fine-tuned one, {len(teachers)} were given",
+                cure="name the pretrained one, and after it the fine-tuned one if there is one",
+            )
+        pretrained, tuned = teachers[0], (*teachers[1:], None)[0]
         self.student = unfrozen(copy.deepcopy(student))
         self.pretrained = frozen(copy.deepcopy(pretrained))
         self.untuned = tuned is None
@@ -130,9 +137,8 @@ class ERNIETiny(Method):
         shared = self.options.projectors == "shared"
         return {f"h{j}": f"h{g}" for j, g in enumerate(self.target) if j < 2 or not shared}
 
-    def turns(self) -> tuple[Turn, ...]:
-        tunes = self.untuned and self.options.tune_share
-        return tuple(t for t in super().turns() if t.name != "tune" or tunes)
+    def teachers(self) -> dict[str, nn.Module]:
+        return {"teacher-pretrained": self.pretrained, "teacher-tuned": self.tuned}
 
     def stages(self) -> tuple[Stage, ...]:
         """The records, each with optimizers and a schedule of its own; the student and its projectors go on."""
@@ -152,7 +158,7 @@ class ERNIETiny(Method):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim > 1
 
-    @turn(trains="tuned", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
+    @turn(trains="tuned", optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0), when=("untuned", "tune_share"))
     def tune(self, batch: Batch) -> Terms:
         """The fine-tuned teacher, where none was given."""
         logits = class_logits(self.tuned, text_inputs(batch))
@@ -193,9 +199,6 @@ class ERNIETiny(Method):
                 pairs = [(mean_map(s, keep), mean_map(t, keep)) for s, t in pairs]
             terms["attention"] = torch.stack([attention_mse(s, t, keep=keep) for s, t in pairs]).sum()
         return terms
-
-    def own_teachers(self) -> dict[str, nn.Module]:
-        return {"teacher-tuned": self.tuned} if any(stage.name == "tune" for stage in self.stages()) else {}
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()

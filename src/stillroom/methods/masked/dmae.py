@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from stillroom.errors import UserError
 from stillroom.losses.features import l1, mse, normalised
 from stillroom.losses.layer_maps import at_fraction
 from stillroom.losses.pixels import masked_pixel_loss
-from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn, unfrozen
 from stillroom.networks.mae import (
     Masking,
     block,
@@ -76,26 +75,25 @@ class DMAE(Method):
         flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image
 
     options: Options
+    decoder: Any  # None where no pixels are predicted
+    projectors: Any  # None where there is no teacher
 
-    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+    def build(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
         o = self.options
         own = unfrozen(copy.deepcopy(require_decoder(student, "student")))
-        self.student, self.decoder = own.vit, own.decoder
+        self.student, self.decoder, self.projectors = own.vit, own.decoder if o.pixels else None, None
         if not (o.alpha or o.pixels):
             raise UserError("dmae has nothing to minimise", cure="set options.alpha or options.pixels above 0")
         self.patch, self.patches = own.config.patch_size, patch_count(own)
         masking(torch.zeros(1, self.patches), o.mask_ratio)  # a ratio that leaves nothing is refused here
         if not o.alpha:
             return
-        if len(teachers) != 1:
-            raise UserError(
-                f"dmae learns from one teacher, not {len(teachers)}",
-                cure="name it after the student's network, or set options.alpha to 0",
-            )
-        self.teacher = frozen(copy.deepcopy(encoder_of(teachers[0])))
+        if teacher is None:
+            raise UserError("dmae has no teacher", cure="name one, or set options.alpha to 0")
+        self.teacher = frozen(copy.deepcopy(encoder_of(teacher)))
         if not is_masked(self.teacher):
             raise UserError(
-                f"the teacher {type(teachers[0]).__name__} is no masked autoencoder", cure="give a ViTMAEModel's folder"
+                f"the teacher {type(teacher).__name__} is no masked autoencoder", cure="give a ViTMAEModel's folder"
             )
         same_patches(self.student, self.teacher)
         self.taps = self.read(self.student, o.student_block, early_exit=False)
@@ -114,12 +112,6 @@ class DMAE(Method):
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return learned(super().trained_parameters(name))
-
-    def turns(self) -> tuple[Turn, ...]:
-        """Without a decoder that nothing would train, and without projectors where there is no teacher."""
-        o, (only,) = self.options, super().turns()
-        trains = ("student", *(("decoder",) if o.pixels else ()), *(("projectors",) if o.alpha else ()))
-        return (dataclasses.replace(only, trains=trains),)
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:

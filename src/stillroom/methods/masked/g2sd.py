@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,14 +85,19 @@ class G2SD(Method):
         flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image
 
     options: Options
+    encoder: Any  # that the generic stage trains; the student itself, where no specific stage follows
+    head: Any  # None where the target is pixels
+    encoder_head: Any  # None where encoder_weight is 0
 
-    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+    def build(self, student: nn.Module, teachers: Sequence[nn.Module] = ()) -> None:
         o = self.options
         if not (o.generic_share or o.specific_share):
             raise UserError("every stage of g2sd has share 0", cure="set options.generic_share to 1, for example")
         own = unfrozen(copy.deepcopy(require_decoder(student, "student")))
         own.config.image_mean = None  # it learns from pixels in [-1, 1], as a classifier will see them
         self.student, self.decoder = own.vit, own.decoder  # with a specific stage, until prepare() knows the classes
+        self.encoder = self.student
+        self.head = self.encoder_head = None
         self.patch, self.patches = own.config.patch_size, patch_count(own)
         masking(torch.zeros(1, self.patches), o.mask_ratio)  # a ratio that leaves nothing is refused here
         if o.generic_share and o.target == "features":
@@ -123,7 +128,6 @@ class G2SD(Method):
             return
         self.classes = len(data.classes) or int(data.labels.max()) + 1
         kind = "DeiTForImageClassificationWithTeacher" if o.specific == "hard" else "DeiTForImageClassification"
-        self.encoder = self.student
         self.student = make_vit_classifier(self.encoder, self.classes, kind).to(next(self.encoder.parameters()).device)
         if o.labels:
             rows = [torch.nonzero(data.labels == c)[: o.labels, 0] for c in range(self.classes)]
@@ -132,20 +136,7 @@ class G2SD(Method):
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
         """The specific stage begins with the generic one's encoder; decoder and heads are left behind."""
         if stage.name == "specific" and not resumed:
-            carry_encoder(self.pretrained, self.student)
-
-    @property
-    def pretrained(self) -> nn.Module:
-        """The encoder that the generic stage trains."""
-        return self.encoder if self.options.specific_share else self.student
-
-    def turns(self) -> tuple[Turn, ...]:
-        """Without those that the options leave nothing to do, and each with the networks that there are."""
-        o = self.options
-        heads = ("head", *(("encoder_head",) if o.encoder_weight else ())) if o.target == "features" else ()
-        generic = ("encoder" if o.specific_share else "student", "decoder", *heads)
-        wanted = {"generic": (o.generic_share, generic), "specific": (o.specific_share, ("student",))}
-        return tuple(dataclasses.replace(t, trains=wanted[t.name][1]) for t in super().turns() if wanted[t.name][0])
+            carry_encoder(self.encoder, self.student)
 
     def stages(self) -> tuple[Stage, ...]:
         o = self.options
@@ -187,13 +178,15 @@ class G2SD(Method):
             decode(self.teacher.decoder, latent, mask.ids_restore)
         return features["hidden"].float(), latent.float()
 
-    @turn(trains=("student", "decoder", "head"), optim=Optim(lr=1e-3, **MAE_OPTIM))
+    @turn(
+        trains=("encoder", "decoder", "head", "encoder_head"), optim=Optim(lr=1e-3, **MAE_OPTIM), when="generic_share"
+    )
     def generic(self, batch: Batch) -> Terms:
         """1. One mask; 4. the student's decoder, all of it, without its last norm; 5. smooth L1 to the whitened
         target."""
         o, images = self.options, self.images(batch)
         mask = masking(self.draw.uniform(len(images), self.patches).to(images.device), o.mask_ratio)
-        latent = encode(self.pretrained, images, mask.ids_keep)
+        latent = encode(self.encoder, images, mask.ids_keep)
         if o.target == "pixels":
             predicted = decode(self.decoder, latent, mask.ids_restore)
             patches = patchify(images, self.patch)
@@ -210,7 +203,7 @@ class G2SD(Method):
         return terms
 
     # --- specific -----------------------------------------------------------------------------------------------------
-    @turn(trains="student", optim=Optim(lr=1e-3, weight_decay=0.05))
+    @turn(trains="student", optim=Optim(lr=1e-3, weight_decay=0.05), when="specific_share")
     def specific(self, batch: Batch) -> Terms:
         """7. A mixed batch, which the teacher sees as it is; 8. half the labels at the class token, half the teacher's
         decision at the distillation token."""

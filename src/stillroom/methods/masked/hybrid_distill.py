@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from stillroom.augment.images import moved_and_flipped
 from stillroom.errors import UserError
 from stillroom.losses.features import gather_relation, relation, relation_kl, smooth_l1
-from stillroom.method import Batch, Method, Optim, Paper, Terms, Turn, frozen, register, turn, unfrozen
+from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn, unfrozen
 from stillroom.networks.mae import encode, is_masked, learned, same_patches
 from stillroom.networks.projectors import projector
 from stillroom.networks.recognition import ForwardPass
@@ -60,8 +61,9 @@ class HybridDistill(Method):
         flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image
 
     options: Options
+    projector: Any  # None where alpha is 0
 
-    def build(self, student: nn.Module, *teachers: nn.Module) -> None:
+    def build(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         o = self.options
         if not (o.alpha or o.beta):
             raise UserError("hybrid-distill has nothing to minimise", cure="set options.alpha or options.beta above 0")
@@ -71,15 +73,15 @@ class HybridDistill(Method):
                 cure="name the contrastive or supervised one and then the masked one after the student's network",
             )
         self.student = unfrozen(copy.deepcopy(encoder_of(student)))
-        self.teachers = nn.ModuleList(frozen(copy.deepcopy(encoder_of(teacher))) for teacher in teachers)
+        self.masters = nn.ModuleList(frozen(copy.deepcopy(encoder_of(teacher))) for teacher in teachers)
         for who, network in (("student", self.student), ("second teacher", self.masked)):
             if not is_masked(network):
                 raise UserError(
                     f"the {who} {type(network).__name__} cannot leave patches out", cure="give a ViTMAEModel's folder"
                 )
-        same_patches(self.student, *self.teachers)
-        mine, theirs = self.student.config, encoder_of(self.teachers[0]).config
-        self.projector = projector(mine.hidden_size, theirs.hidden_size, o.projector)
+        same_patches(self.student, *self.masters)
+        mine, theirs = self.student.config, encoder_of(self.masters[0]).config
+        self.projector = projector(mine.hidden_size, theirs.hidden_size, o.projector) if o.alpha else None
         self.heads = o.relation_heads or mine.num_attention_heads
         for network in (self.student, self.masked):
             split_heads(
@@ -87,9 +89,12 @@ class HybridDistill(Method):
             )  # what does not split is refused here
         self.ours, self.theirs = self.relations(self.student), self.relations(self.masked)
 
+    def teachers(self) -> dict[str, nn.Module]:
+        return {"teacher-features": self.masters[0], "teacher-masked": self.masters[1]}
+
     @property
     def masked(self) -> Any:
-        return self.teachers[1]
+        return self.masters[1]
 
     def relations(self, network: nn.Module) -> Taps:
         """Queries and keys of the last layers, ``q0, k0`` the last but so many."""
@@ -111,11 +116,6 @@ class HybridDistill(Method):
 
     def trained_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return learned(super().trained_parameters(name))
-
-    def turns(self) -> tuple[Turn, ...]:
-        (only,) = super().turns()
-        trains = ("student", *(("projector",) if self.options.alpha else ()))
-        return (Turn(only.name, trains, only.every, only.optim),)
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
@@ -164,7 +164,7 @@ class HybridDistill(Method):
         tokens = with_class(kept) if kept is not None else None
         if o.alpha:
             with torch.no_grad():
-                told = encode(self.teachers[0], images)
+                told = encode(self.masters[0], images)
             if tokens is not None:
                 told = told.gather(1, tokens[..., None].expand(-1, -1, told.shape[-1]))
             target: Literal["layer", "none"] = "layer" if o.whiten else "none"

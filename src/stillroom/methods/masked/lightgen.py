@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
@@ -85,7 +84,7 @@ class LightGen(Method):
 
     options: Options
 
-    def build(self, space: TextImageSpace) -> None:
+    def build(self, space: TextImageSpace, student: MAR | None = None) -> None:
         o, codec = self.options, space.codec
         if o.pretrain_share + o.adapt_share + o.dpo_share == 0:
             raise UserError("every stage of lightgen has share 0", cure="set options.pretrain_share to 1, for example")
@@ -105,27 +104,29 @@ class LightGen(Method):
         self.student = o.network.make(
             channels=codec.channels, text_width=space.text.width, grid=(height // patch, width // patch)
         )
-        if o.start:
-            self.take_over(model_folder(o.start))
+        if student is not None:
+            self.take_over(student, "that is given")
+        elif o.start:
+            folder = model_folder(o.start)
+            self.take_over(load_network(folder), f"in {folder}")
         if self.by_preference:
             # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
             self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
 
-    def take_over(self, folder: Path) -> None:
+    def take_over(self, start: nn.Module, where: str) -> None:
         """Begin with the weights of a finished student of the same sizes, whose head predicts the same."""
-        start = load_network(folder)
         ours = self.student.config["prediction"]
         theirs = start.config["prediction"] if isinstance(start, MAR) else ours  # other classes fail below
         if theirs != ours:
             raise UserError(
-                f"options.start: the head of the student in {folder} predicts {theirs}, that of options.network {ours}",
+                f"the head of the student {where} predicts {theirs}, that of options.network {ours}",
                 cure=f"set options.network.prediction={theirs}",
             )
         try:
             self.student.load_state_dict(start.state_dict())
         except RuntimeError:
             raise UserError(
-                f"options.start: the student in {folder} has other sizes than options.network",
+                f"the student {where} has other sizes than options.network",
                 cure="give its own sizes (transformer/config.json or network/config.json) as options.network",
             ) from None
 

@@ -56,9 +56,9 @@ class DMD2(Method):
 
     options: Options
 
-    def build(self, teacher: Denoiser) -> None:
+    def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         self.teacher = frozen(teacher)
-        self.student = self.clone(teacher, "student")
+        self.student = self.clone(student or teacher, "student")
         self.fake = self.clone(teacher, "fake")
         self.discriminator = (
             Discriminator(self.fake, self.options.gan_block) if self.options.gan_weight else nn.Identity()

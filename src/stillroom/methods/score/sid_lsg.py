@@ -64,10 +64,10 @@ class SiDLSG(Method):
 
     options: Options
 
-    def build(self, teacher: Denoiser) -> None:
+    def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
         self.teacher = frozen(teacher)
-        self.student = self.clone(teacher, "student")
+        self.student = self.clone(student or teacher, "student")
         self.fake = self.clone(teacher, "fake")
         self.discriminator = Discriminator(self.fake, o.gan_block, o.gan_head) if o.gan_weight else nn.Identity()
         self.times = few_step_times(o.student_steps, o.t_init)

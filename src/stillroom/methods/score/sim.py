@@ -58,9 +58,9 @@ class SIM(Method):
 
     options: Options
 
-    def build(self, teacher: Denoiser) -> None:
+    def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         self.teacher = frozen(teacher)
-        self.student = self.clone(teacher, "student")
+        self.student = self.clone(student or teacher, "student")
         self.fake = self.clone(teacher, "fake")
 
     def distance_grad(self) -> Psi:

@@ -50,9 +50,11 @@ class SwiftBrush(Method):
 
     options: Options
 
-    def build(self, teacher: Denoiser) -> None:
+    def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
-        self.student = self.clone(teacher, "student")  # copied before adapters are put into the teacher's network
+        self.student = self.clone(
+            student or teacher, "student"
+        )  # copied before adapters are put into the teacher's network
         if o.fake == "lora":
             self.fake = lora_role(teacher, "fake", o.rank, o.lora_alpha, o.targets)
         else:
