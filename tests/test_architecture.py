@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,24 +174,25 @@ def test_downhill_and_contract_imports_pass(tmp_path: Path) -> None:
     assert violations(tmp_path) == []
 
 
-def test_help_is_fast_and_light() -> None:
+def test_help_is_light() -> None:
+    """How long it takes is measured by benchmarks/start_up.py."""
     command = [sys.executable, "-X", "importtime", "-m", "stillroom", "--help"]
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONWARNINGS": ""}
-        )
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
     imported = {
         line.rsplit("|", 1)[-1].strip().split(".")[0]
         for line in done.stderr.splitlines()
         if line.startswith("import time:")
     }
     assert "stillroom" in imported
-    assert not imported & {"torch", "diffusers", "transformers", "peft", "matplotlib", "numpy"}
-    assert min(seconds) < 2.0, f"--help took {min(seconds):.2f} s"
+    heavy = {"torch", "diffusers", "transformers", "peft", "matplotlib", "numpy", "scipy", "sklearn", "filelock"}
+    assert not imported & heavy
+
+
+def test_the_source_distribution_names_what_there_is() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert [name for name in included if not (ROOT / name).exists()] == []
 
 
 # --- every method has its whole set -----------------------------------------------------------------------------------

@@ -178,8 +178,11 @@ def test_non_finite_gradients_are_sanitised_where_the_recipe_asks_for_it() -> No
 
 def test_clip_norm_is_the_norm_of_all_gradients_together() -> None:
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
-    assert float(clip_norm(gradients, 0.0)) == pytest.approx(5.0)
-    assert float(clip_norm(gradients, 1.0)) == pytest.approx(5.0)
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    assert float(clip_norm(parameters, 0.0)) == pytest.approx(5.0)
+    assert float(clip_norm(parameters, 1.0)) == pytest.approx(5.0)
     assert torch.cat([g.flatten() for g in gradients]).norm() == pytest.approx(1.0, abs=1e-5)
 
 

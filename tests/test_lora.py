@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -70,6 +73,24 @@ def train(role: LoraDenoiser, steps: int = 3) -> None:
         optimizer.step()
     for p in own.values():
         p.requires_grad_(False)
+
+
+def test_what_is_used_of_peft_is_there() -> None:
+    """Private fields of its layers, and the names of their parts: pyproject.toml bounds its version for them."""
+    network = inject_adapter_in_model(
+        LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(3, 2)), adapter_name="student"
+    )
+    layer: Any = network[0]
+    assert isinstance(layer, LoraLayer)
+    for off in (True, False):
+        layer._disable_adapters = off
+        assert layer.disable_adapters == off
+    layer._active_adapter = ["student"]
+    assert layer.active_adapters == ["student"]
+    parts = {"0.base_layer.weight", "0.base_layer.bias", "0.lora_A.student.weight", "0.lora_B.student.weight"}
+    assert {name for name, _ in network.named_parameters()} == parts
+    assert isinstance(layer.get_base_layer(), nn.Linear)
+    assert layer.get_delta_weight("student").shape == (2, 3)
 
 
 def test_a_new_role_says_what_the_teacher_says(teacher: Denoiser) -> None:

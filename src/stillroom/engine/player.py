@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stillroom.engine.distributed import DataParallel, Plain, Sharded, full, local
 from stillroom.engine.eight_bit import adamw_8bit
@@ -28,12 +29,12 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> f
     return 1 - done if schedule == "linear" else 1.0
 
 
-def clip_norm(gradients: list[Tensor], limit: float) -> Tensor:
+def clip_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """The norm of all gradients together; scales them down to ``limit`` where that is positive and exceeded."""
-    norm = full(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit > 0:
-        torch._foreach_mul_([local(g) for g in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+        clip_grads_with_norm_(parameters, limit, norm)
+    return full(norm)
 
 
 class Player:
@@ -96,7 +97,7 @@ class Player:
                 torch._foreach_clamp_max_(shards, o.clip_value)
                 torch._foreach_clamp_min_(shards, -o.clip_value)
             if o.clip_norm > 0 or want_norm:
-                self.norm = clip_norm(gradients, o.clip_norm)
+                self.norm = clip_norm(self.trained, o.clip_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = o.lr * factor * group["rate"]
             self.optimizer.step()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,9 +88,9 @@ def emd(cost: Tensor, rows: Tensor | None = None, columns: Tensor | None = None)
     Returns the plan in the dtype and on the device of ``cost``, without gradients: its rows sum to ``rows``, its
     columns to ``columns``, and no other such plan has a smaller ``sum(plan * cost)``. With gradients the plan would
     collapse onto the cheapest pair.
-
-    Successive shortest paths: send weight along the cheapest path of the residual graph until none is left.
     """
+    from scipy.optimize import linprog
+
     if cost.ndim != 2 or not bool(torch.isfinite(cost).all()):
         raise UserError(
             f"costs between layers are a finite matrix [M, N], not {tuple(cost.shape)}",
@@ -97,45 +98,12 @@ def emd(cost: Tensor, rows: Tensor | None = None, columns: Tensor | None = None)
         )
     m, n = cost.shape
     prices = cost.detach().double().cpu()
-    prices = prices / prices.abs().max().clamp(min=1e-300)  # only ratios matter; the tolerance below is absolute
-    supply = _marginal(rows, m, "rows")
-    demand = _marginal(columns, n, "columns")
-    plan = torch.zeros(m, n, dtype=torch.float64)
-    tiny = 1e-12
-    while bool((supply > tiny).any()) and bool((demand > tiny).any()):
-        # Bellman-Ford over teachers and students: forward edges cost c_ij, used edges may be undone for -c_ij. Only a
-        # strict improvement changes a predecessor, or ties would tie the path into a ring.
-        to_row = torch.where(supply > tiny, 0.0, torch.inf).double()
-        to_column = torch.full((n,), torch.inf, dtype=torch.float64)
-        row_from, column_from = torch.full((m,), -1), torch.full((n,), -1)
-        used = plan > tiny
-        for _ in range(m + n):
-            ahead, ahead_from = (to_row[:, None] + prices).min(0)
-            better = ahead < to_column - tiny
-            to_column = torch.where(better, ahead, to_column)
-            column_from = torch.where(better, ahead_from, column_from)
-            back, back_from = torch.where(used, to_column - prices, torch.inf).min(1)
-            better = back < to_row - tiny
-            if not bool(better.any()):
-                break
-            to_row = torch.where(better, back, to_row)
-            row_from = torch.where(better, back_from, row_from)
-        end = int(torch.where(demand > tiny, to_column, torch.inf).argmin())
-        column, path, amount = end, [], float(demand[end])
-        while True:
-            row = int(column_from[column])
-            path.append((row, column, 1.0))
-            if row_from[row] < 0:
-                break
-            column = int(row_from[row])
-            path.append((row, column, -1.0))
-            amount = min(amount, float(plan[row, column]))
-        amount = min(amount, float(supply[row]))
-        for i, j, sign in path:
-            plan[i, j] += sign * amount
-        supply[row] -= amount
-        demand[end] -= amount
-    return plan.to(cost)
+    prices = prices / prices.abs().max().clamp(min=1e-300)  # only ratios matter; the solver's tolerances are absolute
+    sums = np.vstack([np.kron(np.eye(m), np.ones(n)), np.kron(np.ones(m), np.eye(n))])
+    wanted = torch.cat([_marginal(rows, m, "rows"), _marginal(columns, n, "columns")])
+    exact = {"dual_feasibility_tolerance": 1e-10, "primal_feasibility_tolerance": 1e-10}
+    found = linprog(prices.flatten(), A_eq=sums, b_eq=wanted, method="highs-ds", options=exact)
+    return torch.from_numpy(found.x).reshape(m, n).to(cost)
 
 
 def _marginal(given: Tensor | None, count: int, name: str) -> Tensor:
