@@ -18,8 +18,9 @@ from common import Row, median, record
 
 from stillroom.bench.fashion import FashionBench
 from stillroom.diffusion.sampling import FewStepSampler, sampler_from_dict
-from stillroom.evaluation.cost import macs, parameters
+from stillroom.evaluation.cost import macs
 from stillroom.parsing import read_json
+from stillroom.surgery.modules import parameter_count
 from stillroom.surgery.tabulated import tabulate
 from stillroom.tasks.class_images.model import ImageGenerator
 
@@ -30,6 +31,11 @@ LIMIT = 20.0
 def load_student(folder: Path) -> ImageGenerator:
     """A student folder, or a run folder that holds one."""
     return ImageGenerator.load(folder / "student" if (folder / "student").is_dir() else folder)
+
+
+def tabulated(model: ImageGenerator) -> ImageGenerator:
+    """The model, its conditioning as tables."""
+    return ImageGenerator(tabulate(model.denoiser, model.sampler), model.sampler, model.classes)
 
 
 def is_best(teacher: Path, sampler: dict[str, Any]) -> bool:
@@ -60,8 +66,8 @@ def main() -> None:
     many = f"teacher, {settings['name']} {settings.get('solver', '')} {settings.get('steps', '')}".rstrip()
     many += f" steps, guidance {settings.get('guidance', 1.0):g}"
     served = f"{name}, conditioning tabulated"
-    everyone = {many: teacher, f"{many}, conditioning tabulated": tabulate(teacher), name: student}
-    everyone[served] = tabulate(student)
+    everyone = {many: teacher, f"{many}, conditioning tabulated": tabulated(teacher), name: student}
+    everyone[served] = tabulated(student)
     medians: dict[str, dict[int, float]] = {label: {} for label in everyone}
     for batch, runs in RUNS.items():
         labels = [i % 10 for i in range(batch)]
@@ -75,7 +81,7 @@ def main() -> None:
     for label, model in everyone.items():
         row: Row = {"sampler": label, "NFE": model.sampler.nfe}
         row["MACs per image, M"] = macs(lambda model=model: model.sample([0])) / 1e6
-        row["parameters"] = parameters(model.denoiser.network)
+        row["parameters"] = parameter_count(model.denoiser.network)
         for batch in RUNS:
             row[f"latency, batch {batch}, ms"] = medians[label][batch]
             row[f"speed-up, batch {batch}"] = ratios[label][batch]

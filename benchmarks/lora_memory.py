@@ -19,10 +19,11 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
-from stillroom.evaluation.cost import parameters, peak_memory
+from stillroom.evaluation.cost import peak_memory
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.method import Method, get_method
 from stillroom.surgery.lora import lora_role
+from stillroom.surgery.modules import parameter_count
 
 BATCH, STEPS, REPEATS, LIMIT = 8, 2, 2, 1.5
 WIDTH, DEPTH, PATCH = 512, 8, 7
@@ -108,7 +109,7 @@ def main() -> None:
                 "x student alone, LoRA": (peak - floor) / adapter,
             }
         )
-    size = parameters(network()) / 1e6
+    size = parameter_count(network()) / 1e6
     record(
         "Memory of LoRA roles",
         f"Three roles (dmd2 without GAN) as LoRA adapters of rank {LORA['rank']} on one base need at most {LIMIT}x the "

@@ -15,8 +15,9 @@ import torch
 from common import ROOT, Row, median, record
 
 from stillroom.bench.scenes import ScenesBench
-from stillroom.evaluation.cost import macs, parameters
+from stillroom.evaluation.cost import macs
 from stillroom.run import load_generator
+from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.text_images.model import TextImageGenerator
 from stillroom.tasks.text_images.task import EXAMPLES, caption_rows
 
@@ -82,7 +83,7 @@ def main() -> None:
     rows: list[Row] = []
     for name, model in models.items():
         scores = bench.score(torch.cat(images[name]), captions)
-        row: Row = {"model": name, "parameters": parameters(getattr(model.network, "network", model.network))}
+        row: Row = {"model": name, "parameters": parameter_count(getattr(model.network, "network", model.network))}
         row["NFE"] = model.sampler.nfe
         row["MACs per image, M"] = macs(lambda model=model: model.sample(texts[:1])) / 1e6
         row[f"images/s, batch {BATCH}"] = 1 / median(batches[name])

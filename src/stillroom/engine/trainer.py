@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stillroom.draws import Draws
+from stillroom.draws import Draws, mix
 from stillroom.engine import precision, state
 from stillroom.engine.checkpoint import Checkpoints
 from stillroom.engine.config import EngineConfig
@@ -38,12 +37,6 @@ class Data(Protocol):
     ``parts`` (name -> data of the same kind) serves stages that read one of them."""
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> Batch: ...
-
-
-def mix(*numbers: int | str) -> int:
-    """A 63-bit seed from numbers, far from those of neighbouring numbers."""
-    text = "/".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 class Trainer:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stillroom.data.source import LABELS, ArrayData
 from stillroom.errors import UserError
+from stillroom.files import write
 from stillroom.surgery.freezing import frozen
 
 FEATURES = 64
@@ -171,7 +172,7 @@ def _train(
         seed=seed,
         seconds=round(time.perf_counter() - began, 1),
         origin=train.origin,
-        sha256=weights_hash(net),
+        sha256=saved_hash(net),
     )
     report(f"extractor {card.data}@{card.sha256[:8]}: {card.accuracy:.1%} of {test.n:,} test images right")
     return Extractor(net, card)
@@ -202,7 +203,7 @@ def load_extractor(folder: Path) -> Extractor:
 
 # --- networks that judge, with their cards ----------------------------------------------------------------------------
 class JudgeCard(Protocol):
-    """What :func:`save_judge` needs of a card: a dataclass with the SHA-256 of :func:`weights_hash`."""
+    """What :func:`save_judge` needs of a card: a dataclass with the SHA-256 of :func:`saved_hash`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -219,7 +220,7 @@ def _weights(net: nn.Module) -> bytes:
     return save({key: value.contiguous() for key, value in net.state_dict().items()})
 
 
-def weights_hash(net: nn.Module) -> str:
+def saved_hash(net: nn.Module) -> str:
     """SHA-256 of the file that :func:`save_judge` writes."""
     return hashlib.sha256(_weights(net)).hexdigest()
 
@@ -227,8 +228,8 @@ def weights_hash(net: nn.Module) -> str:
 def save_judge(net: nn.Module, card: JudgeCard, folder: Path) -> None:
     """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").write_bytes(_weights(net))
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(card), indent=2) + "\n")
+    write(folder / "model.safetensors", _weights(net))
+    write(folder / "config.json", json.dumps(dataclasses.asdict(card), indent=2) + "\n")
 
 
 def load_judge(folder: Path, kind: type[_Card], what: str) -> tuple[_Card, dict[str, Tensor]]:

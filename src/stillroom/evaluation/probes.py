@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from stillroom.losses.features import cka_loss, relation
 from stillroom.networks.mae import block, encode, learned, patchify
 from stillroom.networks.vit import PooledClassifier, encoder_of
 from stillroom.surgery.taps import Taps, projection_path, split_heads
-from stillroom.tasks.encode.model import ImageEncoder
 
 NEIGHBOURS = 10
 OCCLUDED = 1 / 3
@@ -35,6 +34,17 @@ NAMES = {
     "cka": "CKA with the teacher",
 }
 """The scores by name, in words."""
+
+
+class Encoder(Protocol):
+    """What describes images ``[N, C, H, W]``: by one vector each, ``[N, D]``, and by one for each patch,
+    ``[N, patches, D]``, both on the CPU."""
+
+    network: nn.Module
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+    def tokens(self, images: Tensor) -> Tensor: ...
 
 
 def linear_probe(train: Tensor, labels: Tensor, *tests: Tensor) -> list[Tensor]:
@@ -117,10 +127,10 @@ def accuracy(classifier: Callable[[Tensor], Tensor], images: Tensor, labels: Ten
 
 
 def probe_scores(
-    encoder: ImageEncoder,
+    encoder: Encoder,
     train: ArrayData,
     test: ArrayData,
-    teacher: ImageEncoder | None = None,
+    teacher: Encoder | None = None,
     tuning: int = 100,
 ) -> dict[str, float]:
     """Accuracies under the names of :data:`NAMES`; ``agreement`` and ``cka`` with the teacher where one is given.
@@ -155,7 +165,7 @@ def probe_scores(
 
 
 def dense_probe(
-    encoder: ImageEncoder, images: Tensor, targets: Tensor, test: Tensor, truth: Tensor, rows: int = 5000
+    encoder: Encoder, images: Tensor, targets: Tensor, test: Tensor, truth: Tensor, rows: int = 5000
 ) -> float:
     """Accuracy of a linear probe on single tokens, which learns from ``rows`` of them at random; targets
     ``[N, patches]``."""

@@ -22,7 +22,7 @@ from stillroom.data.scenes.captions import CELLS, COLOURS, Scene, Thing, draw_sc
 from stillroom.data.scenes.pictures import SHAPE, render
 from stillroom.data.source import load_data
 from stillroom.errors import UserError
-from stillroom.evaluation.extractor import FEATURES, load_judge, save_judge, weights_hash
+from stillroom.evaluation.extractor import FEATURES, load_judge, save_judge, saved_hash
 from stillroom.surgery.freezing import frozen
 
 NOTHING = 10
@@ -233,7 +233,7 @@ def _with_card(
         seed=seed,
         seconds=round(seconds, 1),
         origin=f"scenes of {train.origin}; accuracy on scenes of {test.origin}",
-        sha256=weights_hash(net),
+        sha256=saved_hash(net),
     )
     report(
         f"scenes parser {card.data}@{card.sha256[:8]}: on {len(scenes):,} held-out scenes {card.digit_accuracy:.2%} of "

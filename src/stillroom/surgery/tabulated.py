@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
-
-if TYPE_CHECKING:
-    from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.surgery.modules import device_of
 
 
 class _Rows(nn.Module):
@@ -70,8 +70,8 @@ class TabulatedDiT(nn.Module):
         return self.network(hidden_states, timestep=rows, class_labels=class_labels, return_dict=return_dict)
 
 
-def tabulate(generator: ImageGenerator) -> ImageGenerator:
-    """``generator`` with its conditioning as tables, for the times at which its sampler asks: the same samples, faster.
+def tabulate(denoiser: Denoiser, sampler: Sampler) -> Denoiser:
+    """``denoiser`` with its conditioning as tables, for the times at which ``sampler`` asks: the same samples, faster.
 
     A sampler's times do not depend on noise or class, so one sample shows them all. For inference: such a network is
     neither trained nor saved. Raises UserError for networks other than class-conditional DiTs.
@@ -81,16 +81,18 @@ def tabulate(generator: ImageGenerator) -> ImageGenerator:
     def watch(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
         times.append(given["timestep"].detach().unique())
 
-    denoiser = copy.copy(generator.denoiser)
     if type(denoiser.network).__name__ != "DiTTransformer2DModel":
         raise UserError(
             f"the conditioning of a {type(denoiser.network).__name__} cannot be tabulated",
             cure="use the network as it is: only a DiTTransformer2DModel's is a function of time and class alone",
         )
     hook = denoiser.network.register_forward_pre_hook(watch, with_kwargs=True)
+    device = device_of(denoiser.network)
     try:
-        generator.sample([0])
+        label = {"label": torch.zeros(1, dtype=torch.long, device=device)}
+        sampler.sample(denoiser, torch.zeros(1, *denoiser.shape, device=device), label, torch.Generator())
     finally:
         hook.remove()
-    denoiser._modules = {**denoiser._modules, "network": TabulatedDiT(denoiser.network, torch.cat(times).unique())}
-    return type(generator)(denoiser, generator.sampler, generator.classes)
+    fast = copy.copy(denoiser)
+    fast._modules = {**denoiser._modules, "network": TabulatedDiT(denoiser.network, torch.cat(times).unique())}
+    return fast

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, sampler_from_dict
+from stillroom.draws import mix
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, save_network
 from stillroom.folders.pipeline_families import (
@@ -130,7 +130,7 @@ class PipelineGenerator:
         texts = [captions] if isinstance(captions, str) else list(captions)
         if not texts:
             raise UserError("no samples were asked for", cure="give at least one caption")
-        seeds = [_mix(seed, i) for i in range(len(texts))] if isinstance(seed, int) else [int(one) for one in seed]
+        seeds = [mix(seed, i) for i in range(len(texts))] if isinstance(seed, int) else [int(one) for one in seed]
         if len(seeds) != len(texts):
             raise UserError(f"{len(seeds)} seeds for {len(texts)} captions", cure="give one seed, or one per caption")
         arguments, found = {**self.arguments, **changes}, []
@@ -141,7 +141,7 @@ class PipelineGenerator:
             if isinstance(part.get("negative_prompt"), str):
                 part["negative_prompt"] = [part["negative_prompt"]] * len(texts[rows])
             with torch.random.fork_rng(), self.denoiser.adapter_scope():
-                torch.manual_seed(_mix(*seeds[rows]))
+                torch.manual_seed(mix(*seeds[rows]))
                 images = self.pipeline(
                     prompt=texts[rows], height=self.size[0], width=self.size[1], generator=generators,
                     output_type="pt", **part,
@@ -229,9 +229,3 @@ class PipelineGenerator:
             shape=family.shape(pipeline, size), call=family.call, guide=family.guide,
         )  # fmt: skip
         return cls(pipeline, sampler_from_dict(side["sampler"]), denoiser, size, folder)
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from numbers."""
-    text = "/".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

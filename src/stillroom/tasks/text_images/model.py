@@ -4,7 +4,6 @@ layout of diffusers' pipelines."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
+from stillroom.draws import mix
 from stillroom.errors import UserError, nearest
 from stillroom.folders.denoisers import SIDE_FILE, load_denoiser, load_network, network_folder, save_network
 from stillroom.folders.diffusers_networks import accepts
@@ -122,7 +122,7 @@ class TextImageGenerator:
                 [torch.randn(shape, generator=torch.Generator().manual_seed(row)) for row in seeds[rows]]
             )
             # Noise on the way must not repeat the noise at the start.
-            generator = torch.Generator().manual_seed(_mix(*seeds[rows]))
+            generator = torch.Generator().manual_seed(mix(*seeds[rows]))
             part = {key: value[rows].to(device) for key, value in paint.items()}
             latents = sampler.sample(self.network, noise.to(device), self.cond(texts[rows]), generator, **part)  # type: ignore[arg-type]
             out.append(self.space.codec.decode(latents).float().cpu())
@@ -244,13 +244,7 @@ def check_fit(network: nn.Module, space: TextImageSpace) -> None:
 
 def _row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     if isinstance(seed, int):
-        return [_mix(seed, i) for i in range(rows)]
+        return [mix(seed, i) for i in range(rows)]
     if len(seed) != rows:
         raise UserError(f"{len(seed)} seeds for {rows} captions", cure="give one seed, or one for each caption")
-    return [_mix(one) for one in seed]
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from numbers."""
-    text = "/".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    return [mix(one) for one in seed]
