@@ -4,7 +4,9 @@ that is neither fails. And the site's navigation has every page."""
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import itertools
 import re
 import shlex
@@ -20,12 +22,18 @@ import pytest
 import stillroom
 from stillroom import cli
 from stillroom.arguments import parse
+from stillroom.method import get_method
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    """As the documents name it to one another: ``running.md``, ``methods/dmd2.md``."""
+    return page.name if page.parent == ROOT else page.relative_to(ROOT / "docs").as_posix()
 
 
 class Block(NamedTuple):
@@ -40,7 +48,7 @@ def blocks(language: str) -> list[Block]:
         text = page.read_text(encoding="utf-8")
         for match in FENCE.finditer(text):
             if match[1] == language:
-                found.append(Block(page.name, text[: match.start()].count("\n") + 2, match[2]))
+                found.append(Block(name_of(page), text[: match.start()].count("\n") + 2, match[2]))
     return found
 
 
@@ -52,8 +60,8 @@ def test_every_block_is_of_a_known_language() -> None:
     known = {"sh", "python", "yaml", "toml", "text", ""}  # the last two are no code: figures, signatures, formulas
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        assert {match[1] for match in FENCE.finditer(text)} <= known, page.name
-        assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(FENCE.findall(text)), page.name
+        assert {match[1] for match in FENCE.finditer(text)} <= known, name_of(page)
+        assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(FENCE.findall(text)), name_of(page)
 
 
 # --- the shell --------------------------------------------------------------------------------------------------------
@@ -95,6 +103,8 @@ def test_a_command_is_one(
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
+    elif words == ["pip", "install", "."]:
+        assert (ROOT / "pyproject.toml").is_file()
     elif words[:2] == ["pip", "install"]:
         (extra,) = re.findall(r"^stillroom\[([a-z,]+)\]$", words[-1])
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -133,7 +143,7 @@ def inline_commands() -> list[Block]:
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
             for text in re.findall(r"`(stillroom [a-z][^`]*)`", line):
                 if not re.search(r"[A-Z]{2,}|\.\.\.|\[", text.replace("--", "")):
-                    found.append(Block(page.name, number, text))
+                    found.append(Block(name_of(page), number, text))
     return [next(group) for _, group in itertools.groupby(sorted(found, key=lambda b: b.text), key=lambda b: b.text)]
 
 
@@ -164,7 +174,7 @@ EXECUTED: dict[tuple[str, str], Any] = {
 """Blocks that are run, by page and a word of theirs, with what they are given."""
 PARTS = {
     ("README.md", 'sr.distill("dmd2"'): "a training",
-    ("README.md", 'sr.load("scenes-sd3")'): "goes on from the block above it",
+    ("README.md", 'sr.load("scenes-sd3")'): "loads a teacher, and goes on from the block above it",
     ("adding-a-method.md", "class DenoisingStudent"): "run by tests/test_docs.py",
     ("adding-a-method.md", "PROOFS = ("): "run by tests/test_docs.py",
     ("adding-a-method.md", "def test_a_teacher_of_one_step"): "run by tests/test_docs.py",
@@ -198,11 +208,36 @@ def kind_of(block: Block) -> tuple[str, str]:
     return found[0]
 
 
+OF_METHODS = [block for block in blocks("python") if block.page.startswith("methods/")]
+"""Short uses on the methods' pages: a training, or the student of a run."""
+OTHERS_IN_PYTHON = [block for block in blocks("python") if block not in OF_METHODS]
+
+
 def test_every_listed_block_is_there() -> None:
-    assert sorted(kind_of(block) for block in blocks("python")) == sorted([*EXECUTED, *PARTS])
+    assert sorted(kind_of(block) for block in OTHERS_IN_PYTHON) == sorted([*EXECUTED, *PARTS])
 
 
-@of(blocks("python"))
+@of(OF_METHODS)
+def test_a_short_use_of_a_method_calls_what_there_is(block: Block) -> None:
+    """``sr.distill`` is given the page's method and options that it has; what is loaded is asked by a verb of some
+    model."""
+    slug = Path(block.page).stem
+    known = {name for f in (stillroom.distill, stillroom.load) for name in inspect.signature(f).parameters}
+    known |= {field.name for field in dataclasses.fields(get_method(slug).Options)} | {"seed"}
+    calls = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.Call)]
+    assert calls
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        assert {keyword.arg for keyword in call.keywords} <= known
+        if isinstance(call.func.value, ast.Name) and call.func.value.id == "sr":
+            assert call.func.attr in stillroom.__all__
+            if call.func.attr == "distill":
+                assert ast.literal_eval(call.args[0]) == slug
+        else:
+            assert call.func.attr in ("sample", "classify", "probabilities", "features", "tokens")
+
+
+@of(OTHERS_IN_PYTHON)
 def test_a_python_block_holds(block: Block, place: Path) -> None:
     tree = ast.parse(block.text)
     key = kind_of(block)
@@ -246,7 +281,7 @@ def listed(nav: Any) -> Iterator[str]:
 def test_the_navigation_has_every_page_once() -> None:
     project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
     named = list(listed(project["nav"]))
-    assert sorted(named) == sorted(path.name for path in (ROOT / project["docs_dir"]).glob("*.md"))
+    assert sorted(named) == sorted(name_of(path) for path in (ROOT / project["docs_dir"]).rglob("*.md"))
     assert (ROOT / project["docs_dir"] / "index.md").is_file()
 
 
@@ -255,11 +290,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_to_sections_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
         there = page if not target else page.parent / target
-        assert anchor in anchors(there), f"{page.name} links to {target}#{anchor}"
+        assert anchor in anchors(there), f"{name_of(page)} links to {target}#{anchor}"
 
 
 def test_the_checks_can_fail(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

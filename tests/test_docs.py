@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +18,18 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 @pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "tools" / "generate_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    yield importlib.import_module("generate_docs")
+    sys.path.remove(str(ROOT / "tools"))
 
 
 # --- generated parts --------------------------------------------------------------------------------------------------
@@ -43,6 +46,7 @@ RESULT = {
     "seeds": [0, 1, 2],
     "floor": {"fashion": {"fd": 0.5, "extractor": "fashion@12345678", "n": 5000}},
     "notes": {"fashion": ""},
+    "health": {"health/fake_error": [0.1, 0.2]},
     "claims": [
         {
             "id": "one-step",
@@ -64,78 +68,196 @@ RESULT = {
         }
     ],
 }
-PAGE = "<!-- generated: methods -->\nold\n<!-- end -->\n\n<!-- generated: benchmarks -->\n<!-- end -->\n\nby hand\n"
+README = """<!-- generated: methods -->
+old
+<!-- end -->
+
+<!-- generated: planned -->
+<!-- end -->
+
+<!-- generated: benchmarks -->
+<!-- end -->
+
+by hand
+"""
+PAGE = """# dmd2
+
+<!-- generated: card -->
+<!-- end -->
+
+**In short.** Takes <!-- value: fashion / dmd2 / nfe -->?<!-- end --> call, not
+<!-- value: fashion / teacher / nfe -->?<!-- end -->: [see](x.md).
+<!-- rests on: fashion/one-step holds -->
+
+<!-- generated: health -->
+<!-- end -->
+
+<!-- generated: measured -->
+<!-- end -->
+
+<!-- generated: cost -->
+<!-- end -->
+
+### The paper's number beside ours
+
+| what | in the paper | here |
+| --- | --- | --- |
+| one step | 1.5 | <!-- spread: fashion / dmd2 / fd -->?<!-- end --> |
+"""
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A small repository: one page, the real catalogue, one method, one result."""
+    """A small repository: README, one method with its page, the real catalogue, one result."""
     package = tmp_path / "src" / "stillroom"
     (package / "methods" / "score").mkdir(parents=True)
     (package / "methods" / "score" / "dmd2.py").touch()
     shutil.copy(ROOT / "src" / "stillroom" / "catalogue.yaml", package)
-    for folder in ("docs", "results/benchmarks"):
+    for folder in ("docs/methods", "results/benchmarks"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "README.md").write_text(PAGE)
-    (tmp_path / "results" / "dmd2.json").write_text(json.dumps(RESULT))
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs" / "methods.md").write_text("## One step\n\n<!-- generated: index dmd2 -->\n<!-- end -->\n")
+    page_of(tmp_path, "dmd2").write_text(PAGE)
+    record(tmp_path, RESULT)
     return tmp_path
 
 
-def row(tree: Path, slug: str) -> str:
-    lines = (tree / "README.md").read_text().splitlines()
-    return next(line for line in lines if re.match(rf"\| \[?{slug}\b", line))
+def page_of(tree: Path, slug: str) -> Path:
+    return tree / "docs" / "methods" / f"{slug}.md"
 
 
-def test_a_row_comes_from_the_result(generator: ModuleType, tree: Path) -> None:
+def record(tree: Path, result: dict[str, Any]) -> None:
+    (tree / "results" / "dmd2.json").write_text(json.dumps(result))
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """The result with another first claim."""
+    result = json.loads(json.dumps(RESULT))
+    result["claims"][0] |= changes
+    return result
+
+
+def test_readme_and_index_take_the_methods_verdict_in_words_from_its_page(generator: ModuleType, tree: Path) -> None:
     assert generator.main([], tree) == 0
-    assert "image: 1 holds | FD-fashion@12345678, N=5000: dmd2 2 ± 1, teacher 2.5 |" in row(tree, "dmd2")
-    assert "| planned |  |" in row(tree, "boot")
-    assert "by hand" in (tree / "README.md").read_text()
+    readme = (tree / "README.md").read_text()
+    assert "| **One step** | [dmd2](docs/methods/dmd2.md) | Takes 1 call, not 49: see. |" in readme
+    assert "by hand" in readme
+    index = (tree / "docs" / "methods.md").read_text()
+    assert "- **[dmd2](methods/dmd2.md)**: " in index
+    assert "*Takes 1 call, not 49: see.*" in index
     assert generator.main(["--check"], tree) == 0
 
 
-def test_every_method_of_the_catalogue_has_one_row(generator: ModuleType, tree: Path) -> None:
+def test_a_methods_page_shows_claims_arms_health_and_cost(generator: ModuleType, tree: Path) -> None:
     generator.main([], tree)
-    slugs = re.findall(r"^\| \[?([a-z][a-z0-9-]+)", (tree / "README.md").read_text(), re.MULTILINE)
-    assert sorted(slugs[1:]) == sorted(entry["slug"] for entry in generator.Sources(tree).catalogue)
-    assert sum(not entry.get("foundation") for entry in generator.Sources(tree).catalogue) == 47
+    page = page_of(tree, "dmd2").read_text()
+    assert "✅ holds: One step is as good as many (Table 1; FD-fashion@12345678, N=5000: dmd2 <= 1.2 x teacher)" in page
+    assert "| dmd2 | 2 ± 1 |" in page
+    assert re.search(r"^\| `fake_error` \| .* \| 0.1 to 0.2 \|$", page, re.MULTILINE)
+    assert "| teacher | – | – | – | 49 | – |" in page
+    assert "| one step | 1.5 | <!-- spread: fashion / dmd2 / fd -->2 ± 1<!-- end --> |" in page
+
+
+def test_every_method_of_the_catalogue_is_here_or_planned(generator: ModuleType, tree: Path) -> None:
+    generator.main([], tree)
+    readme = (tree / "README.md").read_text()
+    catalogue = generator.Sources(tree).catalogue
+    assert sum(not entry.get("foundation") for entry in catalogue) == 47
+    planned = set(re.findall(r"^\| ([a-z][a-z0-9-]+) \| \[\d", readme, re.MULTILINE))
+    assert planned == {entry["slug"] for entry in catalogue} - {"dmd2"}
+
+
+def test_a_method_without_a_page_is_given_a_draft_with_every_section(generator: ModuleType, tree: Path) -> None:
+    page_of(tree, "dmd2").unlink()
+    (tree / "docs" / "methods.md").write_text("<!-- generated: unsorted -->\n<!-- end -->\n")
+    assert generator.main(["--check"], tree) == 1
+    assert not page_of(tree, "dmd2").exists()
+    assert generator.main([], tree) == 0
+    assert re.findall(r"^## (.+)$", page_of(tree, "dmd2").read_text(), re.MULTILINE) == list(SECTIONS)
+    assert "| **Not sorted yet** | [dmd2](docs/methods/dmd2.md) | image: 1 holds. |" in (tree / "README.md").read_text()
+    assert "## Not sorted yet" in (tree / "docs" / "methods.md").read_text()
+    assert generator.main(["--check"], tree) == 0
 
 
 @pytest.mark.parametrize("change", ["verdict", "figure", "typed"])
 def test_check_fails_when_page_and_results_part(generator: ModuleType, tree: Path, change: str) -> None:
     generator.main([], tree)
-    result = json.loads(json.dumps(RESULT))
+    page = page_of(tree, "dmd2")
     if change == "verdict":
-        result["claims"][0]["verdict"] = "fails"
+        record(tree, changed(verdict="fails"))
     elif change == "figure":
-        result["claims"][0]["arms"]["dmd2"]["mean"] = 2.1
+        arms = RESULT["claims"][0]["arms"]  # type: ignore[index]
+        record(tree, changed(arms={**arms, "dmd2": {**arms["dmd2"], "mean": 2.1}}))
     else:
-        page = tree / "README.md"
-        page.write_text(page.read_text().replace("dmd2 2 ± 1", "dmd2 1 ± 1"))
-    (tree / "results" / "dmd2.json").write_text(json.dumps(result))
-    before = (tree / "README.md").read_text()
+        page.write_text(page.read_text().replace("-->2 ± 1<!--", "-->1 ± 1<!--"))
+    before = page.read_text()
     assert generator.main(["--check"], tree) == 1
-    assert (tree / "README.md").read_text() == before
+    assert page.read_text() == before
+
+
+def test_a_sentence_that_rests_on_another_verdict_is_named(
+    generator: ModuleType, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tree, changed(verdict="unresolved"))
+    assert generator.main([], tree) == 1
+    said = "docs/methods/dmd2.md: a sentence rests on fashion/one-step being 'holds'; the results say 'unresolved'"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("<!-- value: fashion / dmd3 / fd -->?<!-- end -->", "no arm 'dmd3'"),
+        ("<!-- value: fashion / dmd2 / latency -->?<!-- end -->", "no 'latency'"),
+        ("<!-- value: dmd2 -->?<!-- end -->", "METHOD / WORLD / ARM / KEY"),
+        ("<!-- benchmark: Speed / dmd2 / ratio -->?<!-- end -->", "no benchmark"),
+        ("<!-- generated: turn -->\n<!-- end -->", "nothing makes 'turn'"),
+    ],
+)
+def test_a_figure_that_is_not_there_is_named(
+    generator: ModuleType, tree: Path, capsys: pytest.CaptureFixture[str], wrong: str, said: str
+) -> None:
+    page_of(tree, "dmd2").write_text(wrong)
+    assert generator.main([], tree) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_figures_are_means_multiples_and_percentages(generator: ModuleType, tree: Path) -> None:
+    page_of(tree, "dmd2").write_text(
+        "<!-- value: fashion / dmd2 / fd -->?<!-- end --> <!-- percent: fashion / floor / fd -->?<!-- end --> "
+        "<!-- percent: fashion / dmd2 / fd -->?<!-- end --> "
+        "<!-- ratio: fashion / teacher / fd over dmd2 -->?<!-- end --> "
+        "<!-- spread: dmd2 / fashion / dmd2 / fd -->?<!-- end -->"
+    )
+    assert generator.main([], tree) == 0
+    assert re.findall(r"-->([^<]+)<!--", page_of(tree, "dmd2").read_text())[::2] == [
+        "2",
+        "50 %",
+        "200 %",
+        "1.2",
+        "2 ± 1",
+    ]
 
 
 def test_a_failing_claim_is_shown_failing(generator: ModuleType, tree: Path) -> None:
-    failed = json.loads(json.dumps(RESULT))
+    failed = changed()
     failed["claims"].append(failed["claims"][0] | {"id": "second", "verdict": "fails"})
-    (tree / "results" / "dmd2.json").write_text(json.dumps(failed))
-    generator.main([], tree)
-    assert "1 holds, 1 fails" in row(tree, "dmd2")
+    record(tree, failed)
+    assert generator.main([], tree) == 0
+    assert "❌ fails: One step is as good as many" in page_of(tree, "dmd2").read_text()
 
 
 def test_two_worlds_of_one_level_have_tables_and_notes_of_their_own(generator: ModuleType, tree: Path) -> None:
-    result = json.loads(json.dumps(RESULT))
-    other = json.loads(json.dumps(RESULT["claims"][0])) | {"id": "second", "world": "mnist"}
+    result = changed()
+    other = json.loads(json.dumps(RESULT["claims"][0])) | {"id": "second", "world": "mnist"}  # type: ignore[index]
     other["arms"]["dmd2"]["mean"] = 7.0
     result["claims"].append(other)
     result["floor"]["mnist"] = {"fd": 0.25, "extractor": "mnist@87654321", "n": 100}
     result["notes"]["mnist"] = "Said of MNIST."
-    (tree / "results" / "dmd2.json").write_text(json.dumps(result))
-    page = "\n".join(generator.claim_lines(generator.Sources(tree), "dmd2"))
-    first, second = page.split("(world `fashion`")[1].split("(world `mnist`")
+    record(tree, result)
+    generator.main([], tree)
+    measured = page_of(tree, "dmd2").read_text().split("<!-- generated: cost")[0]
+    first, second = measured.split("world `fashion`")[1].split("world `mnist`")
     assert "| dmd2 | 2 ± 1 |" in first
     assert "| dmd2 | 7 ± 1 |" in second
     assert "FD-mnist@87654321, N=100" in second
@@ -160,15 +282,80 @@ def test_a_benchmark_is_shown_with_its_command(generator: ModuleType, tree: Path
     assert "python benchmarks/overhead.py" in text
 
 
+# --- the methods' pages -----------------------------------------------------------------------------------------------
+SECTIONS = (
+    "What it is for",
+    "When to choose it, and when not",
+    "Formulas and code",
+    "Quick use",
+    "Turns and options",
+    "Health numbers",
+    "Deviations from the paper",
+    "Measured",
+    "Cost",
+)
+GENERATED = ("card", "turns", "options", "health", "measured", "cost")
+SLUGS = sorted(path.stem.replace("_", "-") for path in (ROOT / "src/stillroom/methods").glob("*/[!_]*.py"))
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_method_has_a_page_with_all_sections_in_order(slug: str) -> None:
+    text = page_of(ROOT, slug).read_text(encoding="utf-8")
+    assert text.startswith(f"# {slug}\n")
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(SECTIONS)
+    assert re.findall(r"<!-- generated: (\S+)", text) == list(GENERATED)
+    assert "(To be written.)" not in text
+    assert len(re.findall(r"^\*\*In short\.\*\* ", text, re.MULTILINE)) == 1
+    part = text.split("## Deviations from the paper")[1].split("## Measured")[0]
+    numbered = re.findall(r"^(\d+)\. (.+?)(?=^\d+\. |\Z)", part, re.MULTILINE | re.DOTALL)
+    assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
+    for number, said in numbered:
+        marked = re.search(
+            r"\*(Affects results|Does not affect results|A part that is missing)", " ".join(said.split())
+        )
+        assert marked, f"{slug}: deviation {number} does not say whether it affects results"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_the_places_in_the_code_that_a_page_names_are_there(slug: str) -> None:
+    from stillroom.method import get_method
+
+    cls = get_method(slug)
+    text = page_of(ROOT, slug).read_text(encoding="utf-8")
+    named = re.findall(rf"`{cls.__name__}\.(\w+)`", text)
+    assert named, f"{slug}: the page names no place in {cls.__name__}"
+    assert [name for name in named if not hasattr(cls, name)] == []
+    fields = {field.name for field in dataclasses.fields(cls.Options)}
+    assert set(re.findall(r"`options\.([a-z]\w*)", text)) <= fields
+
+
+def test_the_index_lists_every_method_once() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    listed = [slug for found in re.findall(r"<!-- generated: index (.+?) -->", text) for slug in found.split()]
+    assert sorted(listed) == SLUGS
+    assert sorted(re.findall(r"^- \*\*\[([a-z0-9-]+)\]", text, re.MULTILINE)) == SLUGS
+
+
+def test_readme_says_how_many_methods_there_are_and_lists_each() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"47 methods in all: {len(SLUGS)} are here" in text
+    assert sorted(re.findall(r"^\|.*?\| \[([a-z0-9-]+)\]\(docs/methods/\1\.md\) \|", text, re.MULTILINE)) == SLUGS
+
+
+def test_every_wing_with_a_method_has_a_page() -> None:
+    wings = {path.parent.name for path in (ROOT / "src/stillroom/methods").glob("*/[!_]*.py")}
+    assert {path.stem for path in (ROOT / "docs" / "wings").glob("*.md")} == wings
+
+
 # --- written parts ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_exist(page: Path) -> None:
     from stillroom.cli import COMMANDS
 
@@ -279,4 +466,7 @@ def test_the_examples_claims_hold(copy_with_example: Path) -> None:
     result = json.loads((copy_with_example / "results" / "denoising-student.json").read_text())
     assert {claim["id"]: claim["verdict"] for claim in result["claims"]} == {"one-step": "holds", "control": "holds"}
     run_in(copy_with_example, "tools/generate_docs.py")
-    assert "mechanism: 2 holds | ced: denoising-student" in row(copy_with_example, "denoising-student")
+    page = page_of(copy_with_example, "denoising-student").read_text()
+    assert len(re.findall(r"^- ✅ holds: ", page, re.MULTILINE)) == 2
+    readme = (copy_with_example / "README.md").read_text()
+    assert "[denoising-student](docs/methods/denoising-student.md) | mechanism: 2 holds. |" in readme

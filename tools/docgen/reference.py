@@ -1,0 +1,100 @@
+"""The Python interface, which method runs on which family of models, and the recorded benchmarks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from typing import Any
+
+from docgen.figures import VERDICTS, number, table, where
+from docgen.sources import Page, Sources
+
+
+def block_benchmarks(sources: Sources, page: Page) -> str:
+    if not sources.benchmarks:
+        return "No benchmark has been recorded yet."
+    sections = []
+    for bench in sources.benchmarks:
+        lines = [f"### {bench['name']}", "", bench["statement"], ""]
+        if bench.get("rows"):
+            head = list(dict.fromkeys(key for row in bench["rows"] for key in row))
+            lines += [table(head, [[number(row.get(key)) for key in head] for row in bench["rows"]]), ""]
+        facts = [f"Verdict: {VERDICTS.get(bench['verdict'], bench['verdict'])}"] if bench.get("verdict") else []
+        facts += [f"`{bench['command']}`"] if bench.get("command") else []
+        facts += [where(bench)]
+        sections.append("\n".join([*lines, " · ".join(facts)]))
+    return "\n\n".join(sections)
+
+
+def block_pipelines(sources: Sources, page: Page) -> str:
+    """Which method runs on which family of pipelines, as tools/pairs.py found it."""
+    record = json.loads((sources.root / "results" / "pipelines" / "pairs.json").read_text(encoding="utf-8"))
+    said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
+    return f"{pair_table(record['families'], 'diffusers')}\n\n{said} {where(record)}"
+
+
+def block_models(sources: Sources, page: Page) -> str:
+    """Which method runs on which family of transformers, as tools/pairs.py found it."""
+    record = json.loads((sources.root / "results" / "models" / "pairs.json").read_text(encoding="utf-8"))
+    titles = {
+        "classifiers": "Image classifiers",
+        "encoders": "Image encoders",
+        "texts": "Text encoders",
+    }
+    tables = [
+        f"### {titles[kind]}\n\n{pair_table(families, 'transformers')}" for kind, families in record["kinds"].items()
+    ]
+    said = (
+        f"✅: trained for {record['steps']} steps with a tiny model of that class as teacher, with weights that moved; "
+        "transformers alone reads the student's folder, and answers as the student does, bit for bit. Else why not."
+    )
+    return "\n\n".join([*tables, f"{said} {where(record)}"])
+
+
+def pair_table(families: dict[str, Any], library: str) -> str:
+    """A row for each family, a column for each method."""
+    methods = list(next(iter(families.values()))["methods"])
+    rows = [
+        [
+            entry["title"],
+            ", ".join(f"`{name}`" for name in entry.get("pipelines") or [entry["class"]]),
+            *(entry["methods"][method].replace("runs", "✅", 1) for method in methods),
+        ]
+        for entry in families.values()
+    ]
+    return table(["family", f"{library}' class", *(f"`{method}`" for method in methods)], rows)
+
+
+def block_api(sources: Sources, page: Page) -> str:
+    """The public functions, and the classes of what ``load`` gives back with the methods that they add."""
+    import stillroom
+    from stillroom.tasks.class_images.model import ImageGenerator
+    from stillroom.tasks.classify.model import ImageClassifier
+    from stillroom.tasks.classify_text.model import TextClassifier
+    from stillroom.tasks.encode.model import ImageEncoder
+    from stillroom.tasks.pipelines.model import PipelineGenerator
+    from stillroom.tasks.text_images.model import TextImageGenerator
+
+    kinds = (ImageGenerator, TextImageGenerator, PipelineGenerator, ImageClassifier, TextClassifier, ImageEncoder)
+    parts = [described(f"stillroom.{f.__name__}", f, "##") for f in (stillroom.distill, stillroom.load)]
+    parts.append("## stillroom.methods()\n\nThe class of every method, by slug; also the package that they lie in.")
+    for kind in kinds:
+        own = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f) and not name.startswith("_")]
+        parts.append(f"## {kind.__name__}\n\n{plain(kind.__doc__)}")
+        parts += [described(name, function, "###") for name, function in own]
+    errors = (stillroom.UserError, stillroom.TrainingDiverged)
+    parts += [f"## stillroom.{error.__name__}\n\n{plain(error.__doc__)}" for error in errors]
+    return "\n\n".join(parts)
+
+
+def described(name: str, function: Any, level: str) -> str:
+    signature = str(inspect.signature(function)).replace("(self, ", "(").replace("(self)", "()")
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)  # annotations are texts
+    return f"{level} {name}\n\n```text\n{name}{signature}\n```\n\n{plain(function.__doc__)}"
+
+
+def plain(text: str | None) -> str:
+    """A docstring as Markdown: references as code, code in single quotes, arguments as a list."""
+    text = re.sub(r":[a-z]+:`~?([\w.]+)`", r"``\1``", inspect.cleandoc(text or ""))
+    return re.sub(r"^(\w+(?:, \w+)*): ", r"- `\1`: ", re.sub(r"``(.+?)``", r"`\1`", text), flags=re.MULTILINE)
