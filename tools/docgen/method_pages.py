@@ -70,7 +70,13 @@ def block_turns(sources: Sources, page: Page) -> str:
     if any(t.when for t in every):
         head.append("only with")
         rows = [[*row, ", ".join(f"`{name}`" for name in t.when)] for row, t in zip(rows, every, strict=True)]
-    return "Turns, in the order of a step:\n\n" + table(head, rows)
+    said = "Turns, in the order of a step:"
+    if len(head) > 4:
+        said = (
+            "Turns, in the order of a step. A turn is left out where what stands under *only with* (options, or what "
+        )
+        said += "the method's file derives from them and from what it is given) is zero or false:"
+    return f"{said}\n\n{table(head, rows)}"
 
 
 def rhythm(every: int | str) -> str:
