@@ -7,26 +7,19 @@ features drop all that does not tell classes apart (blur, brightness, texture), 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillroom.data.source import LABELS, ArrayData
-from stillroom.errors import UserError
-from stillroom.files import write
-from stillroom.surgery.freezing import frozen
-
-FEATURES = 64
+from stillroom.evaluation.judges import FEATURES, Judge, load_judge, saved_hash, scaled
 
 
 @dataclass(frozen=True)
@@ -70,38 +63,18 @@ class _Net(nn.Module):
         self.rebuild = nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, channels * height * width))
 
 
-class Extractor(nn.Module):
-    """Frozen features of uint8 images at their native size: ``[N, C, H, W]`` uint8 in, ``[N, 64]`` float64 out.
-
-    ``name`` (``fashion@1a2b3c4d``) holds the first eight hex digits of the weights' SHA-256; every distance states it.
-    """
-
-    def __init__(self, net: _Net, card: ExtractorCard) -> None:
-        super().__init__()
-        self.net, self.card = frozen(net), card
-
-    @property
-    def name(self) -> str:
-        return f"{self.card.data}@{self.card.sha256[:8]}"
+class Extractor(Judge[ExtractorCard]):
+    """Frozen features of uint8 images at their native size: ``[N, C, H, W]`` uint8 in, ``[N, 64]`` float64 out."""
 
     @torch.no_grad()
     def forward(self, images: Tensor, batch: int = 500) -> Tensor:
-        return torch.cat([self.net.body(_scaled(part, self.card)) for part in images.split(batch)]).double()
+        shape, who = self.card.shape, f"extractor {self.card.data!r}"
+        return torch.cat([self.net.body(scaled(part, shape, who)) for part in images.split(batch)]).double()
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """``[N, classes]`` from features, so that images are read once."""
         return self.net.classify(features.float()).double()
-
-
-def _scaled(images: Tensor, card: ExtractorCard) -> Tensor:
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != tuple(card.shape):
-        raise UserError(
-            f"the extractor {card.data!r} reads uint8 images [N, {', '.join(map(str, card.shape))}], "
-            f"not {images.dtype} {list(images.shape)}",
-            cure="use a bench made for images of this size",
-        )
-    return images.float().div_(127.5).sub_(1.0)
 
 
 def train_extractor(
@@ -190,7 +163,7 @@ def _shifted(images: Tensor, reach: int = 2) -> Tensor:
 
 def save_extractor(extractor: Extractor, folder: Path) -> None:
     """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
-    save_judge(extractor.net, extractor.card, folder)
+    extractor.save(folder)
 
 
 def load_extractor(folder: Path) -> Extractor:
@@ -199,54 +172,3 @@ def load_extractor(folder: Path) -> Extractor:
     net = _Net(card.shape, len(card.classes))
     net.load_state_dict(weights)
     return Extractor(net, card)
-
-
-# --- networks that judge, with their cards ----------------------------------------------------------------------------
-class JudgeCard(Protocol):
-    """What :func:`save_judge` needs of a card: a dataclass with the SHA-256 of :func:`saved_hash`."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def sha256(self) -> str: ...
-
-
-_Card = TypeVar("_Card", bound=JudgeCard)
-
-
-def _weights(net: nn.Module) -> bytes:
-    from safetensors.torch import save
-
-    return save({key: value.contiguous() for key, value in net.state_dict().items()})
-
-
-def saved_hash(net: nn.Module) -> str:
-    """SHA-256 of the file that :func:`save_judge` writes."""
-    return hashlib.sha256(_weights(net)).hexdigest()
-
-
-def save_judge(net: nn.Module, card: JudgeCard, folder: Path) -> None:
-    """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "model.safetensors", _weights(net))
-    write(folder / "config.json", json.dumps(dataclasses.asdict(card), indent=2) + "\n")
-
-
-def load_judge(folder: Path, kind: type[_Card], what: str) -> tuple[_Card, dict[str, Tensor]]:
-    """Card and weights of :func:`save_judge`. Raises :class:`~stillroom.errors.UserError` if ``folder`` holds no
-    ``what`` (the word for it in the message), or if the weights are not those that the card describes."""
-    from safetensors.torch import load
-
-    try:
-        stored: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        card = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-        raw = (folder / "model.safetensors").read_bytes()
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise UserError(f"no {what} in {folder}: {problem}", cure="train one again or reinstall stillroom") from None
-    found = hashlib.sha256(raw).hexdigest()
-    if found != card.sha256:
-        raise UserError(
-            f"{folder}/model.safetensors is not the file its config.json describes (SHA-256 {found[:8]})",
-            cure="delete the folder if it lies in the cache (it is made again), else reinstall stillroom",
-        )
-    return card, load(raw)

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from stillroom.data.scenes.captions import CELLS, COLOURS, Scene, Thing, draw_scenes, sample_captions, seeded
 from stillroom.data.scenes.pictures import SHAPE, render
 from stillroom.data.source import load_data
-from stillroom.errors import UserError
-from stillroom.evaluation.extractor import FEATURES, load_judge, save_judge, saved_hash
-from stillroom.surgery.freezing import frozen
+from stillroom.evaluation.judges import FEATURES, Judge, load_judge, saved_hash, scaled
 
 NOTHING = 10
 """The class of a cell without a digit."""
 FAULTS = ("blur", "coarseness", "contrast", "red", "green", "blue", "grain", "blotches")
 TEST_SCENES = 5_000
+PARSER = "scenes parser"
 
 
 @dataclass(frozen=True)
@@ -113,37 +112,18 @@ class Reading:
         return [Scene(tuple(Thing(c, d, k) for c, (d, k) in enumerate(zip(*row)) if d != NOTHING)) for row in rows]
 
 
-class SceneParser(nn.Module):
+class SceneParser(Judge[ParserCard]):
     """Frozen reader of uint8 pictures ``[N, 3, 32, 32]``: :meth:`read` says what is in them, a call gives the features
-    ``[N, 64]`` float64 alone. ``name`` (``scenes@1a2b3c4d``) holds the first eight hex digits of the weights' SHA-256.
-    """
-
-    def __init__(self, net: _Net, card: ParserCard) -> None:
-        super().__init__()
-        self.net, self.card = frozen(net), card
-
-    @property
-    def name(self) -> str:
-        return f"{self.card.data}@{self.card.sha256[:8]}"
+    ``[N, 64]`` float64 alone."""
 
     @torch.no_grad()
     def read(self, images: Tensor, batch: int = 250) -> Reading:
-        parts = [self.net(_scaled(part)) for part in images.split(batch)]
+        parts = [self.net(scaled(part, SHAPE, PARSER)) for part in images.split(batch)]
         digits, colours, features = (torch.cat(column) for column in zip(*parts))
         return Reading(digits.argmax(2), colours.argmax(2), features.double())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.read(images).features
-
-
-def _scaled(images: Tensor) -> Tensor:
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != SHAPE:
-        raise UserError(
-            f"the scenes parser reads uint8 images [N, {', '.join(map(str, SHAPE))}], "
-            f"not {images.dtype} {list(images.shape)}",
-            cure="use a bench made for images of this size",
-        )
-    return images.float().div_(127.5).sub_(1.0)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -181,7 +161,7 @@ def _trained(
     draws = seeded(f"scene parser {seed}")
     for step in range(steps):
         scenes = _any_scenes(batch, draws)
-        images, faults = worsened(_scaled(render(scenes, "train", draws, warp=0.7)), draws)
+        images, faults = worsened(scaled(render(scenes, "train", draws, warp=0.7), SHAPE, PARSER), draws)
         images = images.contiguous(memory_format=torch.channels_last)
         digits, colours = _content(scenes)
         digit_logits, colour_logits, features = net(images)
@@ -226,7 +206,7 @@ def _with_card(
         empty_accuracy=round(float(right[~there].double().mean()), 4),
         colour_accuracy=round(float(same_colour[there & (reading.digits != NOTHING)].double().mean()), 4),
         scene_accuracy=round(float((right & (same_colour | ~there)).all(1).double().mean()), 4),
-        reconstruction=round(float(F.mse_loss(rebuilt, _scaled(images).flatten(1))), 4),
+        reconstruction=round(float(F.mse_loss(rebuilt, scaled(images, SHAPE, PARSER).flatten(1))), 4),
         test_scenes=len(scenes),
         steps=steps,
         batch=batch,
@@ -297,12 +277,12 @@ def _blurred(images: Tensor) -> Tensor:
 # --- on disk ----------------------------------------------------------------------------------------------------------
 def save_parser(parser: SceneParser, folder: Path) -> None:
     """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
-    save_judge(parser.net, parser.card, folder)
+    parser.save(folder)
 
 
 def load_parser(folder: Path) -> SceneParser:
     """The frozen parser of :func:`save_parser`, after its SHA-256 was checked against the card."""
-    card, weights = load_judge(folder, ParserCard, "scenes parser")
+    card, weights = load_judge(folder, ParserCard, PARSER)
     net = _Net()
     net.load_state_dict(weights)
     return SceneParser(net, card)
