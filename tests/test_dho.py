@@ -67,6 +67,11 @@ def built(**options: Any) -> tuple[DHO, ArrayData]:
     return method.eval(), read
 
 
+def stream(read: ArrayData, step: int = 0, rows: slice | None = None) -> dict[str, Any]:
+    """A batch of the stage ``distil``, as the engine reads it."""
+    return {name: read.parts[name].batch(0, step, 6, rows) for name in ("unlabelled", "few")}
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -109,9 +114,8 @@ def test_free_heads_reproduce_what_a_single_head_would_learn() -> None:
 
 @pytest.mark.parametrize("term", ["label", "teacher"])
 def test_each_loss_reaches_its_own_head_and_the_backbone(term: str) -> None:
-    method, _ = built(labelled=2)
-    batch = data().batch(0, 0, 6)
-    method.distil(batch)[term].backward()
+    method, read = built(labelled=2)
+    method.distil(stream(read))[term].backward()
     heads = two_heads(method.student)
     assert heads is not None
     own, other = (slice(C), slice(C, None)) if term == "label" else (slice(C, None), slice(C))
@@ -126,10 +130,10 @@ def test_each_loss_reaches_its_own_head_and_the_backbone(term: str) -> None:
 
 def test_the_terms_are_the_papers() -> None:
     method, read = built(labelled=2, gt_weight=0.3, temperature=3.0)
-    batch = read.parts["unlabelled"].batch(0, 0, 6)
+    batch = stream(read)
     terms = method.distil(batch)
-    few = method.labelled.batch(method.order, 0, 6)
-    images = torch.cat([few["image"], batch["image"]])
+    few = batch["few"]
+    images = torch.cat([few["image"], batch["unlabelled"]["image"]])
     output, p = method.student(images), (method.teacher(images) / 3).softmax(-1)
     q = (output[:, C:] / 3).log_softmax(-1)
     kl = (p * (p.log() - q)).sum(-1)
@@ -140,7 +144,7 @@ def test_the_terms_are_the_papers() -> None:
 def test_one_head_takes_both_losses() -> None:
     method, read = built(labelled=2, heads="one")
     assert two_heads(method.student) is None
-    terms = method.distil(read.parts["unlabelled"].batch(0, 0, 6))
+    terms = method.distil(stream(read))
     last: Any = method.student[-1]
     for name in ("label", "teacher"):
         last.zero_grad()
@@ -222,7 +226,7 @@ def test_the_cosine_of_two_gradients() -> None:
 
 def test_the_conflict_is_of_the_backbone_and_measured_when_due() -> None:
     method, read = built(labelled=2, conflict_every=3)
-    batch = read.parts["unlabelled"].batch(0, 0, 6)
+    batch = stream(read)
     for step in range(3):
         method.step, method.notes = step, {}
         method.distil(batch)
@@ -253,17 +257,15 @@ def test_labelled_images_are_cycled_and_spread_over_processes() -> None:
     seen = []
     for step in range(3):
         method.step = step
-        _, ids, _, label = method.streams(read.parts["unlabelled"].batch(0, step, 6))
+        _, ids, _, label = method.streams(stream(read, step))
         assert torch.equal(label, ids[:6] % C)
         seen += ids[:6].tolist()
     assert sorted(seen) == sorted(3 * read.parts["labelled"].ids.tolist())
     whole = seen[-6:]
     for part in (slice(0, 3), slice(3, 6)):
-        for place in (None, (part, 6)):  # draws for the global batch, or for each process
-            method.draw = Draws(
-                torch.Generator(), part if place is None else slice(0, 3), 6 if place is None else 3, place
-            )
-            _, ids, *_ = method.streams(read.parts["unlabelled"].batch(0, 2, 6, part))
+        for rows, total in ((part, 6), (slice(0, 3), 3)):  # draws for the global batch, or for each process
+            method.draw = Draws(torch.Generator(), rows, total)
+            _, ids, *_ = method.streams(stream(read, 2, part))
             assert ids[:3].tolist() == whole[part]
 
 
@@ -272,11 +274,11 @@ def test_student_and_teacher_see_the_same_view() -> None:
     seen: list[Tensor] = []
     for role in (method.student, method.teacher):
         role.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    batch = read.parts["unlabelled"].batch(0, 0, 6)
+    batch = stream(read)
     method.distil(batch)
     assert torch.equal(seen[0], seen[1])
     assert len(seen[0]) == 12
-    assert not torch.equal(seen[0][6:], batch["image"])
+    assert not torch.equal(seen[0][6:], batch["unlabelled"]["image"])
 
 
 def test_crops_keep_their_share_of_the_image() -> None:

@@ -431,8 +431,8 @@ def test_a_folder_that_holds_a_run_is_only_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "engine.steps must be a positive whole number"),
-        ({"steps": -3}, "engine.steps must be a positive whole number"),
+        ({"steps": -3}, "engine.steps must be a whole number from 0 on"),
+        ({"steps": True}, "engine.steps must be a whole number from 0 on"),
         ({"batch": 2.5}, "engine.batch must be a positive whole number"),
         ({"warmup": -1}, "engine.warmup must not be negative"),
         ({"precision": "fp8"}, "engine.precision is 'fp8'"),

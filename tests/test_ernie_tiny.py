@@ -317,3 +317,22 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     resumed = trainer(*teachers(), folder=tmp_path / "run", resume=True, keep_projectors=False)
     resumed.fit()
     assert same(resumed.method, straight.method)
+
+
+@pytest.mark.parametrize("attention", ["scores", "maps"])
+def test_a_batch_in_parts_is_the_batch(attention: str) -> None:
+    """Texts have unequally many tokens, and micro-batches too."""
+
+    def losses(accumulate: int) -> list[float]:
+        method = ERNIETiny(ERNIETiny.Options(stages=plan("GD"), attention=attention))  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        method.build(encoder(2, 8, **QUIET), teachers())
+        optim = {"all": {"name": "sgd", "lr": 0.01, "betas": (0.9, 0.0)}}
+        config = EngineConfig(steps=3, batch=8, accumulate=accumulate, log_every=1, optim=optim, device="cpu")
+        run = Trainer(method, data(), config, show=False)
+        run.fit()
+        return [row[f"loss/distil/{term}"] for row in run.history for term in ("hidden", "attention")]
+
+    whole = losses(1)
+    assert losses(2) == pytest.approx(whole, rel=1e-5)
+    assert losses(4) == pytest.approx(whole, rel=1e-5)

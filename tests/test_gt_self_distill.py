@@ -304,7 +304,7 @@ def draws(seed: int = 0) -> Draws:
 
 def test_the_loss_has_the_gradient_of_one_mixed_target() -> None:
     method, batch = built(rounds=2, gt_weight=0.3, penalty=0.01), labelled().batch(0, 0, 10)
-    method.draw, method.stage = draws(), Stage("round 2")
+    method.draw, method.stage = draws(), Stage("round 2", kind="round", round=2)
     method.enter(method.stage, None, resumed=False)
     with torch.no_grad():
         for p in (*method.teacher.parameters(), *method.student.parameters()):
@@ -325,7 +325,7 @@ def test_the_loss_has_the_gradient_of_one_mixed_target() -> None:
 
 def test_the_first_round_knows_labels_only() -> None:
     method, batch = built(rounds=2, gt_weight=0.3, penalty=0.0), labelled().batch(0, 0, 10)
-    method.draw, method.stage = draws(), Stage("round 1")
+    method.draw, method.stage = draws(), Stage("round 1", kind="round", round=1)
     method.enter(method.stage, None, resumed=False)
     terms = method.match(batch)
     assert set(terms) == {"truth"}
@@ -342,14 +342,16 @@ def test_a_round_makes_the_student_the_teacher_and_starts_as_told(start: str) ->
             p.add_(1.0)
     trained = copy.deepcopy(method.student)
     method.draw = draws()
-    method.enter(Stage("round 2"), None, resumed=False)
+    method.enter(Stage("round 2", kind="round", round=2), None, resumed=False)
     assert same(method.teacher, trained)
     assert not method.teacher.training
     assert float(method.weight) == pytest.approx(0.6)
     assert same(method.student, trained) == (start == "last")
     assert same(method.student, network()) == (start == "given")
     fresh = copy.deepcopy(method.student)
-    method.enter(Stage("round 3"), None, resumed=True)  # a resumed run has all this from its checkpoint
+    method.enter(
+        Stage("round 3", kind="round", round=3), None, resumed=True
+    )  # a resumed run has all this from its checkpoint
     assert same(method.student, fresh)
     assert same(method.teacher, trained)
 

@@ -43,15 +43,20 @@ def build(network: dict[str, Any] | None = None, **options: Any) -> LightGen:
 
 
 def entered(data: Captioned | None = None, seed: int = 0, **options: Any) -> tuple[LightGen, Captioned]:
-    """A method that has just begun its last stage, with the data of that stage."""
+    """A method that has just begun its last stage, with the data of that stage, what it has made of them too."""
     method, data = build(**options), data or Captioned()
     method.draw = draws(B, seed)
-    method.enter(method.stages()[-1], data, resumed=False)
+    data.made = method.enter(method.stages()[-1], data, resumed=False) or {}
     return method, data
 
 
 def batch(data: Captioned, n: int = B) -> dict[str, Any]:
-    return data.rows(torch.arange(n))
+    return rows_of(data, torch.arange(n))
+
+
+def rows_of(data: Captioned, index: Tensor) -> dict[str, Any]:
+    """As the engine reads a stage's data."""
+    return data.rows(index) | {name: column[index] for name, column in data.made.items()}
 
 
 def nudge(method: LightGen, seed: int = 9) -> None:
@@ -248,7 +253,7 @@ def test_the_preference_loss_by_four_separate_passes() -> None:
     given = batch(data)
     noise = method.draw.normal_like(given["image"])
     win = given["image"] + given["std"] * noise
-    lose = method.losers[:B].float() + method.loser_stds[:B].float() * noise
+    lose = given["loser"].float() + given["loser_std"].float() * noise
     parts, text = method.randomness(win), given["cond"][TEXT]
     policy = [method.student(x, text, **parts).mse for x in (win, lose)]
     ref = [method.reference(x, text, **parts).mse for x in (win, lose)]
@@ -270,8 +275,8 @@ def test_swapped_labels_turn_the_gradient_round() -> None:
 
 
 def test_a_share_of_the_labels_is_swapped_once_and_for_all() -> None:
-    method, _ = entered(Captioned(n=400), swap_labels=0.25, losers="mirrored")
-    assert float(method.swapped.float().mean()) == pytest.approx(0.25, abs=0.06)
+    _, data = entered(Captioned(n=400), swap_labels=0.25, losers="mirrored")
+    assert float(data.made["swapped"].float().mean()) == pytest.approx(0.25, abs=0.06)
 
 
 # --- the pairs --------------------------------------------------------------------------------------------------------
@@ -291,23 +296,23 @@ def test_losers_are_the_references_own_samples_for_the_winners_captions() -> Non
     torch.rand(data.n, generator=g)
     noise = torch.randn(data.n, *data.shape, generator=g)
     expected = method.sampler().sample(method.reference, noise, {TEXT: data.text[TEXT][data.which]}, g)
-    assert torch.equal(method.losers, expected.half())
-    assert float(method.loser_stds.abs().max()) == 0.0
+    assert torch.equal(data.made["loser"], expected.half())
+    assert float(data.made["loser_std"].abs().max()) == 0.0
 
 
 def test_losers_become_pictures_and_are_encoded_again() -> None:
-    plain, _ = entered(loser_round_trip=False)
-    method, _ = entered()
-    expected = ((plain.losers.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    assert float((method.losers.float() - expected).abs().max()) < 2 / 255
-    assert float(method.losers.float().abs().max()) <= 1.0
-    assert torch.allclose(method.loser_stds.float(), torch.tensor(0.1), atol=1e-3)
+    _, plain = entered(loser_round_trip=False)
+    _, data = entered()
+    expected = ((plain.made["loser"].float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    assert float((data.made["loser"].float() - expected).abs().max()) < 2 / 255
+    assert float(data.made["loser"].float().abs().max()) <= 1.0
+    assert torch.allclose(data.made["loser_std"].float(), torch.tensor(0.1), atol=1e-3)
 
 
 def test_losers_may_be_the_winners_mirror_images() -> None:
-    method, data = entered(losers="mirrored")
+    _, data = entered(losers="mirrored")
     expected = data.mean.float().clamp(-1, 1).flip(-1)
-    assert float((method.losers.float() - expected).abs().max()) < 2 / 255
+    assert float((data.made["loser"].float() - expected).abs().max()) < 2 / 255
 
 
 @pytest.fixture
@@ -328,34 +333,34 @@ def brightness(means: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("bright")
 def test_own_winners_are_kept_and_own_losers_rejected() -> None:
-    method, data = entered(winners="own", judge="bright", tries=6)
-    same = (method.winners == method.losers).flatten(1).all(1)
+    _, data = entered(winners="own", judge="bright", tries=6)
+    same = (data.made["winner"] == data.made["loser"]).flatten(1).all(1)
     assert 0 < int((~same).sum()) < data.n
-    assert float(brightness(method.winners[~same]).min()) > -1e-3
-    assert float(brightness(method.losers[~same]).max()) < 1e-3
+    assert float(brightness(data.made["winner"][~same]).min()) > -1e-3
+    assert float(brightness(data.made["loser"][~same]).max()) < 1e-3
     assert bool(same[data.which == 4].all())  # never rejected
-    assert torch.allclose(method.winner_stds.float(), torch.tensor(0.1), atol=1e-3)
+    assert torch.allclose(data.made["winner_std"].float(), torch.tensor(0.1), atol=1e-3)
 
 
 @pytest.mark.usefixtures("bright")
 def test_a_pair_that_the_judge_cannot_tell_apart_prefers_nothing() -> None:
     method, data = entered(winners="own", judge="bright", tries=6, beta=1.0)
     nudge(method)
-    same = (method.winners == method.losers).flatten(1).all(1)
+    same = (data.made["winner"] == data.made["loser"]).flatten(1).all(1)
     largest = []
     for rows in (same, ~same):
         method.zero_grad()
-        play(method, "prefer", data.rows(rows.nonzero().flatten()))
+        play(method, "prefer", rows_of(data, rows.nonzero().flatten()))
         largest.append(max(float(p.grad.abs().max()) for p in method.student.parameters() if p.grad is not None))
     assert largest[0] < 1e-4 * largest[1]
 
 
 @pytest.mark.usefixtures("bright")
 def test_without_a_kept_sample_the_real_picture_stands_on_both_sides() -> None:
-    method, data = entered(winners="own", judge="bright", tries=6)
-    twins = (method.winners == method.losers).flatten(1).all(1) & (data.which != 4)
-    dark = twins & (brightness(method.winners) < 0)  # a sample there would have been rejected
-    assert torch.equal(method.winners[dark], data.mean[dark])
+    _, data = entered(winners="own", judge="bright", tries=6)
+    twins = (data.made["winner"] == data.made["loser"]).flatten(1).all(1) & (data.which != 4)
+    dark = twins & (brightness(data.made["winner"]) < 0)  # a sample there would have been rejected
+    assert torch.equal(data.made["winner"][dark], data.mean[dark])
 
 
 @pytest.mark.usefixtures("bright")
@@ -372,24 +377,21 @@ def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
 
 @pytest.mark.usefixtures("bright")
 @pytest.mark.parametrize("more", [{}, {"winners": "own", "judge": "bright"}])
-def test_the_same_losers_after_a_resumption(more: dict[str, Any]) -> None:
-    one, _ = entered(seed=4, **more)
+def test_nothing_is_drawn_again_after_a_resumption(more: dict[str, Any]) -> None:
+    one, data = entered(seed=4, **more)
     nudge(one)
-    first = one.losers
     one.draw = draws(B, 4)
-    one.enter(one.stages()[-1], Captioned(), resumed=True)
-    assert torch.equal(one.losers, first)
+    assert one.enter(one.stages()[-1], data, resumed=True) is None
 
 
 def test_other_stages_draw_no_losers() -> None:
     method = build()
-    method.enter(method.stages()[0], Captioned(), resumed=False)
-    assert not hasattr(method, "losers")
+    assert method.enter(method.stages()[0], Captioned(), resumed=False) is None
 
 
 def test_the_control_does_not_mirror_and_needs_no_losers() -> None:
     method, data = entered(preference="sft", mirror=1.0)
-    assert not hasattr(method, "losers")
+    assert not data.made
     terms = play(method, "finetune", batch(data))  # would be refused if it mirrored
     assert set(terms) == {"mse", "vb"}
     assert moved(method) == {"student"}

@@ -81,6 +81,7 @@ class Captioned:
         self.text: Mapping[str, Tensor] = {TEXT: texts(5, seed)}
         self.which, self.captions = torch.arange(n) % 5, [f"caption {i}" for i in range(5)]
         self.n, self.shape, self.parts = n, (CHANNELS, side, side), dict(parts or {})
+        self.made: Mapping[str, Tensor] = {}  # what a method makes of them
 
     def rows(self, index: Tensor) -> dict[str, Any]:
         found = {

@@ -1,4 +1,4 @@
-"""The randomness of a turn."""
+"""The randomness of a run: seeds, and the draws of a turn."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ class Draws:
     """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that
     the same recipe gives the same numbers on one process, on many, and under gradient accumulation.
 
-    ``rows``: this micro-batch's rows of the ``total`` rows of the step. ``place``: the same among the rows of all
-    processes, also where each process draws for itself: ``(rows, batch)`` of a second stream of data.
+    ``rows``: this micro-batch's rows of the ``total`` rows of the step.
     """
 
-    def __init__(
-        self, generator: torch.Generator, rows: slice, total: int, place: tuple[slice, int] | None = None
-    ) -> None:
+    def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
         self.generator, self.rows, self.total = generator, rows, total
-        self.place = place or (rows, total)
 
     @property
     def local(self) -> int:

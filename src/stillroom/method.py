@@ -94,18 +94,25 @@ class Turn:
 class Stage:
     """A run of steps with its own turns and share of the budget (``share`` of the recipe's steps, normalised).
 
-    data: the part of the data that the stage reads (``data.parts[name]``); empty: the data itself.
-    lr: factor on the learning rate of every turn. own_schedule: warm-up and schedule run over this stage alone,
-    not over the whole run. fresh_optimizer: the optimizers forget their moments when the stage begins.
+    turns: the names of its turns, of those that there are; None: all. data: the part of the data that the stage reads
+    (``data.parts[name]``); empty: the data itself; several names: batches hold one batch of each, by name. lr: factor
+    on the learning rate of every turn. own_schedule: warm-up and schedule run over this stage alone, not over the
+    whole run. fresh_optimizer: the optimizers forget their moments when the stage begins. kind, round: what the method
+    knows the stage by; ``name`` is for people, and is the kind where none is given.
     """
 
     name: str
-    turns: tuple[str, ...] | None = None  # None: every turn of the method
+    turns: tuple[str, ...] | None = None
     share: float = 1.0
-    data: str = ""
+    data: str | tuple[str, ...] = ""
     lr: float = 1.0
     own_schedule: bool = False
     fresh_optimizer: bool = False
+    kind: str = ""
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or self.name)
 
 
 def turn(
@@ -150,6 +157,7 @@ class Method(nn.Module):
         )  # role name -> LoRA settings: that role becomes an adapter on the teacher's weights
         self.shared: dict[str, Any] = {}  # what this step (and micro-batch) has already made; emptied by the engine
         self.notes: dict[str, Tensor] = {}  # health numbers of the last turn
+        self.weights: Mapping[str, Tensor] = {}  # of this micro-batch's means, by what they are taken over
 
     # --- what a method writes -------------------------------------------------------------------------------------
     def build(self, *args: Any, **kwargs: Any) -> None:
@@ -164,10 +172,23 @@ class Method(nn.Module):
     def stages(self) -> tuple[Stage, ...]:
         return (Stage("train"),)
 
-    def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
-        """Called when a stage begins, and with ``resumed`` when a run goes on inside it, its weights restored: to take
-        a reference copy, or to draw samples of the student as it stands. Must give the same either way. Default:
+    def fit(self, data: Any) -> None:
+        """Training without gradients (closed forms, statistics, searches), called once, before the first step; a method
+        without turns has this alone, and ``engine.steps: 0``. Default: nothing."""
+
+    def enter(self, stage: Stage, data: Any, resumed: bool) -> Mapping[str, Tensor] | None:
+        """Called when a stage begins: to take a reference copy, or to draw samples of the student as it stands.
+
+        What it returns, tensors by name with one row for each row of the data, becomes part of the data that the stage
+        reads: batches hold those rows beside their own. The run folder keeps it. Called with ``resumed`` when a run
+        goes on inside the stage, weights and such data restored: what is neither must then be the same again. Default:
         nothing."""
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """How many things a turn's means are taken over, by name, where batches hold unequally many (tokens that are
+        no padding): see :meth:`over`. Asked before a turn where its batch is split, with the turn's own draws. Default:
+        rows alone, of which there are equally many."""
+        return {}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an optimizer's weight decay acts on this parameter. Default: on all."""
@@ -192,6 +213,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     # --- what a method uses ---------------------------------------------------------------------------------------
+    def over(self, name: str, mean: Tensor) -> Tensor:
+        """A micro-batch's mean over what :meth:`counts` calls ``name``, weighted by how many it has of them: the mean
+        of these over micro-batches and processes is the mean over all."""
+        return mean * self.weights[name] if name in self.weights else mean
+
     def note(self, name: str, value: Tensor) -> None:
         """Record a health number (detached scalar) for the log; it does not enter the loss."""
         self.notes[name] = value.detach()

@@ -128,11 +128,15 @@ class ArrayData:
         )
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
-        """``{"image": [rows, ...], "cond": {name: [rows, ...]}, "id": [rows]}``: ``rows`` of the global batch of
-        ``step``."""
+        """``rows`` of the global batch of ``step``: ``{"image": [rows, ...], "cond": {name: [rows, ...]}, "id": [rows],
+        "index": [rows]}``, ``index`` being their numbers in these data."""
         index = self.indices(seed, step, size)[rows if rows is not None else slice(None)]
         cond = {key: value[index] for key, value in self.cond.items()}
-        return {"image": self.images(index), "cond": cond, "id": self.ids[index]}
+        return {"image": self.images(index), "cond": cond, "id": self.ids[index], "index": index}
+
+    def reordered(self, seed: int) -> Reordered:
+        """The same rows in an order of their own, whatever the run's seed."""
+        return Reordered(self, seed)
 
     def _order(self, seed: int, epoch: int) -> Tensor:
         key = (seed, epoch)
@@ -143,6 +147,16 @@ class ArrayData:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             self._orders[key] = torch.randperm(self.n, generator=generator)
         return self._orders[key]
+
+
+class Reordered:
+    """Data whose order follows from ``seed`` alone."""
+
+    def __init__(self, data: ArrayData, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
+        return self.data.batch(self.seed, step, size, rows)
 
 
 # --- by name or folder --------------------------------------------------------------------------------------------

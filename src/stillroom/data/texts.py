@@ -110,7 +110,8 @@ class TextData(ArrayData):
         longest = int(self.lengths[index].max())
         index = index[rows if rows is not None else slice(None)]
         cond = {key: value[index] for key, value in self.cond.items()}
-        return {"input_ids": self.array[index, :longest], "attention_mask": self.mask[index, :longest], "cond": cond}
+        seen = {"input_ids": self.array[index, :longest], "attention_mask": self.mask[index, :longest]}
+        return {**seen, "cond": cond, "index": index}
 
     @cached_property
     def vocabulary(self) -> str:

@@ -16,7 +16,7 @@ _CHOICES = {
     "schedule": ("constant", "cosine", "linear"),
     "draws": ("global", "per-rank"),
 }
-_POSITIVE = ("steps", "batch", "accumulate", "keep", "log_every", "checkpoint_every")
+_POSITIVE = ("batch", "accumulate", "keep", "log_every", "checkpoint_every")
 _EMA_KEYS = ("name", "of", "decay", "half_life", "ramp")
 
 # Changing one of these between a run and its resumption does not change what is computed (up to rounding).
@@ -41,7 +41,7 @@ _FREE = (
 class EngineConfig:
     """Settings of the engine. Lengths are in steps, ``batch`` is the global batch, half-lives are in images."""
 
-    steps: int = 1000
+    steps: int = 1000  # 0: nothing is trained, the student is what the method has built
     batch: int = 128
     accumulate: int = 1  # micro-batches per process and step
     seed: int = 0
@@ -71,6 +71,11 @@ class EngineConfig:
                 raise UserError(
                     f"engine.{key} must be a positive whole number, got {value!r}", cure=f"set engine.{key} >= 1"
                 )
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise UserError(
+                f"engine.steps must be a whole number from 0 on, got {self.steps!r}",
+                cure="0 trains nothing: the student as it is built",
+            )
         if self.warmup < 0:
             raise UserError(f"engine.warmup must not be negative, got {self.warmup}", cure="0 means no warm-up")
         for key in ("loss_limit", "growth_limit"):

@@ -202,7 +202,7 @@ def shard(method: Method, world: World, host: Collection[nn.Parameter] = ()) -> 
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=away, **ignored)
             for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
                 register_fsdp_forward_method(unit, entry)
-    for name in ("enter", *(turn.name for turn in method.turns())):
+    for name in ("enter", "fit", *(turn.name for turn in method.turns())):
         register_fsdp_forward_method(method, name)
 
 

@@ -253,7 +253,7 @@ class Rehearsal(Trainer):
         )
         del due[()]
         seen = {player.turn.name: _Seen() for player in players}
-        batches = [span.data.batch(0, span.start, self.config.batch, rows) for rows in self._rows]
+        batches = [self._reading.batch(0, span.start, self.config.batch, rows) for rows in self._rows]
         for names, times in due.items():
             for place in PLACES:
                 PlacedDraws.place_in_range, PlacedDraws.asked = place, False

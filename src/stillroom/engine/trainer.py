@@ -25,7 +25,7 @@ from stillroom.engine.interrupt import Interrupted, StopRequest
 from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.progress import Progress
-from stillroom.engine.stages import Span, lay_out
+from stillroom.engine.stages import Beside, Span, StageData, lay_out
 from stillroom.engine.track import TRACKERS, Tracker
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.files import held, write, writing
@@ -79,6 +79,8 @@ class Trainer:
         self._stop = StopRequest()
         self._focused: Player | None = None
         self._entered: Span | None = None  # the stage that the method has been told of
+        self._reading: Any = data  # what it reads
+        self._made: list[int] = []  # the numbers of the stages whose data the method has made a part of
         self._split_batch()
         self._check_names()
         self._prepare_method()
@@ -143,8 +145,11 @@ class Trainer:
                     f"engine.optim names the turn {key!r}{nearest(key, turns)}, which {m.slug!r} does not have",
                     cure="its turns: " + ", ".join(turns),
                 )
+        if c.steps and not turns:
+            raise UserError(f"{m.slug!r} has no turns: its steps would do nothing", cure="set engine.steps to 0")
         self.spans = lay_out(m.stages(), c.steps, self.data, m.slug)
         names = {id(p): name for name, p in m.named_parameters()}
+        self._known = set(names)
         self.players = {
             turn.name: Player(m, turn, index, resolve_optim(turn, c.optim), names)
             for index, turn in enumerate(turns.values())
@@ -193,18 +198,32 @@ class Trainer:
             self.progress = Progress(self.config.steps, self.step, self.method.slug, self.show and self.world.first)
             stack.callback(self.progress.close)
             stack.enter_context(self._stop.listening())
+            if self._saved is None:
+                self._fit_method()
             while self.step < self.config.steps:
                 self._one_step()
             self._save()
 
+    def _fit_method(self) -> None:
+        m = self.method
+        if type(m).fit is Method.fit:
+            return
+        self._focused = None
+        self._seed(m, -2, -1, 0)
+        m.eval()
+        m.requires_grad_(False)
+        m.fit(self.data)
+        self.world.spread([*m.parameters(), *m.buffers()])
+        self._check_parameters()
+
     def _one_step(self) -> None:
         c, m, step = self.config, self.method, self.step
         span = self._span_at(step)
-        stage, start, _, data = span
+        stage, start = span.stage, span.start
         m.step, m.progress, m.stage = step, step / c.steps, stage
         if span is not self._entered:
             self._enter(span, resumed=step > start)
-        batches = [self._to_device(data.batch(c.seed, step, c.batch, rows)) for rows in self._rows]
+        batches = [self._to_device(self._reading.batch(c.seed, step, c.batch, rows)) for rows in self._rows]
         shared: list[dict[str, Any]] = [{} for _ in batches]
         losses: dict[str, Tensor] = {}
         for player in self.players.values():
@@ -240,9 +259,37 @@ class Trainer:
         if span.stage.fresh_optimizer and not resumed:
             for player in self.players.values():
                 player.optimizer.state.clear()
-        self.method.enter(span.stage, span.data, resumed)
+        made = self.method.enter(span.stage, span.data, resumed)
         if not resumed and not self._sharded:  # what it drew may depend on the process, new weights must not
             self.world.spread([*self.method.parameters(), *self.method.buffers()])
+        self._check_parameters()
+        self._reading = self._stage_data(span, made, resumed)
+
+    def _stage_data(self, span: Span, made: Mapping[str, Tensor] | None, resumed: bool) -> Any:
+        """The data that the stage reads, with what the method has made for it."""
+        number = self.spans.index(span)
+        if resumed:
+            made = self._kept().read(number) if number in self._made else None
+        elif made is not None:
+            self.world.spread(made.values())
+            made = {name: column.detach().cpu() for name, column in made.items()}
+            self._made.append(number)
+            if self.run_dir is not None and self.world.first:
+                self._kept().keep(number, made)
+        return span.data if made is None else Beside(span.data, made)
+
+    def _kept(self) -> StageData:
+        assert self.run_dir is not None
+        return StageData(self.run_dir / "stages")
+
+    def _check_parameters(self) -> None:
+        """Raises UserError for parameters that the optimizers do not know of."""
+        for name, p in self.method.named_parameters():
+            if id(p) not in self._known:
+                raise UserError(
+                    f"{self.method.slug!r} has made {name!r} after its optimizers, which know nothing of it",
+                    cure="make them in build() or prepare()",
+                )
 
     def _take_turn(self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]) -> dict[str, Tensor]:
         c, m, step = self.config, self.method, self.step
@@ -251,8 +298,9 @@ class Trainer:
         count = len(batches)
         losses: dict[str, Tensor] = {}
         notes: dict[str, Tensor] = {}
+        weights = self._shares(player, batches, shared)
         for k, batch in enumerate(batches):
-            m.shared, m.notes = shared[k], {}
+            m.shared, m.notes, m.weights = shared[k], {}, weights[k]
             self._seed(m, step, player.index, k)
             with player.runner.gradients(last=k == count - 1):
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
@@ -275,6 +323,24 @@ class Trainer:
             self._compare(player, before)
         return losses
 
+    def _shares(
+        self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """For each micro-batch what its means are to be multiplied by so that the mean of these over micro-batches and
+        processes is the mean over all that is counted. To be known before the first backward pass."""
+        m, parts = self.method, len(batches) * self.world.size
+        if parts == 1 or type(m).counts is Method.counts:
+            return [{} for _ in batches]
+        counted = []
+        for k, batch in enumerate(batches):
+            m.shared = shared[k]
+            self._seed(m, self.step, player.index, k)
+            counted.append(m.counts(batch))
+        names = list(counted[0])
+        own = torch.stack([torch.stack([c[name].double() for name in names]) for c in counted])
+        mean = self.world.mean(own.mean(0))
+        return [dict(zip(names, row / mean.clamp(min=1 / parts), strict=True)) for row in own]
+
     def _learning_rate_factor(self, step: int) -> float:
         return self._span_at(step).learning_rate_factor(step, self.config)
 
@@ -294,7 +360,7 @@ class Trainer:
         else:
             self._generator.manual_seed(mix(c.seed, step, turn, w.rank, micro))
             size = rows.stop - rows.start
-            m.draw = Draws(self._generator, slice(0, size), size, place=(rows, c.batch))
+            m.draw = Draws(self._generator, slice(0, size), size)
         # dropout inside networks draws from torch's own generator
         torch.manual_seed(mix("torch", c.seed, step, turn, w.rank, micro))
 
@@ -457,6 +523,7 @@ class Trainer:
             "gauges": self._read_gauges(),
             "averages": {name: average.updates for name, average in self.averages.items()},
             "references": {name: player.reference for name, player in self.players.items()},
+            "made": self._made,
         }
         self.checkpoints.save(self.step, self._files(), info, self._sharded)
         self._saved = self.step
@@ -472,7 +539,7 @@ class Trainer:
         self.checkpoints.read(manifest, targets)
         self.step = self._saved = manifest["step"]
         self.seconds, self._sums = manifest["seconds"], {key: list(value) for key, value in manifest["sums"].items()}
-        self._gauges = dict(manifest["gauges"])
+        self._gauges, self._made = dict(manifest["gauges"]), list(manifest.get("made", ()))
         for name, average in self.averages.items():
             average.updates = manifest["averages"][name]
         for name, player in self.players.items():

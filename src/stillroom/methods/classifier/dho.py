@@ -122,7 +122,7 @@ class DHO(Method):
             data.parts["unlabelled"] = data.take(torch.nonzero(~few)[:, 0])
             data.parts["unlabelled"].cond.pop("label")
         self.labelled, self.heldout = data.parts["labelled"], data.parts.get("heldout")
-        self.order = self.draw.index(2**31)
+        data.parts["few"] = self.labelled.reordered(self.draw.index(2**31))
         if self.options.heads == "two" and self.options.mixture == "tuned" and self.heldout is None:
             raise UserError(
                 "options.mixture=tuned needs held-out data", cure="give the data a part 'heldout', or set it to fixed"
@@ -168,7 +168,7 @@ class DHO(Method):
         return few
 
     def stages(self) -> tuple[Stage, ...]:
-        distil = Stage("distil", ("distil",), data="unlabelled", own_schedule=True)
+        distil = Stage("distil", ("distil",), data=("unlabelled", "few"), own_schedule=True)
         adapt = Stage("adapt", ("adapt",), self.options.cache_share, data="labelled", own_schedule=True)
         return (adapt, distil) if self.options.adapted else (distil,)
 
@@ -176,12 +176,9 @@ class DHO(Method):
         """1. As many labelled images as the batch has unlabelled ones: augmented images ``[2 B, ...]``, labelled first,
         their ids and the numbers of their views ``[2 B]``, and the labels ``[B]``. Each image is augmented once, for
         student and teacher alike."""
-        rows, size = self.draw.place
-        few = self.labelled.batch(self.order, self.step, size, rows)
-        streams = [{"image": few["image"].to(batch["image"].device), "id": few["id"]}, batch]
-        images, ids, numbers = zip(*(self._viewed(s["image"], s["id"].cpu()) for s in streams), strict=True)
-        label = few["cond"]["label"].to(batch["image"].device)
-        return torch.cat(images), torch.cat(ids), torch.cat(numbers), label
+        few, many = batch["few"], batch["unlabelled"]
+        images, ids, numbers = zip(*(self._viewed(s["image"], s["id"].cpu()) for s in (few, many)), strict=True)
+        return torch.cat(images), torch.cat(ids), torch.cat(numbers), few["cond"]["label"]
 
     def _viewed(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images in one of their numbered views, or in a new one; ids and numbers."""

@@ -382,25 +382,25 @@ class GTSelfDistill(Method):
     def stages(self) -> tuple[Stage, ...]:
         """1. Rounds of equal length, each with a schedule and an optimizer of its own; before each but the first, if
         the weight is to be estimated, a probe that is taught by the teacher alone."""
-        names = ["round 1"]
-        for number in range(2, self.options.rounds + 1):
-            probe = [f"probe {number}"] if self.options.gt_weight == "estimate" else []
-            names += [*probe, f"round {number}"]
-        return tuple(Stage(name, own_schedule=True, fresh_optimizer=True) for name in names)
+        kinds = ("probe", "round") if self.options.gt_weight == "estimate" else ("round",)
+        plan = [("round", 1), *((kind, number) for number in range(2, self.options.rounds + 1) for kind in kinds)]
+        return tuple(
+            Stage(f"{kind} {number}", own_schedule=True, fresh_optimizer=True, kind=kind, round=number)
+            for kind, number in plan
+        )
 
     @torch.no_grad()
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
         """2. Teacher <- student, student <- new weights; the weight of the labels in this stage."""
-        kind, number = stage.name.split()
-        if resumed or number == "1":
+        if resumed or stage.round == 1:
             return
         estimate = self.options.gt_weight == "estimate"
-        if kind == "probe" or not estimate:
-            if estimate and number == "2":
+        if stage.kind == "probe" or not estimate:
+            if estimate and stage.round == 2:
                 self.by_truth.copy_(self.heldout_probabilities())
             self.teacher.load_state_dict(self.student.state_dict())
             self.teacher.eval()
-        if kind == "probe":
+        if stage.kind == "probe":
             weight = 0.0
         elif estimate:
             # 3. The closed form of the linear case: the probe is the student of weight 0, round 1 that of weight 1.
@@ -429,7 +429,7 @@ class GTSelfDistill(Method):
         images = moved_and_flipped(batch["image"], self.draw, o.shift, o.flip)
         p = class_logits(self.student, images).softmax(-1)
         terms = {"truth": self.weight * probability_mse(p, F.one_hot(label, p.shape[-1]).to(p))}
-        if self.stage.name != "round 1":
+        if self.stage.round > 1:
             with torch.no_grad():
                 t = class_logits(self.teacher, images).softmax(-1)
             terms["teacher"] = (1 - self.weight) * probability_mse(p, t)

@@ -173,11 +173,11 @@ class Distiller(Method):
         labels on an augmented copy. 7. One step for student, adapters and critics, which all raise the same bound."""
         o = self.options
         seen = self.look(batch)
-        terms = self.compare(seen)
+        terms = self.compare(seen, "tokens")
         if o.label_weight:
             terms["label"] = o.label_weight * F.cross_entropy(seen.found.logits, batch["cond"]["label"])
         if o.augmentation != "none":
-            again = self.compare(self.augmented(batch))
+            again = self.compare(self.look(*self.augmented(batch)), "augmented tokens")
             terms |= {f"augmented_{name}": o.augmented_weight * loss for name, loss in again.items()}
         same = seen.found.logits.argmax(-1) == seen.taught.logits.argmax(-1)
         self.note("teacher_agreement", same.float().mean())
@@ -196,29 +196,46 @@ class Distiller(Method):
         distinct = (shown[:, None] != shown[None]).any(-1)  # equal texts are no negatives of one another
         return Pass(found, taught, keep, distinct)
 
-    def augmented(self, batch: Batch) -> Pass:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Real tokens, of the batch and of its augmented copy, whose edits are drawn first in the turn."""
+        found = {"tokens": batch["attention_mask"].sum()}
+        if self.options.augmentation == "edits":
+            found["augmented tokens"] = self.augmented(batch)[0]["attention_mask"].sum()
+        elif self.options.augmentation == "mixup":
+            keep = batch["attention_mask"].bool()
+            found["augmented tokens"] = (keep | keep.roll(1, 0)).sum()
+        elif self.options.augmentation == "contextual":
+            found["augmented tokens"] = found["tokens"]
+        return found
+
+    def augmented(self, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
         """6. Replacement in context, random edits, or mixup: each row's embeddings mixed with those of the row before
-        it."""
+        it. A batch, and mixup's row order and weights."""
         ids, keep = batch["input_ids"], batch["attention_mask"].bool()
         if self.masked_lm is not None:
             ids = contextual_replacement(
                 ids, keep, self.draw, self.options.edit_rate, self.masked_lm, self.mask_id, self.special
             )
-            return self.look({"input_ids": ids, "attention_mask": keep})
+            return {"input_ids": ids, "attention_mask": keep}, None
         if self.options.augmentation == "edits":
             ids, keep = random_edits(
                 ids, keep, self.draw, self.options.edit_rate, self.neighbours, self.special, self.pad
             )
-            return self.look({"input_ids": ids, "attention_mask": keep})
+            return {"input_ids": ids, "attention_mask": keep}, None
         weight = mixup_weights(len(ids), self.draw, self.options.mixup).to(ids.device)
         order = torch.arange(len(ids), device=ids.device).roll(1)
-        return self.look({"input_ids": ids, "attention_mask": keep | keep[order]}, (order, weight))
+        return {"input_ids": ids, "attention_mask": keep | keep[order]}, (order, weight)
 
-    def compare(self, seen: Pass) -> Terms:
+    def compare(self, seen: Pass, tokens: str) -> Terms:
+        """``tokens``: what :meth:`counts` calls those of this pass. Mutual information is a bound over texts, no mean
+        over tokens."""
         o = self.options
         terms: Terms = {}
         if o.intermediate != "none":
-            terms["intermediate"] = o.intermediate_weight * self.intermediate(seen)
+            found = self.intermediate(seen)
+            terms["intermediate"] = o.intermediate_weight * (
+                found if o.intermediate == "mi" else self.over(tokens, found)
+            )
         if o.prediction == "ce":
             p = (seen.taught.logits.float() / o.temperature).softmax(-1)
             terms["prediction"] = o.prediction_weight * soft_cross_entropy(

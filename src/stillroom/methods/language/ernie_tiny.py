@@ -146,11 +146,12 @@ class ERNIETiny(Method):
         kept = [] if not (self.untuned and self.options.tune_share) else [tune]
         for r in self.records.values():
             data = "general" if r.data == "general" else ""
-            kept.append(Stage(r.name, ("distil",), r.share, data, r.lr, own_schedule=True, fresh_optimizer=True))
+            own = {"own_schedule": True, "fresh_optimizer": True}
+            kept.append(Stage(r.name, ("distil",), r.share, data, r.lr, **own, kind="distil"))
         return tuple(kept)
 
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
-        if not self.options.keep_projectors and not resumed and stage.name in self.records:
+        if not self.options.keep_projectors and not resumed and stage.kind == "distil":
             torch.manual_seed(self.draw.index(2**31))
             for projector in self.projectors.values():
                 projector.reset_parameters()  # type: ignore[operator]
@@ -192,13 +193,19 @@ class ERNIETiny(Method):
             mse(self.projectors.project(f"h{min(j, last_projector)}", found.hidden[j]), taught.hidden[g], keep=keep)
             for j, g in enumerate(self.target)
         ]
-        terms = {"hidden": torch.stack(states).sum()}
+        terms = {"hidden": self.over("tokens", torch.stack(states).sum())}
         if self.options.attention != "none":
             pairs = [(found.scores[j], taught.scores[g]) for j, g in enumerate(self.target) if j]
             if self.options.attention == "maps":
                 pairs = [(mean_map(s, keep), mean_map(t, keep)) for s, t in pairs]
-            terms["attention"] = torch.stack([attention_mse(s, t, keep=keep) for s, t in pairs]).sum()
+            gaps = [attention_mse(s, t, keep=keep) for s, t in pairs]
+            terms["attention"] = self.over("pairs", torch.stack(gaps).sum())
         return terms
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Real tokens, and pairs of them in one text."""
+        lengths = batch["attention_mask"].sum(1)
+        return {"tokens": lengths.sum(), "pairs": lengths.square().sum()}
 
     def sampler(self) -> ForwardPass:
         return ForwardPass()

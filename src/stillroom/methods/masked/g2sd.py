@@ -135,7 +135,7 @@ class G2SD(Method):
 
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
         """The specific stage begins with the generic one's encoder; decoder and heads are left behind."""
-        if stage.name == "specific" and not resumed:
+        if stage.kind == "specific" and not resumed:
             carry_encoder(self.encoder, self.student)
 
     def stages(self) -> tuple[Stage, ...]:

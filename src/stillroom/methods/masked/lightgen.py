@@ -204,15 +204,14 @@ class LightGen(Method):
         """Items 11 and 12: winner and loser, student and reference, under the same mask, order, times and noise."""
         for network in (self.student, self.reference):
             network.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
-        index, like = batch["index"], batch["image"]
-        win, lose = batch["image"], self.losers[index].to(like)
-        std = batch.get("std")
+        win, std = batch["image"], batch.get("std")
         if self.options.winners == "own":
-            win, std = self.winners[index].to(like), self.winner_stds[index].to(like)
+            win, std = batch["winner"].to(win), batch["winner_std"].to(win)
+        lose = batch["loser"].to(win)
         if std is not None:
             noise = self.draw.normal_like(win)
-            win, lose = win + std * noise, lose + self.loser_stds[index].to(noise) * noise
-        swap = self.swapped[index][:, None, None, None]
+            win, lose = win + std * noise, lose + batch["loser_std"].to(noise) * noise
+        swap = batch["swapped"][:, None, None, None]
         win, lose = torch.where(swap, lose, win), torch.where(swap, win, lose)
         shared = {
             name: value if name == "masked" else value.repeat(2, *[1] * (value.ndim - 1))
@@ -236,28 +235,29 @@ class LightGen(Method):
         return self.masked_terms(batch, mirror=0.0)
 
     @torch.no_grad()
-    def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
-        """Item 10: the student as it stands becomes the reference, which draws the losers, once."""
-        if stage.name != "dpo":
-            return
-        if not resumed:
-            for mine, theirs in zip(self.reference.parameters(), self.student.parameters(), strict=True):
-                mine.copy_(theirs)
+    def enter(self, stage: Stage, data: Any, resumed: bool) -> dict[str, Tensor] | None:
+        """Item 10: the student as it stands becomes the reference, which draws the losers, once: part of the stage's
+        data from then on."""
+        if stage.kind != "dpo" or resumed:
+            return None
+        for mine, theirs in zip(self.reference.parameters(), self.student.parameters(), strict=True):
+            mine.copy_(theirs)
         generator, device = self.draw.generator, self.draw.generator.device
-        self.swapped = torch.rand(data.n, generator=generator, device=device) < self.options.swap_labels
+        made = {"swapped": torch.rand(data.n, generator=generator, device=device) < self.options.swap_labels}
         every = torch.arange(data.n).split(DRAWN_AT_ONCE)
         if self.options.winners == "own":
             pairs = [self.judged(data, rows, device) for rows in every]
-            self.winners, self.winner_stds = joined([win for win, _ in pairs])
-            self.losers, self.loser_stds = joined([lose for _, lose in pairs])
-            if torch.equal(self.winners, self.losers):
+            made["winner"], made["winner_std"] = joined([win for win, _ in pairs])
+            made["loser"], made["loser_std"] = joined([lose for _, lose in pairs])
+            if torch.equal(made["winner"], made["loser"]):
                 raise UserError(
                     f"of none of {data.n} captions the judge {self.options.judge!r} keeps one of "
                     f"{self.options.tries} own samples and rejects another",
                     cure="raise options.tries, or set options.winners to real",
                 )
         else:
-            self.losers, self.loser_stds = joined([self.draw_losers(data, rows, device) for rows in every])
+            made["loser"], made["loser_std"] = joined([self.draw_losers(data, rows, device) for rows in every])
+        return made
 
     def draw_losers(self, data: Any, rows: Tensor, device: torch.device) -> Moments:
         """Moments of the losers of these pairs."""

@@ -110,7 +110,7 @@ class UniInstruct(Method):
         """Step 4, over 2 k^2: - C(r) <d, e> + (C - r C')/2 |d|^2 + alpha k r^2 C''/2 |d|^2 <sg d, x0>;
         k = alpha/sigma^2."""
         o, process, cond = self.options, self.teacher.process, batch["cond"]
-        full = self.stage.name == "divergence"
+        full = self.stage.kind == "divergence"
         f = get_divergence(o.divergence if full else "reverse_kl")
         x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=True)
         t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
