@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillroom.data.source import LABELS, ArrayData, load_data
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import make_classifier
-from stillroom.methods.classifier.gt_self_distill import KernelSelfDistillation
+from stillroom.networks.kernel_self_distillation import KernelSelfDistillation
 
 NOISE = 0.4
 """Share of the training labels that are drawn anew, uniformly over the classes."""
