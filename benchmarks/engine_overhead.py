@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stillroom.bench.fashion import FashionBench
+from stillroom.bench.fashion.bench import ClassImagesBench
 from stillroom.bench.teach import Denoising, TeacherRecipe
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.engine.config import EngineConfig
@@ -140,7 +140,7 @@ def interval(values: list[float]) -> str:
 
 
 def measure(name: str, make: Callable[[Denoiser], Method], by_hand: Callable[[Denoiser], Step], pairs: int) -> Row:
-    teacher, data = TeacherRecipe.load("fashion").denoiser(), FashionBench().train
+    teacher, data = TeacherRecipe.load("fashion").denoiser(), ClassImagesBench().train
     bare, engine, bare_cpu, engine_cpu = [], [], [], []
     step = by_hand(teacher)
     last = clocks()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import Row, median, record
 
-from stillroom.bench.fashion import FashionBench
+from stillroom.bench.fashion.bench import ClassImagesBench
 from stillroom.diffusion.sampling import FewStepSampler, sampler_from_dict
 from stillroom.evaluation.cost import macs
 from stillroom.parsing import read_json
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, help="a run folder or a student folder")
     chosen: Path | None = parser.parse_args().student
     torch.set_num_threads(1)
-    home = FashionBench().teacher_dir
+    home = ClassImagesBench().teacher_dir
     teacher = ImageGenerator.load(home)
     if chosen:
         student, name = load_student(chosen), f"student {chosen.name}"

@@ -16,7 +16,7 @@ from common import ROOT
 from latency import load_student
 from torch import Tensor
 
-from stillroom.bench.fashion import FashionBench
+from stillroom.bench.fashion.bench import ClassImagesBench
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.tasks.class_images.model import ImageGenerator
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "teacher-student.png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    teacher = ImageGenerator.load(FashionBench().teacher_dir)
+    teacher = ImageGenerator.load(ClassImagesBench().teacher_dir)
     once = ImageGenerator(teacher.denoiser, FewStepSampler((1.0,)), teacher.classes)
     blocks = [("teacher, many steps", teacher), ("teacher, one step", once)]
     blocks += [(f"student, {name_of(folder)}", load_student(folder)) for folder in arguments.students]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from common import ROOT, Row, median, record
 
-from stillroom.bench.scenes import ScenesBench
+from stillroom.bench.scenes.bench import ScenesBench
 from stillroom.evaluation.cost import macs
 from stillroom.run import load_generator
 from stillroom.surgery.modules import parameter_count
@@ -82,7 +82,7 @@ def main() -> None:
             singles[name].append(drawn(model, texts[i : i + 1], i)[1])
     rows: list[Row] = []
     for name, model in models.items():
-        scores = bench.score(torch.cat(images[name]), captions)
+        scores = bench.judge(torch.cat(images[name]), captions)
         row: Row = {"model": name, "parameters": parameter_count(getattr(model.network, "network", model.network))}
         row["NFE"] = model.sampler.nfe
         row["MACs per image, M"] = macs(lambda model=model: model.sample(texts[:1])) / 1e6

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": TOOLS | {"method", "engine"},
     "catalogue": TOOLS | {"method"},
     "methods": TOOLS | {"method", "data", "evaluation"},  # a method may have its own samples judged
-    "bench": BELOW_BENCH,
+    "bench": BELOW_BENCH | {"synthesis"},
     "report": BELOW_BENCH | {"bench"},
     "proofs": BELOW_BENCH | {"bench", "synthesis"},
     "synthesis": BELOW_BENCH | {"bench"},

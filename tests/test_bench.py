@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.bench import fashion
-from stillroom.bench.fashion import FashionBench
-from stillroom.bench.mixture2d import GaussianMixture, RingBench
+from stillroom.bench.fashion import bench as fashion
+from stillroom.bench.fashion.bench import ClassImagesBench
+from stillroom.bench.mixture import GaussianMixture
+from stillroom.bench.ring.bench import RingBench
 from stillroom.data import source
 from stillroom.data.source import ASSETS, LABELS, ArrayData
 from stillroom.diffusion.process import EDM, RectifiedFlow, TrigFlow
@@ -107,13 +108,13 @@ def test_the_ring_teacher_is_exact_under_every_process(process: RectifiedFlow | 
     t = torch.full((3,), 0.4, dtype=torch.float64) * min(process.t_max, 2.0)
     x = normal(3, 2).requires_grad_()
     (expected,) = torch.autograd.grad(ring.mixture.log_density(x, process.alpha(t), process.sigma(t), labels).sum(), x)
-    found = ring.teacher(process)(x.detach(), t, {LABELS: labels})
+    found = ring.exact(process)(x.detach(), t, {LABELS: labels})
     torch.testing.assert_close(found.score.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ring_guidance_zero_is_the_unconditional_answer() -> None:
     ring = RingBench()
-    teacher = ring.teacher(RectifiedFlow())
+    teacher = ring.exact(RectifiedFlow())
     x, labels = normal(4, 2), torch.tensor([0, 1, 2, 3])
     free = teacher(x, 0.6, {LABELS: labels}, guidance=0.0).x0
     torch.testing.assert_close(free, teacher(x, 0.6, {LABELS: torch.full((4,), 8)}).x0)
@@ -122,36 +123,36 @@ def test_ring_guidance_zero_is_the_unconditional_answer() -> None:
 
 def test_ring_teacher_refuses_conditions_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="colour"):
-        RingBench().teacher(RectifiedFlow())(normal(1, 2), 0.5, {"colour": torch.zeros(1)})
+        RingBench().exact(RectifiedFlow())(normal(1, 2), 0.5, {"colour": torch.zeros(1)})
 
 
 def test_many_teacher_steps_reach_the_ring_and_one_step_does_not() -> None:
     ring = RingBench()
-    teacher, labels = ring.teacher(RectifiedFlow()), ring.labels(2000)
+    teacher, labels = ring.exact(RectifiedFlow()), ring.labels(2000)
     x = normal(2000, 2).float()
-    one = ring.score(teacher(x, 1.0, {LABELS: labels}).x0, labels)
+    one = ring.judge(teacher(x, 1.0, {LABELS: labels}).x0, labels)
     times = torch.linspace(1, 0, 41)
     for t, s in itertools.pairwise(times):
         x = x + (s - t) * teacher(x, t, {LABELS: labels}).v
-    many, floor = ring.score(x, labels), ring.floor(2000)
+    many, floor = ring.judge(x, labels), ring.floor_of(2000)
     assert many["ced"] < 3 * floor["ced"]
     assert one["ced"] > 50 * floor["ced"]
 
 
 def test_ring_scores_of_data_blur_and_mode_drop() -> None:
     ring = RingBench()
-    floor = ring.floor(4000)
+    floor = ring.floor_of(4000)
     assert floor["ced"] < 0.0015
     assert floor["std"] == pytest.approx(0.731, abs=0.005)
     assert floor["in_mode"] == pytest.approx(0.989, abs=0.005)
     assert floor["mode_balance"] > 0.4
-    data = ring.data(4000, seed=3)
+    data = ring.points(4000, seed=3)
     inner = torch.nn.functional.normalize(data.array, dim=1) * 0.75
-    dropped = ring.score(inner, data.labels)
+    dropped = ring.judge(inner, data.labels)
     assert dropped["mode_balance"] == 0.0
     assert dropped["in_mode"] > 0.9
     assert dropped["ced"] > 20 * floor["ced"]
-    assert ring.score(data.array, data.labels.roll(1))["in_mode"] < 0.05
+    assert ring.judge(data.array, data.labels.roll(1))["in_mode"] < 0.05
 
 
 # --- extractor ----------------------------------------------------------------------------------------------------
@@ -209,77 +210,81 @@ def test_training_an_extractor_learns_repeats_and_round_trips(tmp_path: Path) ->
 
 # --- fashion ------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def sample_bench(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> FashionBench:
+def sample_bench(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> ClassImagesBench:
     """The bench on the shipped sample, so that the test says the same on every machine."""
     monkeypatch.setattr(source, "DEBIAN_FASHION", Path("/nonexistent"))
     monkeypatch.delenv("STILLROOM_FASHION_DIR", raising=False)
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr(fashion, "NEIGHBOURS", 100)
-    return FashionBench()
+    return ClassImagesBench()
 
 
-def test_the_bench_tells_real_from_blurred_and_copied(sample_bench: FashionBench) -> None:
+def test_the_bench_tells_real_from_blurred_and_copied(sample_bench: ClassImagesBench) -> None:
     n = 1000
-    floor = sample_bench.floor(n)
+    floor = sample_bench.floor_of(n)
     real = sample_bench.train.images(slice(0, n))
     labels = sample_bench.train.labels[:n]
-    blurred = sample_bench.score(torch.nn.functional.avg_pool2d(real, 3, 1, 1), labels)
-    copied = sample_bench.score(real, labels)
+    blurred = sample_bench.judge(torch.nn.functional.avg_pool2d(real, 3, 1, 1), labels)
+    copied = sample_bench.judge(real, labels)
     assert blurred["fd"] > 10 * floor["fd"]
     assert blurred["recall"] < floor["recall"] / 2
     assert copied["fd"] < 2 * floor["fd"]
     assert copied["nearest_train_pixel"] == 0.0 < copied["nearest_train_pixel_test"]
-    assert copied["names"]["fd"] == f"FD-{sample_bench.extractor.name}, N=1000"
+    called = {score.key: score.name for score in sample_bench.called(1000)}
+    assert called["fd"] == f"FD-{sample_bench.extractor.name}, N=1000"
+    assert called["class_agreement"] == "Class agreement"
     assert "shipped sample" in copied["reference"]
-    assert "FID" not in sample_bench.bench_card({"copies": copied}, n)
+    assert "FID" not in sample_bench.card(n, {"copies": copied})
 
 
-def test_wrong_labels_show_in_agreement_alone(sample_bench: FashionBench) -> None:
+def test_wrong_labels_show_in_agreement_alone(sample_bench: ClassImagesBench) -> None:
     images, labels = sample_bench.train.array[:300], sample_bench.train.labels[:300]
-    right, wrong = (sample_bench.score(images, y) for y in (labels, (labels + 1) % 10))
+    right, wrong = (sample_bench.judge(images, y) for y in (labels, (labels + 1) % 10))
     assert right["class_agreement"] > 0.85
     assert wrong["class_agreement"] < 0.15
     assert right["fd"] == wrong["fd"]
 
 
 def test_reference_statistics_are_read_back_from_the_cache(
-    sample_bench: FashionBench, monkeypatch: pytest.MonkeyPatch
+    sample_bench: ClassImagesBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = sample_bench.floor(500)
-    again = FashionBench()
+    first = sample_bench.floor_of(500)
+    again = ClassImagesBench()
     monkeypatch.setattr(type(again.extractor), "forward", None)
-    assert again.floor(500) == first
+    assert again.floor_of(500) == first
     assert torch.equal(again.test_features, sample_bench.test_features)
 
 
 def test_a_damaged_or_unwritable_cache_costs_time_only(
-    sample_bench: FashionBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sample_bench: ClassImagesBench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "c"))
     expected = sample_bench.test_features
-    for file in (tmp_path / "c" / "statistics").iterdir():
+    for file in (tmp_path / "c" / "fashion").glob("*.safetensors"):
         file.write_bytes(b"half a fi")
-    assert torch.equal(FashionBench().test_features, expected)
+    assert torch.equal(ClassImagesBench().test_features, expected)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "file"))
-    assert torch.equal(FashionBench().test_features, expected)
+    assert torch.equal(ClassImagesBench().test_features, expected)
 
 
-def test_labels_are_balanced_also_in_their_leading_part(sample_bench: FashionBench) -> None:
+def test_labels_are_balanced_also_in_their_leading_part(sample_bench: ClassImagesBench) -> None:
     labels = sample_bench.labels(1000)
     assert torch.bincount(labels).tolist() == [100] * 10
     assert torch.bincount(labels[:500]).min() > 30
 
 
-def test_sizes_that_cannot_be_are_refused(sample_bench: FashionBench) -> None:
+def test_sizes_that_cannot_be_are_refused(sample_bench: ClassImagesBench) -> None:
     assert sample_bench.size(10_000) == 4000
     with pytest.raises(UserError, match="4000"):
-        sample_bench.floor(10_000)
-    with pytest.raises(ValueError, match="N=20"):
-        sample_bench.score(torch.zeros(10, 1, 28, 28), torch.zeros(10), 20)
+        sample_bench.floor_of(10_000)
+    with pytest.raises(ValueError, match="every image needs a label, got 10 and 20"):
+        sample_bench.judge(torch.zeros(10, 1, 28, 28), torch.zeros(20))
 
 
-def test_a_folder_gets_an_extractor_of_its_own_once(sample_bench: FashionBench, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_gets_an_extractor_of_its_own_once(
+    sample_bench: ClassImagesBench, tmp_path: Path, monkeypatch
+) -> None:
     import numpy as np
 
     train = sample_bench.train
@@ -287,10 +292,10 @@ def test_a_folder_gets_an_extractor_of_its_own_once(sample_bench: FashionBench, 
     said: list[str] = []
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fashion, "EXTRACTOR_IMAGES", 1200)
-    own = FashionBench(tmp_path, said.append)
+    own = ClassImagesBench(source=tmp_path, report=said.append)
     name = own.extractor.name
     assert name.startswith(f"{tmp_path.name}@")
     assert "training one" in said[0]
     said.clear()
-    assert FashionBench(tmp_path, said.append).extractor.name == name
+    assert ClassImagesBench(source=tmp_path, report=said.append).extractor.name == name
     assert said == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from stillroom.bench import scenes
+from stillroom.bench.scenes import bench as scenes
 from stillroom.folders import pipelines as pipeline
 from stillroom.method import get_method
 from stillroom.recipe import Recipe

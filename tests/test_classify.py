@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import stillroom as sr
+from stillroom.bench import get_bench
+from stillroom.bench.digits.bench import DigitsBench
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import sampler_from_dict
 from stillroom.errors import UserError
@@ -20,7 +23,6 @@ from stillroom.folders.image_networks import ARCHITECTURES, make_classifier
 from stillroom.networks.recognition import ForwardPass, class_logits
 from stillroom.proofs.base import Arm
 from stillroom.proofs.runner import run_arm
-from stillroom.proofs.worlds import get_world
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.surgery.initial import fresh_weights
@@ -126,8 +128,7 @@ def test_calibration_error_by_hand() -> None:
 
 # --- benches ----------------------------------------------------------------------------------------------------------
 def test_digits_are_split_and_mislabelled_by_the_seed() -> None:
-    world = get_world("digits")
-    bench, other, again = world.at(1).bench, world.at(2).bench, world.at(1).bench
+    bench, other, again = (DigitsBench(seed) for seed in (1, 2, 1))
     assert bench.train.fingerprint == again.train.fingerprint
     assert bench.train.fingerprint != other.train.fingerprint
     assert (bench.train.n, bench.held_out.n, bench.test.n) == (600, 400, 797)
@@ -136,44 +137,44 @@ def test_digits_are_split_and_mislabelled_by_the_seed() -> None:
     assert torch.equal(bench.train.images(), bench.clean.images())
     wrong = (bench.train.labels != bench.clean.labels).float().mean()
     assert float(wrong) == pytest.approx(0.4 * 0.9, abs=0.06)
-    perfect = bench.score(lambda _: torch.nn.functional.one_hot(bench.test.labels, 10).float())
+    perfect = bench.judge(torch.nn.functional.one_hot(bench.test.labels, 10).float())
     assert perfect == {"accuracy": 1.0, "mse": 0.0}
-    assert world.floor()["accuracy"] > 0.93
-    data = world.data(images=50)
+    assert bench.floor()["accuracy"] > 0.93
+    data = bench.data(images=50)
     assert data.n == 50
     assert data.parts["heldout"].n == 400
     with pytest.raises(UserError, match="there are 600"):
-        world.data(images=601)
+        bench.data(images=601)
 
 
-def test_fashion_labels_are_a_world_of_its_own() -> None:
-    world = get_world("fashion-labels")
-    data = world.data()
-    assert data.n == world.bench.train.n
-    assert float((data.labels != world.bench.clean.labels).float().mean()) == pytest.approx(0.36, abs=0.04)
+def test_fashion_labels_are_a_bench_of_its_own() -> None:
+    bench: Any = get_bench("fashion-labels")
+    data = bench.data()
+    assert data.n == bench.train.n
+    assert float((data.labels != bench.clean.labels).float().mean()) == pytest.approx(0.36, abs=0.04)
     images = data.images(slice(4))
-    assert world.generator(world.teacher().eval(), ForwardPass())(images).sum(-1).tolist() == pytest.approx([1.0] * 4)
+    model = bench.model(bench.given()["student"].eval(), ForwardPass())
+    assert model.probabilities(images).sum(-1).tolist() == pytest.approx([1.0] * 4)
     with pytest.raises(UserError, match="no trained network"):
-        world.network()
+        bench.network()
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-labels"])
 def test_a_misleading_teacher_answers_for_the_next_class(name: str) -> None:
-    world = get_world(name)
-    method: Any = nn.Module()
-    method.teacher = world.teacher().eval()
-    data = world.data(images=8)
-    right = class_logits(method.teacher, data.images()).argmax(-1)
-    assert world.mislead(method, data) is data
-    assert torch.equal(class_logits(method.teacher, data.images()).argmax(-1), (right + 1) % 10)
+    bench: Any = get_bench(name)
+    teacher = bench.given()["student"].eval()
+    data = bench.data(images=8)
+    right = class_logits(teacher, data.images()).argmax(-1)
+    assert bench.mislead(SimpleNamespace(teachers=lambda: {"teacher": teacher}), data) is data
+    assert torch.equal(class_logits(teacher, data.images()).argmax(-1), (right + 1) % 10)
 
 
 def test_a_kernel_arm_is_the_estimator() -> None:
     arm = Arm("kernel", data={"ridge": 0.1, "rounds": 3, "gt_weight": "validation"}, sampler={"name": "forward"})
-    result = run_arm(arm, get_world("digits"), seed=0)
+    result = run_arm(arm, get_bench("digits", 0))
     assert result["scores"]["accuracy"] > 0.8
-    assert result["scores"] == run_arm(arm, get_world("digits"), seed=0)["scores"]
-    assert result["scores"] != run_arm(arm, get_world("digits"), seed=1)["scores"]
+    assert result["scores"] == run_arm(arm, get_bench("digits", 0))["scores"]
+    assert result["scores"] != run_arm(arm, get_bench("digits", 1))["scores"]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

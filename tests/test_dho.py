@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import stillroom as sr
 from stillroom.augment.images import VIEW, Augmentation, cropped
-from stillroom.bench.semi import SemiDigitsBench, tiny_clip, train_clip
+from stillroom.bench import get_bench
+from stillroom.bench.digits.bench import SemiDigitsBench
+from stillroom.bench.digits.teachers import tiny_clip, train_clip
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import sampler_from_dict
 from stillroom.draws import Draws
@@ -31,7 +33,6 @@ from stillroom.networks.prompt_classifier import FewShotCache, PromptClassifier
 from stillroom.networks.recognition import ForwardPass, TwoHeadPass
 from stillroom.proofs.base import Arm, Claim
 from stillroom.proofs.runner import run_arm, score, train_arm
-from stillroom.proofs.worlds import get_world
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.tasks.classify.model import ImageClassifier
@@ -560,38 +561,39 @@ def test_the_teachers_of_the_bench_err_as_they_should() -> None:
     assert float((said[truth == 0] == 0).float().mean()) > 0.9
     with pytest.raises(UserError, match="did you mean 'biased'"):
         bench.teacher("biassed")
-    student, again = get_world("digits-semi").at(100).teacher("untrained")
-    assert isinstance(student, nn.Module)
-    assert not torch.equal(again(bench.test.images()), teacher(bench.test.images()))
+    given = get_bench("digits-semi", 100).given(teacher="untrained")
+    assert isinstance(given["student"], nn.Module)
+    assert not torch.equal(given["teacher"](bench.test.images()), teacher(bench.test.images()))
 
 
 def test_the_shipped_text_image_teacher_knows_clothes() -> None:
-    world = get_world("fashion-semi").at(100)
-    student, teacher = world.teacher()
-    images, truth = world.bench.test.images(slice(300)), world.bench.test.labels[:300]
+    bench: Any = get_bench("fashion-semi", 100)
+    given = bench.given()
+    student, teacher = given["student"], given["teacher"]
+    images, truth = bench.test.images(slice(300)), bench.test.labels[:300]
     with torch.no_grad():
         assert float((teacher(images).argmax(-1) == truth).float().mean()) > 0.75
         assert student.eval()(images[:2]).logits.shape == (2, 10)
-    assert torch.equal(world.data().labels, world.bench.clean.labels)
+    assert torch.equal(bench.data().labels, bench.clean.labels)
     with pytest.raises(UserError, match="knows no classes of its own"):
         sr.load("fashion-clip")
 
 
 def test_a_proof_may_compare_health_numbers_and_name_a_teacher() -> None:
-    world = get_world("digits-semi")
+    bench: Any = get_bench("digits-semi", 100)
     engine = {"steps": 6, "batch": 12, "log_every": 1}
     arm = Arm("a", "dho", {"labelled": 1, "conflict_every": 1}, engine, teacher="untrained")
-    result = run_arm(arm, world, seed=100)
+    result = run_arm(arm, bench)
     mean = score(result, "health/gradient_cosine")
     low, high = result["health"]["health/gradient_cosine"]
     assert -1 <= low < mean < high <= 1
-    network, tuned, _ = train_arm(arm, world, seed=100)
-    held_out = world.at(100).bench.held_out
+    network, tuned, _ = train_arm(arm, bench)
+    held_out = bench.held_out
     logits = network.eval()(held_out.images()).detach()
     assert tuned == TwoHeadPass(*best_mixture(*logits.chunk(2, -1), held_out.labels))
-    untouched = run_arm(arm.with_("b", engine={"steps": 0}), world, seed=100)
+    untouched = run_arm(arm.with_("b", engine={"steps": 0}), bench)
     assert math.isnan(score(untouched, "health/gradient_cosine"))
     claim = Claim("c", "", "", "health/gradient_cosine", "a", ">=", right="b")
     assert not claim.holds(0.5, math.nan)
     with pytest.raises(UserError, match="no teacher 'nobody'"):
-        run_arm(arm.with_("d", teacher="nobody"), world, seed=100)
+        run_arm(arm.with_("d", teacher="nobody"), bench)

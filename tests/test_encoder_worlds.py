@@ -1,4 +1,4 @@
-"""The encoders' worlds: what is on the canvas, teachers that are made once, and arms that run and are scored."""
+"""The encoders' benches: what is on the canvas, teachers that are made once, and arms that run and are scored."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.bench import encoders
-from stillroom.bench.encoders import CanvasBench, painted
+from stillroom.bench import autoencoders, encoders, get_bench
+from stillroom.bench.canvas.bench import Canvas, CanvasBench, painted
 from stillroom.evaluation.probes import probe_scores
 from stillroom.proofs import get_proofs
 from stillroom.proofs.runner import run_arm
-from stillroom.proofs.worlds import get_world
 
 
 def test_a_digit_lies_where_its_quarters_are() -> None:
@@ -39,25 +38,25 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Few images, and teachers of two steps in a cache of their own; what was trained is noted."""
     made: list[str] = []
 
-    class Counting(encoders.Trainer):
+    class Counting(autoencoders.Trainer):
         def fit(self) -> None:
             made.append(self.method.slug)
             super().fit()
 
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
-    monkeypatch.setattr(encoders, "Trainer", Counting)
+    monkeypatch.setattr(autoencoders, "Trainer", Counting)
     monkeypatch.setattr(encoders, "probe_scores", partial(probe_scores, tuning=1))
-    whole = CanvasBench.__init__
+    whole = Canvas.__init__
 
-    def few(self: Any) -> None:
-        whole(self)
+    def few(self: Any, seed: int = 0) -> None:
+        whole(self, seed)
         for part, what, n in (("probe", "labelled", 300), ("test", "test", 60)):
             setattr(self, part, getattr(self, part).take(torch.arange(n)))
             self.dense[what] = self.dense[what][:n]
 
-    monkeypatch.setattr(CanvasBench, "__init__", few)
+    monkeypatch.setattr(Canvas, "__init__", few)
     for name, value in {"steps": 2, "tuning": 1, "copies": 1}.items():
-        monkeypatch.setattr(CanvasBench, name, value)
+        monkeypatch.setattr(Canvas, name, value)
     return made
 
 
@@ -69,7 +68,7 @@ def test_a_teacher_is_made_once(small: list[str]) -> None:
     state = again.teacher.state_dict()
     assert small == ["dmae"]
     assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
-    fresh: Any = again.network("mae-micro")
+    fresh: Any = again.autoencoder("mae-micro")
     assert not torch.equal(state["vit.layers.0.mlp.fc1.weight"], fresh.vit.layers[0].mlp.fc1.weight)
     tutor, twin = first.tutor, first.supervised("mae-mini")
     assert tutor.encoder.config.hidden_size == 96  # type: ignore[union-attr]
@@ -87,12 +86,12 @@ def test_a_teacher_is_made_once(small: list[str]) -> None:
 )
 def test_arms_run_and_have_every_score(small: list[str], slug: str, names: set[str]) -> None:
     *_, proof = (p for p in get_proofs(slug) if p.level == "mechanism")
-    world = get_world(proof.world)
+    bench = get_bench(proof.bench, 100)
     for arm in proof.arms:
         if arm.name in names:
             options = {"generic_share": 1, "specific_share": 1} if arm.name == "both-stages" else {}
             steps = 0 if arm.name == "untouched" else 2
-            result = run_arm(arm.with_(arm.name, options=options, engine={"steps": steps, "batch": 8}), world, 100)
-            assert set(result["scores"]) == set(world.metrics)
+            result = run_arm(arm.with_(arm.name, options=options, engine={"steps": steps, "batch": 8}), bench)
+            assert set(result["scores"]) == {score.key for score in bench.scores}
             assert all(0 <= value <= 1 for value in result["scores"].values())
             assert "diverged" not in result

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import stillroom as sr
 from stillroom.augment.images import mix_images
+from stillroom.bench.encoders import EncoderBench
 from stillroom.data.source import ArrayData
 from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
@@ -22,7 +23,6 @@ from stillroom.method import Stage
 from stillroom.methods.masked.g2sd import G2SD
 from stillroom.networks.mae import encode, make_encoder, masking
 from stillroom.networks.vit import PooledClassifier, carry_encoder, make_vit_classifier
-from stillroom.proofs.worlds_encoders import EncoderWorld
 
 
 def draws(seed: int = 0, size: int = 6) -> Draws:
@@ -286,7 +286,7 @@ def test_misled_teachers_see_other_images() -> None:
     told = method.told(batch["image"])
     mask = masking(draws().uniform(6, 9), 0.5)
     hidden = method.target(batch["image"], mask)[0]
-    EncoderWorld().mislead(method, data())
+    EncoderBench().mislead(method, data())
     torch.testing.assert_close(method.told(batch["image"]), told.roll(1, 0))
     assert not torch.allclose(method.target(batch["image"], mask)[0], hidden)
 

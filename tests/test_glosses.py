@@ -1,21 +1,22 @@
-"""The glosses bench: splits by seed, teachers made once, scores, and the world of the proofs."""
+"""The glosses bench: splits by seed, teachers made once, scores, and what the proofs ask."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from given import given as by_name
-from stillroom.bench import glosses
-from stillroom.bench.glosses import GlossesBench, logits_of
+from stillroom.bench import get_bench
+from stillroom.bench.glosses import bench as glosses
+from stillroom.bench.glosses import teachers
+from stillroom.bench.glosses.bench import GlossesBench, logits_of
 from stillroom.errors import UserError
 from stillroom.folders.text_networks import load_tokenizer, make_encoder
 from stillroom.methods.language.distiller import Distiller
 from stillroom.methods.language.ernie_tiny import ERNIETiny
 from stillroom.networks.recognition import ForwardPass
-from stillroom.proofs.worlds import get_world
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         whole("glosses", split).take(torch.arange(100)).tokenised(tokenizer, 32) for split in ("train", "test")
     )
     monkeypatch.setattr(glosses, "tokenised", lambda: parts)
-    monkeypatch.setattr(glosses, "PRETRAINING", {"steps": 3, "batch": 4, "lr": 1e-3})
-    monkeypatch.setattr(glosses, "TUNING", {"steps": 3, "batch": 4, "lr": 1e-3})
+    monkeypatch.setattr(teachers, "PRETRAINING", {"steps": 3, "batch": 4, "lr": 1e-3})
+    monkeypatch.setattr(teachers, "TUNING", {"steps": 3, "batch": 4, "lr": 1e-3})
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
     return tmp_path
 
@@ -68,28 +69,29 @@ def test_teachers_are_made_once_and_do_not_touch_the_random_state(quick: Path) -
     again = GlossesBench(1).tuned(20).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in tuned.items())
     assert files == {file.name: file.stat().st_mtime_ns for file in (quick / "glosses").glob("*.safetensors")}
-    pretrained, fresh = bench.pretrained.state_dict(), bench.network("bert-4x128").state_dict()
+    pretrained, fresh = bench.pretrained.state_dict(), bench.encoder("bert-4x128").state_dict()
     body = "bert.encoder.layer.3.output.dense.weight"
     assert not torch.equal(pretrained[body], fresh[body])
     assert not torch.equal(pretrained[body], tuned[body])
     assert not torch.equal(GlossesBench(2).tuned(20).state_dict()[body], tuned[body])
 
 
-def test_the_worlds_build_both_methods_and_spoil_their_teachers(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benches_build_both_methods_and_spoil_their_teachers(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, cls in (("glosses", ERNIETiny), ("glosses-task", Distiller)):
-        world = get_world(name).at(3)
-        monkeypatch.setattr(GlossesBench, "tuned", lambda self: GlossesBench.network(self, "bert-4x128").eval())
+        bench: Any = get_bench(name, 3)
+        monkeypatch.setattr(GlossesBench, "tuned", lambda self: GlossesBench.encoder(self, "bert-4x128").eval())
         method = cls(cls.Options())
-        method.build_from(by_name(world.teacher()))
+        method.build_from(bench.given())
         reader = method.readers["tuned"] if isinstance(method, ERNIETiny) else method.theirs
-        batch = world.data(labelled=20).batch(0, 0, 4)
+        batch = bench.data(labelled=20).batch(0, 0, 4)
         before = reader(batch).logits
-        world.mislead(method, world.data(labelled=20))
+        bench.mislead(method, bench.data(labelled=20))
         turned = {key: batch[key].roll(1, 0) for key in ("input_ids", "attention_mask")}
         torch.testing.assert_close(reader(batch).logits, before.roll(1, 0), rtol=1e-4, atol=1e-5)
         assert torch.equal(turned["input_ids"][1], batch["input_ids"][0])
-        scores = world.score(world.generator(method.student.eval(), ForwardPass()), 3)
-        assert set(world.metrics) == set(scores)
-        assert world.draw(method.student, 2).shape == (2, 45)
-        assert world.worst("accuracy") == 0
-        assert world.worst("kl") == float("inf")
+        model = bench.model(method.student.eval(), ForwardPass())
+        lost = {score.key: score.lost for score in bench.scores}
+        assert set(lost) == set(bench.score(model, 3))
+        assert bench.draw(model, 2).shape == (2, 45)
+        assert lost["accuracy"] == 0
+        assert lost["kl"] == float("inf")

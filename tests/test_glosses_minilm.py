@@ -1,4 +1,4 @@
-"""The glosses under MiniLM: stored states answer as the network does, and the proofs' worlds on a tiny encoder."""
+"""The glosses under MiniLM: stored states answer as the network does, and the proofs' benches on a tiny encoder."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tiny_text
-from given import given as by_name
-from stillroom.bench import glosses, glosses_minilm
-from stillroom.bench.glosses_minilm import MiniLMGlossesBench
+from stillroom.bench import get_bench
+from stillroom.bench.glosses import bench as glosses
+from stillroom.bench.glosses_minilm import bench as glosses_minilm
+from stillroom.bench.glosses_minilm.bench import MiniLMBench
 from stillroom.errors import UserError
 from stillroom.folders import text_networks as text_classifier
 from stillroom.folders.text_networks import load_tokenizer
@@ -21,7 +23,6 @@ from stillroom.methods.language.distiller import Distiller
 from stillroom.methods.language.ernie_tiny import ERNIETiny
 from stillroom.networks.recognition import ForwardPass
 from stillroom.networks.stored_encoder import StoredEncoder, StoredStates, stored_states
-from stillroom.proofs.worlds import get_world
 from stillroom.surgery.text_reader import EncoderReader
 
 CACHED = (glosses_minilm.tokenised, glosses_minilm.teacher, glosses_minilm.answers)
@@ -41,8 +42,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(glosses_minilm, "TEXTS", 60)
     monkeypatch.setattr(glosses_minilm, "LABELLED", 20)
     monkeypatch.setattr(glosses_minilm, "TUNING", {"steps": 3, "lr": 1e-2})
-    monkeypatch.setattr(MiniLMGlossesBench.tuned, "__defaults__", (20,))
-    monkeypatch.setattr(MiniLMGlossesBench.data, "__defaults__", (20,))
+    monkeypatch.setattr(MiniLMBench.tuned, "__defaults__", (20,))
+    monkeypatch.setattr(MiniLMBench.data, "__defaults__", (20,))
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
     for made in CACHED:
         made.cache_clear()
@@ -76,10 +77,10 @@ def test_all_seeds_share_teacher_and_labelled_texts(quick: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
-    bench = get_world("glosses-minilm").at(1).bench
+    bench = MiniLMBench(1)
     tuned, pretrained = bench.tuned(), bench.pretrained
     torch.testing.assert_close(torch.rand(2), expected)
-    data, other = bench.data(), get_world("glosses-minilm").at(2).bench.data()
+    data, other = bench.data(), MiniLMBench(2).data()
     assert data.texts == other.texts
     assert (data.n, data.parts["general"].n) == (20, 60)
     assert set(data.texts) <= set(data.parts["general"].texts)
@@ -88,34 +89,34 @@ def test_all_seeds_share_teacher_and_labelled_texts(quick: Path) -> None:
     assert not torch.equal(tuned.state_dict()[body], pretrained.state_dict()[body])
     for network in (tuned, pretrained):
         assert network.known.find(data.array, data.mask) is not None
-    scores = bench.score(tuned)
-    files = {file.name: file.stat().st_mtime_ns for file in (quick / "glosses").glob("*.safetensors")}
+    scores = bench.judge(tuned)
+    files = {file.name: file.stat().st_mtime_ns for file in (quick / "glosses-minilm").glob("*.safetensors")}
     assert len(files) == 4  # the tuned weights, the states of both, the answers to the test texts
     for made in CACHED:
         made.cache_clear()
-    assert bench.score(bench.tuned()) == scores
-    assert files == {file.name: file.stat().st_mtime_ns for file in (quick / "glosses").glob("*.safetensors")}
+    assert bench.judge(bench.tuned()) == scores
+    assert files == {file.name: file.stat().st_mtime_ns for file in (quick / "glosses-minilm").glob("*.safetensors")}
 
 
-def test_the_worlds_build_both_methods_and_spoil_their_teachers(quick: Path) -> None:
+def test_the_benches_build_both_methods_and_spoil_their_teachers(quick: Path) -> None:
     for name, cls in (("glosses-minilm", ERNIETiny), ("glosses-minilm-task", Distiller)):
-        world = get_world(name).at(3)
+        bench: Any = get_bench(name, 3)
         method = cls(cls.Options(**({"attention": "none"} if cls is ERNIETiny else {})))
-        method.build_from(by_name(world.teacher()))
+        method.build_from(bench.given())
         reader = method.readers["tuned"] if isinstance(method, ERNIETiny) else method.theirs
-        batch = world.data(labelled=20).batch(0, 0, 4)
+        batch = bench.data(labelled=20).batch(0, 0, 4)
         with torch.no_grad():
             before = reader(batch).logits
-            world.mislead(method, world.data())
+            bench.mislead(method, bench.data())
             torch.testing.assert_close(reader(batch).logits, before.roll(1, 0), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(before, before.roll(1, 0), atol=1e-3)
-        scores = world.score(world.generator(method.student.eval(), ForwardPass()), 3)
-        assert set(world.metrics) == set(scores)
-        own = world.score(world.network(), 3)
+        scores = bench.score(bench.model(method.student.eval(), ForwardPass()), 3)
+        assert {score.key for score in bench.scores} == set(scores)
+        own = bench.score(bench.model(bench.network(), ForwardPass()), 3)
         assert own["agreement"] == 1
         assert own["kl"] == pytest.approx(0, abs=1e-6)
         assert {key: own[key] for key in ("accuracy", "nll", "ece")} == {
-            key: value for key, value in world.floor().items() if key != "n"
+            key: value for key, value in bench.floor().items() if key != "n"
         }
 
 

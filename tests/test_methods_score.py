@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussians import draws, moved, play
-from stillroom.bench.mixture2d import GaussianMixture, MixtureDenoiser
+from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.diffusion.sampling import FewStepSampler

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from stillroom.bench import benches, get_bench
+from stillroom.bench.classes import shuffle
 from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.proofs import get_proofs, proofs
 from stillroom.proofs.base import Arm, Claim, Proof, merge
-from stillroom.proofs.runner import arm_file, options_of, prove, read_arm, run_arm, table, to_json, write_result
-from stillroom.proofs.worlds import get_world, shuffle
+from stillroom.proofs.runner import arm_file, prove, read_arm, recipe_of, run_arm, table, to_json, write_result
 
 RESULTS = Path(__file__).parents[1] / "results"
 LESS = Claim("less", "left is at most half of right", "", "ced", "a", "<=", 0.5, "b")
@@ -75,14 +76,15 @@ def test_shipped_proofs_have_both_levels_controls_and_valid_options(slug: str) -
     levels = {proof.level: proof for proof in get_proofs(slug)}
     assert set(levels) == {"mechanism", "text" if get_method(slug).wing == "language" else "image"}
     for proof in levels.values():
+        keys = {score.key for score in benches()[proof.bench].scores}
         names = {arm.name for arm in proof.arms}
         assert "untouched" in names
         assert any(arm.teacher == "shuffled" for arm in proof.arms) or proof.level == "image"
         for arm in proof.arms:
             if arm.method:
-                options_of(arm)
+                assert recipe_of(arm, proof.bench, 3).engine.seed == 3
         for claim in proof.claims:
-            assert claim.metric.startswith("health/") or claim.metric in get_world(proof.world).metrics
+            assert claim.metric.startswith("health/") or claim.metric in keys
 
 
 def test_an_unknown_method_has_no_proof() -> None:
@@ -91,8 +93,8 @@ def test_an_unknown_method_has_no_proof() -> None:
 
 
 def test_a_shuffled_teacher_answers_for_the_next_class_and_leaves_null_alone() -> None:
-    world = get_world("ring")
-    right, wrong = world.teacher(), world.teacher()
+    bench = get_bench("ring")
+    right, wrong = bench.given()["teacher"], bench.given()["teacher"]
     shuffle(wrong)
     x, t = torch.randn(4, 2), torch.full((4,), 0.5)
     asked, meant = torch.tensor([0, 3, 7, 8]), torch.tensor([1, 4, 0, 8])
@@ -105,19 +107,20 @@ def short() -> Arm:
 
 
 def test_an_arm_is_reproducible_and_reports_its_cost(short: Arm) -> None:
-    world = get_world("ring")
-    first, second = (run_arm(short, world, seed=3) for _ in range(2))
+    first, second = (run_arm(short, get_bench("ring", 3)) for _ in range(2))
     assert first["scores"] == second["scores"]
-    assert first["scores"] != run_arm(short, world, seed=4)["scores"]
+    assert first["scores"] != run_arm(short, get_bench("ring", 4))["scores"]
     assert first["cost"]["steps"] == 6
     assert first["cost"]["nfe"] == 1
 
 
 def test_a_diverged_training_is_a_result(short: Arm) -> None:
     broken = short.with_("broken", engine={"optim": {"critic": {"lr": 1e12}}})
-    result = run_arm(broken, get_world("ring"), seed=0)
+    result = run_arm(broken, get_bench("ring"))
     assert "diverged" in result
-    assert all(math.isinf(value) for value in result["scores"].values())
+    assert result["scores"]["ced"] == math.inf
+    assert result["scores"]["in_mode"] == 0
+    assert math.isnan(result["scores"]["std"])  # neither way is better
 
 
 def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> None:
@@ -127,7 +130,7 @@ def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> Non
         for seed in (0, 1):
             file = arm_file(tmp_path, proof, arm, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            scores = dict.fromkeys(get_world("ring").metrics, value)
+            scores = dict.fromkeys((score.key for score in benches()["ring"].scores), value)
             run = {"scores": scores, "cost": {"seconds": 1.0}, "health": {}, "commit": "c", "machine": "m"}
             file.write_text(json.dumps(run))
     result = write_result("sim", (0, 1), tmp_path)
@@ -138,11 +141,13 @@ def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> Non
     assert table(result)[0][0] == "learns"
 
 
-def test_results_are_strict_json_and_a_diverged_arm_reads_back_as_infinite(tmp_path: Path) -> None:
+def test_results_are_strict_json_and_a_diverged_arm_reads_back_as_the_worst(tmp_path: Path) -> None:
     file = tmp_path / "arm.json"
-    file.write_text(to_json({"scores": {"ced": math.inf}, "cost": {"steps": 3}}))
+    file.write_text(to_json({"scores": {"ced": math.inf, "std": math.nan}, "cost": {"steps": 3}}))
     assert "Infinity" not in file.read_text()
-    assert read_arm(file)["scores"]["ced"] == math.inf
+    found = read_arm(file, benches()["ring"].scores)["scores"]
+    assert found["ced"] == math.inf
+    assert math.isnan(found["std"])
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
@@ -157,20 +162,20 @@ def test_an_arm_starts_from_what_another_ended_with(
     short: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
-    world = get_world("ring")
+    bench = get_bench("ring", 1)
     still = short.with_("still", engine={"steps": 0}, after=short)
-    assert run_arm(still, world, seed=1)["scores"] == run_arm(short, world, seed=1)["scores"]
+    assert run_arm(still, bench)["scores"] == run_arm(short, bench)["scores"]
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     longer = short.with_("longer", after=short)
-    assert run_arm(longer, world, seed=1)["scores"] != run_arm(still, world, seed=1)["scores"]
+    assert run_arm(longer, bench)["scores"] != run_arm(still, bench)["scores"]
     assert longer.key("ring", 1) != short.key("ring", 1)
     renamed = short.with_("longer", after=short.with_("another name"))
     assert renamed.key("ring", 1) == longer.key("ring", 1)
 
 
-def test_a_world_with_one_set_of_data_refuses_others(short: Arm) -> None:
+def test_a_bench_with_one_set_of_data_refuses_others(short: Arm) -> None:
     with pytest.raises(UserError, match="not images"):
-        run_arm(short.with_("other", data={"images": 5}), get_world("ring"), seed=0)
+        run_arm(short.with_("other", data={"images": 5}), get_bench("ring"))
 
 
 @pytest.mark.parametrize("slug", sorted(path.stem for path in RESULTS.glob("*.json")))
@@ -183,7 +188,7 @@ def test_recorded_arms_are_found_again(slug: str) -> None:
         (proof.level, arm.name, seed)
         for proof in get_proofs(slug)
         for arm in proof.arms
-        if (proof.level, proof.world, arm.name) in shown
+        if (proof.level, proof.bench, arm.name) in shown
         for seed in result["seeds"]
         if not arm_file(RESULTS, proof, arm, seed).exists()
     ]

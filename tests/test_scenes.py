@@ -1,4 +1,4 @@
-"""The scenes world in pictures: the renderer, its judge, and the bench."""
+"""The scenes in pictures: the renderer, its judge, and the bench."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.bench.scenes import PARSER_DIR, ScenesBench, scene_eval, teach_parser
+from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench
+from stillroom.bench.scenes.judge import scene_eval
+from stillroom.bench.scenes.teach import teach_parser
 from stillroom.data.scenes import pictures as scenes
 from stillroom.data.scenes.captions import (
     CATEGORIES,
@@ -270,14 +272,14 @@ def test_sceneeval_by_hand() -> None:
 def test_real_scenes_score_high_and_with_others_captions_low(bench: ScenesBench) -> None:
     captions = bench.captions(300)
     images, _ = scene_set(300, seed=9, split="test", captions=captions)
-    right = bench.score(images, captions, distances=False)
+    right = bench.judge(images, captions, distances=False)
     assert right["sceneeval"] > 0.93
     assert all(right[f"sceneeval_{category}"] > 0.85 for category in CATEGORIES)
     shifted = captions[6:] + captions[:6]  # of the same categories
-    wrong = bench.score(images, shifted, distances=False)
+    wrong = bench.judge(images, shifted, distances=False)
     assert wrong["sceneeval"] < 0.1
     assert "fd" not in right
-    assert right["names"]["sceneeval"] == f"SceneEval-{bench.parser.name}, N=300"
+    assert bench.called(300)[0].name == f"SceneEval-{bench.parser.name}, N=300"
 
 
 def test_mirrored_pictures_fail_where_captions_name_sides(bench: ScenesBench) -> None:
@@ -292,44 +294,44 @@ def test_mirrored_pictures_fail_where_captions_name_sides(bench: ScenesBench) ->
 
 def test_defects_cost_distance(bench: ScenesBench) -> None:
     n = 400
-    captions, floor = bench.captions(n), bench.floor(n)
+    captions, floor = bench.captions(n), bench.floor_of(n)
     images, _ = scene_set(n, seed=1, split="train", captions=captions)
-    same = bench.score(images, captions)
+    same = bench.judge(images, captions)
     assert same["fd"] == pytest.approx(floor["fd"], rel=1e-6)
     assert floor["sceneeval"] > 0.93
     assert abs(floor["kid"]) < 4 * floor["kid_sd"]
     assert floor["coverage"] > 0.9
     pixels = images.float() / 127.5 - 1
-    blurred = bench.score(scene_parser._blurred(pixels), captions)
+    blurred = bench.judge(scene_parser._blurred(pixels), captions)
     assert blurred["fd"] > 2.5 * floor["fd"]
     assert blurred["kid"] > 20 * floor["kid_sd"]
     assert blurred["sceneeval"] > 0.9
-    noisy = bench.score(pixels + 0.1 * torch.randn(pixels.shape, generator=generator()), captions)
+    noisy = bench.judge(pixels + 0.1 * torch.randn(pixels.shape, generator=generator()), captions)
     assert noisy["fd"] > 4 * floor["fd"]
 
 
 def test_scores_come_from_the_cache_and_name_what_they_are(bench: ScenesBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    floor = bench.floor(400)
-    monkeypatch.setattr("stillroom.bench.scenes.scene_set", lambda *given: pytest.fail("drawn again"))
-    again = bench.floor(400)
+    floor = bench.floor_of(400)
+    monkeypatch.setattr("stillroom.bench.scenes.bench.scene_set", lambda *given: pytest.fail("drawn again"))
+    again = bench.floor_of(400)
     assert again == floor
     assert floor["n"] == 400
     assert floor["extractor"] == bench.parser.name
-    assert floor["names"]["fd"] == f"FD-{bench.parser.name}, N=400"
+    assert {score.key: score.name for score in bench.called(400)}["fd"] == f"FD-{bench.parser.name}, N=400"
     assert floor["reference"].startswith("5,200 real scenes")
-    card = bench.bench_card({"the same": floor}, n=400)
+    card = bench.card(400, {"the same": floor})
     assert card.count(f"| {floor['fd']:.4g} |") == 2
     assert bench.parser.name in card
 
 
 def test_scores_refuse_what_they_cannot_judge(bench: ScenesBench) -> None:
     images, captions = scene_set(8, seed=0)
-    assert bench.score(images, [c.text for c in captions], distances=False)["n"] == 8
+    assert bench.judge(images, [c.text for c in captions], distances=False)["n"] == 8
     with pytest.raises(ValueError, match="8 images and captions"):
-        bench.score(images[:5], captions, n=8)
+        bench.judge(images[:5], captions, n=8)
     with pytest.raises(UserError, match="too few"):
-        bench.score(images[:5], captions[:5])
+        bench.judge(images[:5], captions[:5])
     with pytest.raises(UserError, match="unknown word"):
-        bench.score(images, ["a cat"] * 8)
+        bench.judge(images, ["a cat"] * 8)
     with pytest.raises(UserError, match="uint8 images"):
-        bench.score(images[:, :, :24, :24], captions)
+        bench.judge(images[:, :, :24, :24], captions)

@@ -1,4 +1,4 @@
-"""How the scenes world's shared parts and teachers are trained: exact pieces, and a whole run of the smallest size."""
+"""How the scenes' shared parts and teachers are trained: exact pieces, and a whole run of the smallest size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom.bench import teach_scenes
-from stillroom.bench.teach import TeacherRecipe, teach
-from stillroom.bench.teach_scenes import (
+from stillroom.bench.scenes import teach as teach_scenes
+from stillroom.bench.scenes.teach import (
     OF_A_THING,
     CaptionTokens,
     EndlessScenes,
@@ -24,6 +23,7 @@ from stillroom.bench.teach_scenes import (
     start_as_identity,
     teacher_captions,
 )
+from stillroom.bench.teach import TeacherRecipe, teach
 from stillroom.data.scenes.captions import (
     CATEGORIES,
     COLOURS,

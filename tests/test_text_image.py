@@ -31,7 +31,7 @@ WORDS = ("a", "and", "blue", "of", "red", "seven", "the", "three", "to", "left")
 def tiny_text(width: int = 8, length: int = 8, words: tuple[str, ...] = WORDS, rows: int = 0) -> TextEncoder:
     from transformers import T5Config, T5EncoderModel
 
-    from stillroom.bench.teach_scenes import make_tokenizer
+    from stillroom.bench.scenes.teach import make_tokenizer
 
     tokenizer = make_tokenizer(words, length)
     config = T5Config(

@@ -1,5 +1,5 @@
 """Tiles: the judge sees what is there, the renderer draws what is asked, held-out captions stay held out, and LightGen
-trains in this world."""
+trains on this bench."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.bench.tiles import KINDS, WORDS, TileCodec, TilesBench, TileText
+from stillroom.bench import get_bench
+from stillroom.bench.captioned import mismatched
+from stillroom.bench.tiles.bench import KINDS, WORDS, TileCodec, TilesBench, TileText
 from stillroom.errors import UserError
 from stillroom.proofs.base import Arm
 from stillroom.proofs.lightgen import DPO, MANY_CAPTIONS, MIRRORED
 from stillroom.proofs.runner import run_arm, train_arm
-from stillroom.proofs.worlds import get_world, mismatched
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def red_tee() -> Tensor:
 
 # --- the judge --------------------------------------------------------------------------------------------------------
 def judged(bench: TilesBench, image: Tensor, *words: str) -> str:
-    return " ".join(name for name, share in bench.score(image, caption(*words)).items() if share == 1.0)
+    return " ".join(name for name, share in bench.judge(image, caption(*words)).items() if share == 1.0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_an_empty_or_faint_picture_has_nothing_right(bench: TilesBench) -> None:
 
 def test_scores_are_shares(bench: TilesBench) -> None:
     images = torch.cat([red_tee(), red_tee(), red_tee().flip(-1), torch.zeros(1, 3, 8, 8)])
-    scores = bench.score(images, caption(*RED_TEE).expand(4, -1))
+    scores = bench.judge(images, caption(*RED_TEE).expand(4, -1))
     assert scores == {"one": 0.75, "obj": 0.75, "lr": 0.5, "ud": 0.75, "all": 0.5}
 
 
@@ -100,8 +101,8 @@ def test_the_renderer_is_deterministic(bench: TilesBench) -> None:
 
 def test_every_caption_is_drawn_to_the_judges_satisfaction(bench: TilesBench) -> None:
     every = torch.cat([bench.train, bench.held_out])
-    assert bench.score(bench.render(every, seeded(1)), every) == dict.fromkeys(("one", "obj", "lr", "ud", "all"), 1.0)
-    assert bench.floor(48)["all"] == 1.0
+    assert bench.judge(bench.render(every, seeded(1)), every) == dict.fromkeys(("one", "obj", "lr", "ud", "all"), 1.0)
+    assert bench.floor_of(48)["all"] == 1.0
 
 
 def test_a_mirrored_picture_shows_the_same_thing_on_the_other_side(bench: TilesBench) -> None:
@@ -109,8 +110,8 @@ def test_a_mirrored_picture_shows_the_same_thing_on_the_other_side(bench: TilesB
     other = every.clone()
     other[:, 2] = 1 - other[:, 2]
     mirrored = bench.render(every, seeded(1)).flip(-1)
-    assert bench.score(mirrored, other)["all"] == 1.0
-    assert bench.score(mirrored, every)["lr"] == 0.0
+    assert bench.judge(mirrored, other)["all"] == 1.0
+    assert bench.judge(mirrored, every)["lr"] == 0.0
 
 
 # --- captions and data ------------------------------------------------------------------------------------------------
@@ -130,12 +131,12 @@ def test_pictures_lie_under_their_captions(bench: TilesBench) -> None:
     data = bench.data(24, 100, mirror=True, pairs=30)
     rows = bench.train[data.which]
     assert bench.say(rows) == [data.caption_of(i) for i in range(100)]
-    assert bench.score(data.mean, rows)["all"] == 1.0
+    assert bench.judge(data.mean, rows)["all"] == 1.0
     assert data.mirrored is not None
     assert torch.equal(data.mirrored, data.mean.flip(-1))
     pairs = data.parts["pairs"]
     assert pairs.mirrored is None
-    assert bench.score(pairs.mean, bench.train[pairs.which])["all"] == 1.0
+    assert bench.judge(pairs.mean, bench.train[pairs.which])["all"] == 1.0
     assert not torch.equal(pairs.mean[0], data.mean[0])
 
 
@@ -145,8 +146,8 @@ def test_shuffled_captions_are_those_of_other_pictures(bench: TilesBench) -> Non
     assert torch.equal(wrong.mean, data.mean)
     assert torch.equal(wrong.which.bincount(), data.which.bincount())
     for mixed in (wrong, wrong.parts["pairs"]):
-        assert bench.score(mixed.mean, bench.train[mixed.which])["all"] < 0.1
-    assert bench.score(data.mean, bench.train[data.which])["all"] == 1.0
+        assert bench.judge(mixed.mean, bench.train[mixed.which])["all"] < 0.1
+    assert bench.judge(data.mean, bench.train[data.which])["all"] == 1.0
 
 
 def test_unknown_amounts_are_refused(bench: TilesBench) -> None:
@@ -174,24 +175,24 @@ def test_pixels_pass_the_codec_unchanged() -> None:
     assert not std.any()
 
 
-# --- the world --------------------------------------------------------------------------------------------------------
+# --- arms -------------------------------------------------------------------------------------------------------------
 def short(arm: Arm, **changes: Any) -> Arm:
     return arm.with_(arm.name, options={"head_steps": 2}, engine={"steps": 2, "batch": 8}, **changes)
 
 
 def test_an_arm_trains_and_is_scored() -> None:
-    world = get_world("tiles")
-    world.n = 24
-    result = run_arm(short(MANY_CAPTIONS), world, seed=1)
-    assert set(result["scores"]) == set(world.metrics)
+    bench: Any = get_bench("tiles", 1)
+    bench.n = 24
+    result = run_arm(short(MANY_CAPTIONS), bench)
+    assert set(result["scores"]) == {score.key for score in bench.scores}
     assert result["cost"]["steps"] == 2
     assert result["cost"]["nfe"] == 8
 
 
 def test_shuffled_captions_change_what_is_learnt() -> None:
-    arm, world = short(MANY_CAPTIONS), get_world("tiles")
+    arm, bench = short(MANY_CAPTIONS).with_("longer", engine={"steps": 4, "log_every": 1}), get_bench("tiles", 1)
     right, again, wrong = (
-        train_arm(one, world, seed=1)[2]["health"] for one in (arm, arm, arm.with_("wrong", teacher="shuffled"))
+        train_arm(one, bench)[2]["health"] for one in (arm, arm, arm.with_("wrong", teacher="shuffled"))
     )
     assert right == again
     assert right != wrong
@@ -201,17 +202,17 @@ def test_preferences_start_from_the_mirrored_student(tmp_path: Path, monkeypatch
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
     arm = short(DPO, after=short(MIRRORED), data={"pairs": 8})
     still = arm.with_("still", engine={"optim": {"prefer": {"lr": 0.0, "weight_decay": 0.0}}})
-    base = train_arm(short(MIRRORED), get_world("tiles"), seed=1)[0].state_dict()
-    kept, _, facts = train_arm(still, get_world("tiles"), seed=1)
+    base = train_arm(short(MIRRORED), get_bench("tiles", 1))[0].state_dict()
+    kept, _, facts = train_arm(still, get_bench("tiles", 1))
     assert all(torch.equal(value, base[name]) for name, value in kept.state_dict().items())
     assert "health/preference_accuracy" in facts["health"]
-    moved = train_arm(arm, get_world("tiles"), seed=1)[0].state_dict()
+    moved = train_arm(arm, get_bench("tiles", 1))[0].state_dict()
     assert not all(torch.equal(value, base[name]) for name, value in moved.items())
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def test_a_diverged_student_has_nothing_right() -> None:
     broken = short(MANY_CAPTIONS).with_("broken", engine={"steps": 6, "optim": {"masked": {"lr": 1e12}}})
-    result = run_arm(broken, get_world("tiles"), seed=0)
+    result = run_arm(broken, get_bench("tiles"))
     assert "diverged" in result
     assert set(result["scores"].values()) == {0.0}

@@ -12,8 +12,8 @@ import time
 
 import torch
 
+from stillroom.bench.digits.teachers import MISCAPTIONED, ZETA, tiny_clip, train_clip
 from stillroom.bench.labels import CLASSES
-from stillroom.bench.semi import MISCAPTIONED, ZETA, tiny_clip, train_clip
 from stillroom.data.source import load_data
 from stillroom.folders.shipped import ASSETS
 from stillroom.networks.prompt_classifier import PromptClassifier

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from stillroom.bench.scenes import ScenesBench
+from stillroom.bench.scenes.bench import ScenesBench
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.evaluation.cost import macs
 from stillroom.folders.shipped import ASSETS
@@ -44,7 +44,7 @@ def main() -> None:
         sampler = dataclasses.replace(own, guidance=guidance)
         student.sampler = sampler
         began = time.perf_counter()
-        scores = bench.score(student.sample(texts, seed=SEED), captions)
+        scores = bench.judge(student.sample(texts, seed=SEED), captions)
         seconds = round(time.perf_counter() - began, 1)
         rows.append({"sampler": sampler.to_dict(), "nfe": sampler.nfe, "seconds": seconds, "scores": scores})
         print(f"guidance {guidance:g} SceneEval {scores['sceneeval']:.4f} FD {scores['fd']:.3f}", flush=True)
@@ -60,7 +60,7 @@ def main() -> None:
         "parameters": parameter_count(student.network),
         "macs": macs(lambda: student.sample(texts[:1])),
         "n": chosen.n,
-        "floor": bench.floor(chosen.n),
+        "floor": bench.floor_of(chosen.n),
         "samplers": rows,
         "best": {"sampler": best["sampler"], "sceneeval": best["scores"]["sceneeval"]},
     }

@@ -314,10 +314,10 @@ class Bench:
     """Print the card of a bench: data, teacher, metrics, floor."""
 
     name: Annotated[Positional[str], arg(metavar="NAME")] = "fashion"
-    """fashion, mnist, scenes, or a folder of 28x28 grey images in classes."""
+    """A bench by name; mnist, or a folder of 28x28 grey images in classes."""
 
     def __call__(self) -> int:
-        from stillroom.tasks import bench_card
+        from stillroom.bench import bench_card
 
         print(bench_card(self.name))
         return 0

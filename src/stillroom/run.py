@@ -24,6 +24,7 @@ from stillroom.recipe import Recipe
 from stillroom.surgery.modules import parameter_count
 from stillroom.tasks import Task, load_model, make_task
 from stillroom.tasks.base import Generator, build_method
+from stillroom.training import train
 
 
 @dataclass
@@ -72,11 +73,7 @@ def run(
 
 
 def _train(trainer: Trainer, task: Task) -> Generator:
-    trainer.fit()
-    network = trainer.export_role()
-    trainer.method.finish(network)
-    trainer.world.leave()
-    return task.student(network, trainer.method.sampler())
+    return task.student(*train(trainer))
 
 
 def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: Generator) -> RunResult:

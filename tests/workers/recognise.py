@@ -14,7 +14,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from given import given as by_name
-from stillroom.bench.semi import tiny_clip
+from stillroom.bench.digits.teachers import tiny_clip
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import World

@@ -1,44 +1,67 @@
-"""Labelled images whose training labels are partly wrong: 8x8 digits, on which classifiers train in seconds, and
-Fashion-MNIST."""
+"""What the benches of labelled images share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.data.source import LABELS, ArrayData, load_data
+from stillroom.bench.base import Bench, given_things, only
+from stillroom.data.source import LABELS, ArrayData
+from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
-from stillroom.folders.image_networks import make_classifier
-from stillroom.networks.kernel_self_distillation import KernelSelfDistillation
+from stillroom.evaluation.scores import Score
+from stillroom.networks.recognition import ForwardPass
 
 NOISE = 0.4
 """Share of the training labels that are drawn anew, uniformly over the classes."""
 CLASSES = 10
-GAMMA = 0.0125
-"""Of the radial kernel on digits with pixels in [-1, 1]; 0.05 on pixels in [0, 1]."""
 
 
-class LabelBench:
-    """Images ``[N, C, H, W]`` and true labels ``[N]``, split and mislabelled by ``seed``: the first ``pool`` in a
-    random order train, under noisy labels; the next ``held_out`` are clean, to choose by; ``test`` is the rest, or data
-    of their own."""
+class Recogniser:
+    """A classifier of images, as these benches ask it. estimates: whether its outputs estimate one-hot labels already;
+    else they are logits."""
 
-    def __init__(
+    def __init__(self, network: nn.Module, sampler: Sampler, estimates: bool = False) -> None:
+        self.network, self.sampler, self.estimates = network, sampler, estimates
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` in [-1, 1] to ``[N, classes]``."""
+        outputs = self.sampler.sample(self.network, images)  # type: ignore[arg-type]
+        return outputs if self.estimates else outputs.softmax(-1)
+
+
+class LabelledImagesBench(Bench):
+    """Images to be recognised, some of whose training labels are wrong; every seed splits and mislabels them anew.
+
+    train: under noisy labels; clean: the same under the true ones; held_out: clean, to choose by; test.
+    """
+
+    task = "classify"
+    scores = (
+        Score("accuracy", "Accuracy", label="Accuracy"),
+        Score("mse", "Squared error of the probabilities, over images and classes", "lower"),
+    )
+    train: ArrayData
+    clean: ArrayData
+    held_out: ArrayData
+    test: ArrayData
+
+    def split(
         self,
         images: Tensor,
         truth: Tensor,
         classes: list[str],
         pool: int,
         held_out: int,
-        seed: int,
         test: ArrayData | None = None,
     ) -> None:
-        self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
+        """Set the parts, of ``images [N, C, H, W]`` and true labels ``[N]``: the first ``pool`` in a random order
+        train, the next ``held_out`` are held out, the rest is the test where it has no data of its own."""
+        generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(truth), generator=generator)
         redrawn = torch.rand(pool, generator=generator) < NOISE
         right = truth[order[:pool]]
@@ -54,99 +77,86 @@ class LabelBench:
         rest = order[pool + held_out :]
         self.test = test if test is not None else part(rest, truth[rest], "test images")
 
-    name = "labels"
-
-    def data(self, images: int) -> ArrayData:
-        """The first ``images`` training images with noisy labels, the clean held-out ones as their part ``heldout``.
-        Raises UserError for more than there are."""
-        if not 1 <= images <= self.train.n:
-            raise UserError(f"there are {self.train.n} training images, not {images}", cure="ask for fewer")
-        data = self.train.take(torch.arange(images))
-        data.parts["heldout"] = self.held_out
-        return data
-
-    def network(self) -> nn.Module:
+    def student(self) -> nn.Module:
         """An untrained classifier."""
         raise NotImplementedError
 
-    def score(self, probabilities: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """``accuracy``, and ``mse`` over images and classes, of a function of test images to ``[N, classes]``."""
-        truth = self.test.labels
-        p = torch.cat([probabilities(part) for part in self.test.images().split(1000)])
-        mse = (p - F.one_hot(truth, p.shape[1])).square().mean()
-        return {"accuracy": float((p.argmax(1) == truth).float().mean()), "mse": float(mse)}
+    def given(self, **wanted: Any) -> Mapping[str, Any]:
+        only("teacher", wanted)
+        return given_things([], student=self.student(), classes=self.test.classes)
 
-    def floor(self) -> dict[str, float]:
+    def data(self, images: int = 0) -> ArrayData:
+        """The first ``images`` training images (0: all) with noisy labels, the clean held-out ones as their part
+        ``heldout``. Raises UserError for more than there are."""
+        return self._first(self.train, images)
+
+    def _first(self, source: ArrayData, images: int) -> ArrayData:
+        images = images or source.n
+        if not 1 <= images <= source.n:
+            raise UserError(f"there are {source.n} training images, not {images}", cure="ask for fewer")
+        data = source.take(torch.arange(images))
+        data.parts["heldout"] = self.held_out
+        return data
+
+    def mislead(self, method: Any, data: ArrayData) -> ArrayData:
+        """Teachers take each class for the next."""
+
+        def wrong(teacher: nn.Module, _: Any, output: Any) -> Any:
+            if teacher.training:  # it still learns, and what it will tell the student is what counts
+                return output
+            if isinstance(output, Tensor):
+                return output.roll(1, dims=-1)
+            output.logits = output.logits.roll(1, dims=-1)
+            return output
+
+        for teacher in method.teachers().values():
+            teacher.register_forward_hook(wrong)
+        return data
+
+    def model(self, network: nn.Module, sampler: Sampler) -> Recogniser:
+        return Recogniser(network, sampler)
+
+    def draw(self, model: Recogniser, n: int) -> Tensor:
+        return model.probabilities(self.test.images(slice(n)))
+
+    def score(self, model: Recogniser, seed: int) -> dict[str, float]:
+        return self.judge(torch.cat([model.probabilities(part) for part in self.test.images().split(1000)]))
+
+    def judge(self, probabilities: Tensor) -> dict[str, float]:
+        """``accuracy``, and ``mse`` over images and classes, of ``[N, classes]`` for the test images."""
+        truth = self.test.labels
+        mse = (probabilities - F.one_hot(truth, probabilities.shape[1])).square().mean()
+        return {"accuracy": float((probabilities.argmax(1) == truth).float().mean()), "mse": float(mse)}
+
+    def floor(self) -> dict[str, Any]:
         """What is known without any training."""
         return {"n": self.test.n}
 
 
-class DigitsBench(LabelBench):
-    """The 1,797 digits of scikit-learn: 600 to train on, 400 held out, 797 for the test."""
+class FewLabelsBench(LabelledImagesBench):
+    """The same with true labels, few of which a method uses, and teachers to choose from. kinds: their names; an arm
+    that names none gets the first."""
 
-    name = "digits"
-    sizes: tuple[int, int] = (600, 400)
-    """Of the images to train on and of those held out."""
+    kinds: tuple[str, ...]
 
-    def __init__(self, seed: int = 0) -> None:
-        from sklearn.datasets import load_digits
+    def teacher(self, kind: str) -> nn.Module:
+        """The teacher of this name. Raises UserError for an unknown one."""
+        raise NotImplementedError
 
-        pixels, digits = load_digits(return_X_y=True)
-        images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
-        names = [str(i) for i in range(CLASSES)]
-        super().__init__(images, torch.from_numpy(digits).long(), names, *self.sizes, seed)
+    def given(self, teacher: str = "") -> Mapping[str, Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            student, teachers = self.student(), [self.teacher(teacher or self.kinds[0])]
+        return given_things(teachers, student=student, classes=self.test.classes)
 
-    def network(self) -> nn.Module:
-        """A convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 6,186 weights."""
-        return nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(128, CLASSES),
-        )  # fmt: skip
+    def data(self, images: int = 0) -> ArrayData:
+        return self._first(self.clean, images)
 
-    def kernel_fit(self, images: int = 400, clean: bool = False, **settings: Any) -> KernelClassifier:
-        """Kernel self-distillation on the first ``images`` training images; ``settings`` are the estimator's. A weight
-        chosen by validation sees the held-out images."""
-        source = (self.clean if clean else self.train).take(torch.arange(images))
-        estimator = KernelSelfDistillation(gamma=GAMMA, **settings)
-        held_out = rows(self.held_out) if estimator.gt_weight == "validation" else None
-        return KernelClassifier(estimator.fit(*rows(source), validation=held_out))
-
-    def floor(self) -> dict[str, float]:
-        """:meth:`score` of plain kernel ridge regression on true labels."""
-        return self.score(self.kernel_fit(clean=True, ridge=0.1, rounds=1)) | super().floor()
-
-
-class FashionLabelsBench(LabelBench):
-    """Fashion-MNIST: 10,000 images to train on where the whole set is installed (half of the shipped sample elsewhere),
-    2,000 held out (a tenth), and the test split."""
-
-    name = "fashion-labels"
-
-    def __init__(self, seed: int = 0) -> None:
-        source = load_data("fashion", "train")
-        pool, held_out = min(10_000, source.n // 2), min(2_000, source.n // 10)
-        test = load_data("fashion", "test")
-        super().__init__(source.array, source.labels, source.classes, pool, held_out, seed, test)
-
-    def network(self) -> nn.Module:
-        """A small ResNet."""
-        return make_classifier("resnet-small", 1, CLASSES)
-
-
-class KernelClassifier(nn.Module):
-    """A fitted estimator as a network: images ``[B, 1, 8, 8]`` to scores ``[B, 10]`` that estimate one-hot labels."""
-
-    def __init__(self, estimator: KernelSelfDistillation) -> None:
-        super().__init__()
-        self.estimator = estimator
-        self.dual = nn.Parameter(torch.from_numpy(estimator.eigenvectors_ @ estimator.components_), requires_grad=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.estimator.predict(images.flatten(1).double().numpy())).float() + 1 / CLASSES
-
-
-def rows(data: ArrayData) -> tuple[Any, Any]:
-    """Pixels ``[N, 64]`` and one-hot labels minus their mean 0.1, ``[N, 10]``, as arrays."""
-    targets = F.one_hot(data.labels, CLASSES) - 1 / CLASSES
-    return data.images().flatten(1).double().numpy(), targets.double().numpy()
+    @torch.no_grad()
+    def floor(self) -> dict[str, Any]:
+        """The accuracy of each teacher too."""
+        accuracy = {}
+        for kind in self.kinds:
+            found = self.score(Recogniser(self.teacher(kind), ForwardPass()), self.seed)
+            accuracy[f"{kind} teacher"] = found["accuracy"]
+        return super().floor() | accuracy

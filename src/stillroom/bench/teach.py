@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
+from torch import Tensor
 
-from stillroom.bench.fashion import FashionBench
-from stillroom.bench.mixture2d import PairBench, RingBench
+from stillroom.bench import Bench, benches
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand, process_from_dict
-from stillroom.diffusion.sampling import FewStepSampler, ODESampler
+from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler
 from stillroom.diffusion.times import TimeLaw
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
@@ -29,8 +29,35 @@ from stillroom.losses.score import FakeLoss, fake_score_loss
 from stillroom.method import Batch, Method, Optim, Terms, turn
 from stillroom.tasks.class_images.model import ImageGenerator
 
-POINTS: dict[str, type[RingBench | PairBench]] = {"ring": RingBench, "pair": PairBench}
-TEACHERS = Path(__file__).parent / "teachers"
+if TYPE_CHECKING:
+    from stillroom.bench.classes import ClassBench
+
+
+def teach(
+    name: str,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train what a bench teaches by this name: a teacher, whose samplers are scored, or a part of one. Writes the
+    folder ``out`` (default: the bench's own) with its card ``card.json``, and returns the card. ``run_dir`` keeps
+    checkpoints; ``resume`` continues from them. Raises UserError for an unknown name."""
+    bench, (place, runs) = teacher_bench(name)(), (Path(p) if p else None for p in (out, run_dir))
+    return bench.teach(name, place, overrides, runs, resume)
+
+
+def teacher_bench(name: str) -> type[Bench]:
+    """The bench that teaches by this name. Raises UserError for an unknown one, naming the nearest."""
+    known = {taught: cls for cls in benches().values() for taught in cls.teaches}
+    if name not in known:
+        raise UserError(f"no teacher recipe {name!r}{nearest(name, known)}", cure=f"known: {', '.join(sorted(known))}")
+    return known[name]
+
+
+def recipe_file(name: str) -> Path:
+    """The teacher recipe of this name, in the room of its bench."""
+    return teacher_bench(name).folder() / f"{name}.yaml"
 
 
 class Denoising(Method):
@@ -73,15 +100,12 @@ class TeacherRecipe:
     options: dict[str, Any]
     engine: dict[str, Any]
     evaluate: dict[str, Any]
-    images: int = 0  # rendered for the training, where the world has no data set of its own
+    images: int = 0  # rendered for the training, where the bench has no data set of its own
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> TeacherRecipe:
         """The shipped recipe ``name`` with ``engine.key=value`` overrides."""
-        known = {path.stem: path for path in TEACHERS.glob("*.yaml")}
-        if name not in known:
-            raise UserError(f"no teacher recipe {name!r}{nearest(name, known)}", cure=f"known: {', '.join(known)}")
-        values = yaml.safe_load(known[name].read_text())
+        values = yaml.safe_load(recipe_file(name).read_text(encoding="utf-8"))
         for override in overrides:
             key, _, value = override.partition("=")
             section, _, leaf = key.partition(".")
@@ -108,37 +132,25 @@ class TeacherRecipe:
         )
 
 
-def teach(
+def teach_classes(
+    bench: ClassBench,
     name: str,
-    out: str | Path | None = None,
+    folder: Path,
     overrides: Sequence[str] = (),
-    run_dir: str | Path | None = None,
+    run_dir: Path | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train a bench teacher and score its samplers. Writes the teacher folder ``out`` (default: the bench's own) with
-    its card ``card.json``, and returns the card. ``run_dir`` keeps checkpoints; ``resume`` continues from them."""
-    if name == "scenes-parser":
-        from stillroom.bench.scenes import PARSER_DIR, teach_parser
-
-        return dataclasses.asdict(teach_parser(Path(out) if out else PARSER_DIR, print).card)
-    if name.startswith("scenes-"):
-        from stillroom.bench import teach_scenes
-
-        if name == "scenes-space":
-            return teach_scenes.teach_space(out, overrides, run_dir, resume)
-        return teach_scenes.teach_scenes(name, out, overrides, run_dir, resume)
+    """Train a bench's class-conditional teacher on its data, into ``folder``, and score its samplers."""
     recipe = TeacherRecipe.load(name, overrides)
-    bench = POINTS[recipe.data]() if recipe.data in POINTS else FashionBench(recipe.data)
     method = Denoising(Denoising.Options(**recipe.options))
     method.build(recipe.denoiser())
     config = EngineConfig(**recipe.engine)
     started = time.perf_counter()
-    trainer = Trainer(method, bench.train, config, Path(run_dir) if run_dir else None, resume=resume)
+    trainer = Trainer(method, bench.train, config, run_dir, resume=resume)
     trainer.fit()
     seconds = time.perf_counter() - started
     denoiser = trainer.export_role()
     assert isinstance(denoiser, Denoiser)
-    folder = Path(out) if out else bench.teacher_dir
     # Saved before the long scoring, so that an interruption there loses nothing.
     ImageGenerator(denoiser, ODESampler(), bench.train.classes).save(folder)
     cost = {"train_seconds": round(seconds), "steps": config.steps, "batch": config.batch}
@@ -146,41 +158,63 @@ def teach(
 
 
 def score_teacher(
-    folder: Path, recipe: TeacherRecipe, bench: FashionBench | RingBench | PairBench, cost: dict[str, Any] | None = None
+    folder: Path, recipe: TeacherRecipe, bench: ClassBench, cost: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Score every sampler of the recipe's ``evaluate`` section at N samples, make the best the folder's own sampler,
     and write ``card.json``. One- and few-step rows are there to be beaten."""
-    n, seed, metric = recipe.evaluate["n"], recipe.evaluate.get("seed", 1234), recipe.evaluate["metric"]
-    rows = []
-    teacher = ImageGenerator.load(folder)
-    labels = bench.labels(n)
-    best: tuple[float, ODESampler] | None = None
-    for entry in recipe.evaluate["samplers"]:
-        sampler = ODESampler(**entry) if entry["steps"] > 1 else FewStepSampler((1.0,), guidance=entry["guidance"])
-        teacher.sampler = sampler
-        scores = bench.score(teacher.sample(labels, seed=seed), labels)
-        rows.append({"sampler": sampler.to_dict(), "nfe": sampler.nfe, "scores": scores})
-        distance = scores[metric]
-        if isinstance(sampler, ODESampler) and (best is None or distance < best[0]):
-            best = (distance, sampler)
-        print(f"{sampler.to_dict()} nfe {sampler.nfe} {metric} {distance:.4f}", flush=True)
-    assert best is not None
-    network = teacher.denoiser.network
+    n, seed = recipe.evaluate["n"], recipe.evaluate.get("seed", 1234)
+    teacher, labels = ImageGenerator.load(folder), bench.labels(n)
+    samplers = [
+        ODESampler(**entry) if entry["steps"] > 1 else FewStepSampler((1.0,), guidance=entry["guidance"])
+        for entry in recipe.evaluate["samplers"]
+    ]
+    rows, best = score_samplers(
+        teacher, samplers, recipe.evaluate["metric"], lambda: teacher.sample(labels, seed=seed),
+        lambda samples: bench.judge(samples, labels),
+    )  # fmt: skip
     example = (torch.zeros(1, *teacher.denoiser.shape), torch.ones(1), {"label": torch.zeros(1, dtype=torch.long)})
     card = {
         "data": bench.train.origin,
         "recipe": dataclasses.asdict(recipe),
         "cost": (cost or read_cost(folder)),
-        "parameters": parameters(network),
+        "parameters": parameters(teacher.denoiser.network),
         "macs": macs(lambda: teacher.denoiser(*example)),
         "n": n,
-        "floor": bench.floor(n),
+        "floor": bench.floor_of(n),
         "samplers": rows,
-        "best": {"sampler": best[1].to_dict(), metric: best[0]},
+        "best": best,
     }
-    ImageGenerator(teacher.denoiser, best[1], bench.train.classes).save(folder)
+    teacher.classes = list(bench.train.classes)
+    teacher.save(folder)
     (folder / "card.json").write_text(json.dumps(card, indent=2, default=float) + "\n")
     return card
+
+
+def score_samplers(
+    teacher: Any,
+    samplers: Sequence[Sampler],
+    metric: str,
+    sample: Callable[[], Tensor],
+    judge: Callable[[Tensor], dict[str, Any]],
+    higher: bool = False,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The card's ``samplers`` and ``best``: what ``judge`` says of what ``sample`` draws by each. The best by
+    ``metric`` of those that solve the equation in many steps stays the teacher's own."""
+    rows: list[dict[str, Any]] = []
+    best: tuple[float, Sampler] | None = None
+    for sampler in samplers:
+        teacher.sampler, began = sampler, time.perf_counter()
+        samples = sample()
+        seconds = round(time.perf_counter() - began, 1)
+        scores = judge(samples)
+        rows.append({"sampler": sampler.to_dict(), "nfe": sampler.nfe, "seconds": seconds, "scores": scores})
+        value = scores[metric]
+        if isinstance(sampler, ODESampler) and (best is None or (value > best[0] if higher else value < best[0])):
+            best = (value, sampler)
+        print(f"{sampler.to_dict()} nfe {sampler.nfe} {metric} {value:.4f}", flush=True)
+    assert best is not None
+    teacher.sampler = best[1]
+    return rows, {"sampler": best[1].to_dict(), metric: best[0]}
 
 
 def read_cost(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stillroom.bench.scenes import PARSER_DIR
+from stillroom.bench.scenes.bench import PARSER_DIR
 from stillroom.data.scenes.captions import parse_caption, sample_captions, satisfied
 from stillroom.data.scenes.pictures import SHAPE
 from stillroom.diffusion.masking import MaskedSampler

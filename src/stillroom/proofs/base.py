@@ -1,4 +1,4 @@
-"""What a proof is: a world, arms that are trained in it, and claims that compare them."""
+"""What a proof is: a bench, arms that are trained on it, and claims that compare them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Level = Literal["mechanism", "image", "text"]
-"""On worlds with closed forms or of minutes; or on a bench of images, or of texts."""
+"""On a bench with closed forms or of minutes; or on one of images, or of texts."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to get a student. Seeds and world are added when it runs.
+    """One way to get a student. Seed and bench are added when it runs.
 
     method: slug; empty: nothing is trained and the teacher itself is run by ``sampler``.
     options, engine: of the method's ``Options`` and of ``EngineConfig``.
     lora: roles that become adapters.
-    teacher: ``bench``, the world's own; ``shuffled`` answers for the wrong class (or image), ``untrained`` has random
-    weights: controls that must fail; or the name of another teacher that the world has.
-    data: what the arm learns from, in the words of its world; empty: the world's own data.
+    teacher: ``bench``, the bench's own; ``shuffled`` answers for the wrong class (or image), ``untrained`` has random
+    weights: controls that must fail; or the name of another teacher that the bench has.
+    data: what the arm learns from, in the words of its bench; empty: the bench's own data.
     after: the arm whose finished student this one starts from, trained first at the same seed.
     """
 
@@ -42,9 +42,9 @@ class Arm:
             values[key] = merge(values[key], value) if isinstance(value, Mapping) else value
         return Arm(name, **values)
 
-    def key(self, world: str, seed: int) -> str:
+    def key(self, bench: str, seed: int) -> str:
         """Content hash of everything that determines the result; equal arms of two proofs share one run."""
-        tree = {**self.content(), "world": world, "seed": seed}
+        tree = {**self.content(), "world": bench, "seed": seed}  # a bench's older name: recorded keys stay
         return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def content(self) -> dict[str, Any]:
@@ -93,7 +93,9 @@ class Claim:
         return left <= limit if self.op == "<=" else left >= limit
 
     def verdict(self, lefts: list[float], rights: list[float | None]) -> str:
-        """``holds`` if the inequality holds for every seed, ``fails`` if for none, else ``unresolved``."""
+        """``holds`` if the inequality, margin included, holds for every seed, ``fails`` if for none, else
+        ``unresolved``. lefts, rights: the two arms' values, seed by seed: each seed's arms are compared with each
+        other, never their means. A value that is not a number makes the inequality false."""
         results = [self.holds(a, b) for a, b in zip(lefts, rights, strict=True)]
         return "holds" if all(results) else "unresolved" if any(results) else "fails"
 
@@ -108,11 +110,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Proof:
-    """Arms and claims of one method at one level. ``note`` says what this size of world cannot show."""
+    """Arms and claims of one method at one level. ``note`` says what a bench of this size cannot show."""
 
     method: str
     level: Level
-    world: str
+    bench: str
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     note: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stillroom.bench.semi import PROMPTS, ZETA
+from stillroom.bench.digits.teachers import PROMPTS, ZETA
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import recipe_arm
 

@@ -14,9 +14,12 @@ from stillroom.recipe import Recipe
 
 
 def recipe_arm(name: str) -> Arm:
-    """The arm that ``stillroom run <name>`` trains: options, LoRA and engine of the shipped recipe. Options that came
-    after results were recorded (``later`` in their metadata) are left out at their default: older results keep their
-    keys."""
+    """The arm of a shipped recipe: its options, LoRA and engine, trained by the code of ``stillroom run <name>``, but
+    on the bench's own teachers, student and data. These are the run's where the bench has one teacher and one set of
+    data; a bench of classifiers or encoders may split its data, or label and name them, otherwise than a run would.
+
+    Options that came after results were recorded (``later`` in their metadata) are left out at their default: older
+    results keep their keys."""
     recipe = Recipe.load(name)
     engine = recipe.engine.to_dict()
     free = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -20,39 +19,42 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from stillroom.cache import cache_folder
+from stillroom.bench import Bench, bench_class, get_bench
+from stillroom.cache import kept
 from stillroom.diffusion.sampling import Sampler, sampler_from_dict
-from stillroom.engine.config import EngineConfig
-from stillroom.engine.trainer import Trainer, mix
+from stillroom.draws import mix
+from stillroom.engine.trainer import Trainer
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.evaluation.cost import latency, parameters
-from stillroom.method import get_method
+from stillroom.evaluation.scores import Score
+from stillroom.files import write
+from stillroom.method import Method, get_method
 from stillroom.networks.mae import learned
 from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm, Claim, Level, Proof
-from stillroom.proofs.worlds import World, get_world
 from stillroom.recipe import Recipe
 from stillroom.surgery.initial import fresh_weights
-from stillroom.tasks.base import by_name
+from stillroom.training import build_method, train
 
 RESULTS = Path("results")
+CONTROLS = ("bench", "shuffled", "untrained")
+"""What an arm's teacher may be beside the name of another one of the bench."""
 
 
-def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
-    """Train (if there is anything to train) and score one arm at one seed.
+def run_arm(arm: Arm, bench: Bench) -> dict[str, Any]:
+    """Train (if there is anything to train) and score one arm, at the bench's seed.
 
-    A training that diverges is a result too: its scores are the world's worst and ``diverged`` says where.
+    A training that diverges is a result too: its scores are the worst that there are and ``diverged`` says where.
     """
-    world = world.at(seed)
     try:
-        network, sampler, facts = train_arm(arm, world, seed)
+        network, sampler, facts = train_arm(arm, bench)
     except TrainingDiverged as error:
         steps = int(arm.engine.get("steps", 0))
-        worst = {metric: world.worst(metric) for metric in world.metrics}
+        worst = {score.key: score.lost for score in bench.scores}
         return {"scores": worst, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
-    generator = world.generator(network.eval(), sampler)
-    scores = world.score(generator, seed)
-    speed = latency(lambda _: world.draw(generator, 1), batches=(1,))[0]
+    model = bench.model(network.eval(), sampler)
+    scores = bench.score(model, bench.seed)
+    speed = latency(lambda _: bench.draw(model, 1), batches=(1,))[0]
     cost = {
         "seconds": facts["seconds"],
         "steps": facts["steps"],
@@ -63,69 +65,59 @@ def run_arm(arm: Arm, world: World, seed: int) -> dict[str, Any]:
     return {"scores": scores, "cost": cost, "health": facts["health"], "means": facts["means"]}
 
 
-def train_arm(arm: Arm, world: World, seed: int) -> tuple[nn.Module, Sampler, dict[str, Any]]:
-    """The arm's finished network, how it is sampled, and ``seconds``, ``steps``, ``health`` of its training.
+def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any]]:
+    """The arm's finished network, how it is run, and ``seconds``, ``steps``, ``health`` of its training at the bench's
+    seed: a run's own training (:mod:`stillroom.training`), on the bench's data.
 
     Raises TrainingDiverged.
     """
-    world, started = world.at(seed), time.perf_counter()
+    seed, started = bench.seed, time.perf_counter()
     facts: dict[str, Any] = {"steps": 0, "health": {}, "means": {}}
     if not arm.method:
-        network, sampler = world.network(**arm.data), sampler_from_dict(dict(arm.sampler))
-    else:
-        method = get_method(arm.method)(options_of(arm), lora=dict(arm.lora))
-        torch.manual_seed(mix("build", seed))  # as a run does: heads and adapters start at random
-        chosen = () if arm.teacher in ("bench", "shuffled", "untrained") else (arm.teacher,)
-        method.build_from(by_name(world.teacher(*chosen)))
-        if arm.teacher == "untrained":
-            forget(method, seed)
-        network = method.role("student")
-        if arm.after is not None:
-            network.load_state_dict(finished_weights(arm.after, world, seed))
-            started = time.perf_counter()  # what it starts from is another arm's cost
-        if steps := int(arm.engine.get("steps", 0)):
-            settings: dict[str, Any] = {**arm.engine, "seed": seed, "checkpoint_every": steps, "keep": 1}
-            data = world.data(**arm.data)
-            if arm.teacher == "shuffled":
-                data = world.mislead(method, data)
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = Trainer(method, data, EngineConfig(**settings), Path(folder))
-                trainer.fit()
-                network = trainer.export_role()
-                method.finish(network)
-                curves = Path(folder) / "metrics.jsonl"
-                facts = {"steps": steps, "health": health_curves(curves), "means": health_means(curves)}
-        sampler = sampler_from_dict(dict(arm.sampler)) if arm.sampler else method.sampler()
+        network, sampler = bench.network(**arm.data), sampler_from_dict(dict(arm.sampler))
+        return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
+    recipe = recipe_of(arm, bench.name, seed)
+    chosen = {} if arm.teacher in CONTROLS else {"teacher": arm.teacher}
+    method = build_method(recipe, lambda: bench.given(**chosen))
+    if arm.teacher == "untrained":
+        forget(method, seed)
+    network, sampler = method.role("student"), method.sampler()
+    if arm.after is not None:
+        network.load_state_dict(finished_weights(arm.after, bench))
+        started = time.perf_counter()  # what it starts from is another arm's cost
+    if steps := int(arm.engine.get("steps", 0)):
+        data = bench.data(**arm.data)
+        if arm.teacher == "shuffled":
+            data = bench.mislead(method, data)
+        with tempfile.TemporaryDirectory() as folder:
+            network, sampler = train(Trainer(method, data, recipe.engine, Path(folder)))
+            curves = Path(folder) / "metrics.jsonl"
+            facts = {"steps": steps, "health": health_curves(curves), "means": health_means(curves)}
+    if arm.sampler:
+        sampler = sampler_from_dict(dict(arm.sampler))
     return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def forget(method: Any, seed: int) -> None:
+def recipe_of(arm: Arm, bench: str, seed: int) -> Recipe:
+    """What a run would be told to train as the arm does, checked as recipes are; an arm of no steps has one that is not
+    made. Its teacher and its data are the bench's, in place of what a recipe would name."""
+    steps = int(arm.engine.get("steps", 0)) or 1
+    engine = {**arm.engine, "steps": steps, "seed": seed, "checkpoint_every": steps, "keep": 1}
+    parts = {"options": dict(arm.options), "lora": {role: dict(v) for role, v in arm.lora.items()}, "engine": engine}
+    return Recipe.from_dict({"method": arm.method, "teacher": bench, "data": bench, **parts})
+
+
+def forget(method: Method, seed: int) -> None:
     """Give the teachers that ``method`` holds new weights, drawn as their classes draw them; fixed positions stay."""
     for place, teacher in enumerate(method.teachers().values()):
         drawn = learned(fresh_weights(teacher, mix("forget", seed, place)))
         teacher.load_state_dict({**teacher.state_dict(), **drawn})
 
 
-def finished_weights(arm: Arm, world: World, seed: int) -> dict[str, Tensor]:
+def finished_weights(arm: Arm, bench: Bench) -> dict[str, Tensor]:
     """The weights that ``arm`` ends with: trained once, kept in the cache for the arms that start from them."""
-    from safetensors.torch import load_file, save_file
-
-    file = cache_folder() / "proofs" / world.name / f"{arm.key(world.name, seed)}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
-        if file.exists():
-            return load_file(file)
-        network = train_arm(arm, world, seed)[0]
-        aside = file.with_suffix(f".{os.getpid()}")
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, aside)
-        aside.replace(file)
-    return load_file(file)
-
-
-def options_of(arm: Arm) -> Any:
-    """The arm's options as an instance of its method's ``Options``, checked as a recipe's are."""
-    return Recipe.from_dict({"method": arm.method, "options": dict(arm.options)}).method_options()
+    code, parts = [get_method(arm.method), Trainer, type(bench)], [arm.key(bench.name, bench.seed)]
+    return kept(f"proofs/{bench.name}", lambda: train_arm(arm, bench)[0].state_dict(), code=code, parts=parts)
 
 
 def health_means(path: Path) -> dict[str, float]:
@@ -146,21 +138,19 @@ def _second_half(path: Path) -> dict[str, list[float]]:
     return {name: values for name, values in curves.items() if values}
 
 
-def _work(arm: Arm, world: str, seed: int, out: Path) -> tuple[str, int, float]:
+def _work(arm: Arm, bench: str, seed: int, out: Path) -> tuple[str, int, float]:
     torch.set_num_threads(1)
     started = time.perf_counter()
-    result = run_arm(arm, get_world(world), seed)
-    result |= {"arm": arm.name, "world": world, "seed": seed, "commit": commit(), "machine": machine()}
+    result = run_arm(arm, get_bench(bench, seed))
+    result |= {"arm": arm.name, "world": bench, "seed": seed, "commit": commit(), "machine": machine()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(f".{os.getpid()}")
-    aside.write_text(to_json(result))
-    aside.replace(out)
+    write(out, to_json(result))
     return arm.name, seed, time.perf_counter() - started
 
 
 def arm_file(results: Path, proof: Proof, arm: Arm, seed: int) -> Path:
     """Where one measured arm lies. Equal arms of different proofs share the file through the content hash."""
-    return results / "arms" / proof.world / f"{arm.key(proof.world, seed)}.json"
+    return results / "arms" / proof.bench / f"{arm.key(proof.bench, seed)}.json"
 
 
 def prove(
@@ -190,11 +180,11 @@ def prove(
             for arm in proof.arms:
                 out = arm_file(results, proof, arm, seed)
                 if not out.exists() and (wanted is None or arm.name in wanted):
-                    todo.setdefault(out, (arm, proof.world, seed))
+                    todo.setdefault(out, (arm, proof.bench, seed))
     if todo:
         report(f"{len(todo)} trainings to run, {jobs} at a time")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_work, arm, world, seed, out) for out, (arm, world, seed) in todo.items()]
+        futures = [pool.submit(_work, arm, bench, seed, out) for out, (arm, bench, seed) in todo.items()]
         for done, future in enumerate(as_completed(futures), 1):
             name, seed, seconds = future.result()
             report(f"[{done}/{len(todo)}] {name} seed {seed}: {seconds:.0f} s")
@@ -211,10 +201,10 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
             files = [arm_file(results, proof, arm, seed) for seed in seeds]
             hashes += [f.stem for f in files]
             if all(f.exists() for f in files):
-                measured[arm.name] = [read_arm(f) for f in files]
+                measured[arm.name] = [read_arm(f, bench_class(proof.bench).scores) for f in files]
         if not measured:
             continue
-        floors[proof.world], notes[proof.world] = get_world(proof.world).floor(), proof.note
+        floors[proof.bench], notes[proof.bench] = get_bench(proof.bench).floor(), proof.note
         commits |= {run["commit"] for runs in measured.values() for run in runs}
         machines |= {run["machine"] for runs in measured.values() for run in runs}
         if proof.level != "mechanism" and proof.arms[0].name in measured:
@@ -252,10 +242,10 @@ def to_json(tree: Any) -> str:
     return json.dumps(plain(tree), indent=1, allow_nan=False) + "\n"
 
 
-def read_arm(file: Path) -> dict[str, Any]:
-    """A measured arm; null scores are infinite again, so that a diverged arm loses every comparison."""
-    run = json.loads(file.read_text())
-    run["scores"] = {key: math.inf if value is None else value for key, value in run["scores"].items()}
+def read_arm(file: Path, scores: Iterable[Score]) -> dict[str, Any]:
+    """A measured arm; null scores are the worst again, so that a diverged arm loses every comparison."""
+    run, lost = json.loads(file.read_text()), {score.key: score.lost for score in scores}
+    run["scores"] = {key: lost.get(key, math.nan) if value is None else value for key, value in run["scores"].items()}
     return run
 
 
@@ -275,7 +265,7 @@ def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]
         "statement": claim.statement,
         "paper": claim.paper,
         "level": proof.level,
-        "world": proof.world,
+        "world": proof.bench,
         "metric": claim.metric,
         "left": claim.left,
         "right": claim.right,

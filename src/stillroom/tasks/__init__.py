@@ -12,7 +12,7 @@ from stillroom.errors import UserError
 from stillroom.folders.shipped import model_folder
 from stillroom.tasks.base import IN_MEMORY, Generator, Task
 
-__all__ = ["IN_MEMORY", "Generator", "Task", "bench_card", "load_model", "make_task", "model_folder", "sample_rows"]
+__all__ = ["IN_MEMORY", "Generator", "Task", "load_model", "make_task", "model_folder", "sample_rows"]
 
 
 def make_task(name: str, teacher: Any = "") -> Task:
@@ -105,11 +105,3 @@ def sample_rows(
 
         return prompt_rows(generator, list(captions), n, seed)
     return caption_rows(generator, captions, n, seed)
-
-
-def bench_card(name: str) -> str:
-    """Markdown: what a bench is made of, its floor, and the scores of its shipped teachers."""
-    from stillroom.tasks.class_images import task as class_images
-    from stillroom.tasks.text_images import task as text_images
-
-    return text_images.bench_card() if name == "scenes" else class_images.bench_card(name)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from stillroom import training
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import Sampler
-from stillroom.engine.trainer import mix
-from stillroom.errors import UserError, nearest
-from stillroom.method import Method, get_method
+from stillroom.method import Method
 from stillroom.recipe import Recipe
-from stillroom.surgery.skeleton import making
 
 IN_MEMORY = "(in memory)"
 """Stands in a recipe for a teacher or data that were given as objects."""
@@ -89,22 +84,7 @@ class Task:
 def build_method(recipe: Recipe, task: Task) -> Method:
     """The recipe's method with its networks, made from those of the loaded ``task``. Raises UserError where they do not
     fit."""
-    method = get_method(recipe.method)(recipe.method_options(), recipe.lora)
-    try:
-        with torch.random.fork_rng(), making():
-            torch.manual_seed(mix("build", recipe.engine.seed))  # heads and adapters start at random
-            method.build_from(_to_shard(recipe, by_name(task.networks())))
-    except ValueError as error:
-        raise UserError(f"method {recipe.method!r} cannot use teacher {recipe.teacher!r}: {error}") from error
-    for role in recipe.lora:
-        if getattr(getattr(method, role, None), "adapter", None) is None:
-            roles = [name for name, part in method.named_children() if isinstance(part, Denoiser)]
-            raise UserError(
-                f"recipe key 'lora.{role}': {recipe.method!r} makes no LoRA of that name{nearest(role, roles)}",
-                cure=f"its networks: {', '.join(roles)}",
-            )
-    task.check(method)
-    return method
+    return training.build_method(recipe, lambda: by_name(task.networks()), task.check)
 
 
 def by_name(networks: Any) -> dict[str, Any]:
@@ -116,16 +96,6 @@ def by_name(networks: Any) -> dict[str, Any]:
     if not isinstance(first, nn.Module):
         return {"space": first}
     return {"student": first, "teachers": others} | ({"teacher": others[0]} if len(others) == 1 else {})
-
-
-def _to_shard(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
-    """The networks, copied where the first process will need whole ones after the method's have been sharded: it draws
-    the teachers' samples for the report."""
-    first, several = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if recipe.engine.parallel != "fsdp" or not first or not several:
-        return given
-    memo: dict[int, Any] = {}  # what stands under two names stays one network
-    return {name: value if name == "space" else copy.deepcopy(value, memo) for name, value in given.items()}
 
 
 def teacher_names(names: Sequence[str]) -> list[str]:

@@ -220,6 +220,14 @@ def parse_caption(text: str) -> Caption:
     )
 
 
+def spoken(texts: Sequence[str]) -> bool:
+    """Whether these captions, of which fifty are looked at, are of the grammar."""
+    try:
+        return all(parse_caption(text) for text in texts[:50])
+    except UserError:
+        return False
+
+
 def mirror_breaks(caption: Caption) -> bool:
     """Whether a picture that obeys the caption disobeys it once its left and right are swapped."""
     return caption.relation in MIRRORED

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,9 +16,6 @@ from stillroom.recipe import Recipe
 from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
 from stillroom.tasks.class_images.model import ImageGenerator
-
-if TYPE_CHECKING:
-    from stillroom.bench.fashion import FashionBench
 
 ROWS = 10
 """Rows of a sample grid: classes, or rows of unconditional samples."""
@@ -60,26 +54,17 @@ class ClassImages(Task):
         measured["task"] = "class-image"
         if recipe.evaluate.n == 0:
             return measured
-        from stillroom.bench.fashion import SHAPE, FashionBench
+        from stillroom.bench import find_bench
 
         say("timing student and teacher")
         for who, generator in generators.items():
             measured[who] |= sampling_cost(generator, label_drawer(generator))
-        if recipe.data == IN_MEMORY or self.data.shape != SHAPE or len(self.data.classes) < 2:
+        bench = find_bench("class-images", recipe.data, self.data)
+        if bench is None:
             return measured
-        bench = FashionBench(recipe.data, report=say)
-        n = min(recipe.evaluate.n, bench.train.n)
-        say(f"scoring {n:,} samples")
-        student_scores = score(bench, student, n, recipe.evaluate.seed)
-        taught, earlier = teacher_scores(bench, self.teacher, recipe.teacher, n, recipe.evaluate.seed)
-        scores = {"student": student_scores, "teacher": taught, "floor": bench.floor(n)}
-        told = ("n", "extractor", "reference", "names")
-        about = {key: student_scores[key] for key in ("n", "extractor", "reference")}
-        return measured | {
-            "bench": about | {"earlier": ["teacher"] if earlier else []},
-            "score_names": student_scores["names"],
-            "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
-        }
+        folders = {"teacher": model_folder(recipe.teacher)} if recipe.teacher != IN_MEMORY else {}
+        found = bench.compare(generators, recipe.evaluate.n, recipe.evaluate.seed, folders)
+        return measured | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
 
 
 def label_drawer(generator: ImageGenerator) -> Any:
@@ -172,60 +157,3 @@ def _size(shape: Sequence[int]) -> str:
         return f"samples of shape {'x'.join(map(str, shape))}"
     channels, height, width = shape
     return f"{width}x{height} images with {channels} channel{'s' if channels > 1 else ''}"
-
-
-def score(bench: FashionBench, generator: ImageGenerator, n: int, seed: int) -> dict[str, Any]:
-    labels = bench.labels(n)
-    return bench.score(generator.sample(labels if class_count(generator.denoiser) else n, seed=seed), labels)
-
-
-def teacher_scores(
-    bench: FashionBench, teacher: ImageGenerator, name: str, n: int, seed: int
-) -> tuple[dict[str, Any], bool]:
-    """The scores, and whether they were measured earlier: a teacher takes tens of evaluations per sample, so they come
-    from its own card where that has them, and are else kept in the cache, by its very files."""
-    from stillroom.cache import kept_json
-
-    if name == IN_MEMORY:
-        return score(bench, teacher, n, seed), False
-    folder = model_folder(name)
-    expected = {"n": n, "extractor": bench.extractor.name, "reference": bench.test.origin}
-    for row in _teacher_card(folder).get("samplers", ()):
-        known = row["scores"]
-        if row["sampler"] == teacher.sampler.to_dict() and all(known[key] == value for key, value in expected.items()):
-            return dict(known), True
-    digest = hashlib.sha256(
-        f"{bench.train.fingerprint} {bench.test.fingerprint} {bench.extractor.name} {n} {seed}".encode()
-    )
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
-        digest.update(path.read_bytes())
-    measured = False
-
-    def measure() -> dict[str, Any]:
-        nonlocal measured
-        measured = True
-        say(f"scoring the teacher (once; {teacher.sampler.nfe} network evaluations for each of {n:,} samples)")
-        return score(bench, teacher, n, seed)
-
-    scores = kept_json("teachers/scores", measure, parts=[digest.hexdigest()])
-    return scores, not measured
-
-
-def _teacher_card(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "card.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
-def bench_card(name: str) -> str:
-    """Markdown: what a bench is made of, its floor, and the scores of its shipped teacher by sampler."""
-    from stillroom.bench.fashion import FashionBench
-
-    bench = FashionBench(name, report=say)
-    rows = {}
-    for row in _teacher_card(bench.teacher_dir).get("samplers", ()) if name == "fashion" else ():
-        sampler = row["sampler"]
-        words = [str(sampler.get("solver", sampler["name"])), f"guidance {sampler['guidance']:g}", f"{row['nfe']} NFE"]
-        rows[f"teacher, {', '.join(words)}"] = row["scores"]
-    return bench.bench_card(rows)

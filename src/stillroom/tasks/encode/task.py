@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.bench.encoders import FashionEncodersBench
+from stillroom.bench import find_bench, trained_teacher
 from stillroom.data.source import LABELS, ArrayData, load_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
-from stillroom.evaluation.probes import NAMES, probe_scores
 from stillroom.folders.image_networks import ENCODERS, VISION_OF, architecture
 from stillroom.folders.processors import pixels_of
 from stillroom.networks.mae import ARCHITECTURES, make_encoder
@@ -28,15 +27,6 @@ from stillroom.surgery.skeleton import making
 from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say, teacher_names
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.encode.model import ImageEncoder
-
-TRAINED = {
-    "fashion-mae": lambda bench: bench.teacher,
-    "fashion-mae-tuned": lambda bench: bench.tutor,
-    "fashion-supervised": lambda bench: bench.supervised(bench.twin),
-}
-"""Teachers of the bench by name, trained on first use and kept in the cache."""
-PROBE = 3000
-"""Labelled training images for the probes."""
 
 
 class Encoding(Task):
@@ -83,13 +73,8 @@ class Encoding(Task):
             if (pixels := pixels_of(network)) is not None:  # which its encoder alone would not pass
                 network.config.image_mean, network.config.image_std = list(pixels.mean), list(pixels.std)
             return network
-        if name in TRAINED:
-            if recipe.data != "fashion":
-                raise UserError(
-                    f"teacher {name!r} knows Fashion-MNIST alone", cure="give the folder of one of your own"
-                )
-            say(f"teacher {name} (trained on first use, then kept)")
-            return TRAINED[name](FashionEncodersBench())
+        if (trained := trained_teacher(name, recipe.data)) is not None:
+            return trained
         if place and name in ARCHITECTURES:
             raise UserError(f"teacher {name!r} is an untrained network", cure="give a trained one's folder")
         with torch.random.fork_rng(), making():
@@ -137,22 +122,11 @@ class Encoding(Task):
         row = self.data.images(slice(1))
         for who, encoder in everyone.items():
             measured[who] |= sampling_cost(encoder, partial(_copies, encoder, row))
-        if self.test is None or not self.data.classes:
+        bench = find_bench("encode", recipe.data, self.data)
+        if bench is None:
             return facts
-        train = self.data.take(torch.arange(min(PROBE, self.data.n)))
-        test = self.test.take(torch.arange(min(recipe.evaluate.n, self.test.n)))
-        say(f"probing on {test.n:,} test images")
-        beside = next(iter(teachers.values()), None)
-        scores = {
-            who: probe_scores(encoder, train, test, beside if who == "student" else None)
-            for who, encoder in everyone.items()
-        }
-        names = dict(NAMES)
-        if isinstance(student, ImageClassifier):
-            right = student.probabilities(test.images()).argmax(-1) == test.labels
-            scores["student"]["accuracy"], names["accuracy"] = float(right.float().mean()), "Accuracy"
-        reference = f"{train.n:,} labelled and {test.n:,} test images ({self.test.origin})"
-        return facts | {"bench": {"n": test.n, "reference": reference}, "score_names": names, "scores": scores}
+        found = bench.compare({"student": student, **teachers}, recipe.evaluate.n, recipe.evaluate.seed)
+        return facts | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
 
 
 def _copies(encoder: ImageEncoder, row: Tensor, batch: int) -> Tensor:

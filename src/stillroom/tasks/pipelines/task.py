@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.bench import find_bench
 from stillroom.cache import cache_folder
 from stillroom.data.prompt_sources import FORMS, prompt_source
 from stillroom.diffusion.denoiser import Denoiser
@@ -24,7 +25,6 @@ from stillroom.surgery.skeleton import NEED_VALUES
 from stillroom.tasks.base import Task, say
 from stillroom.tasks.pipelines.data import PromptedData, cache_key, encode_prompts
 from stillroom.tasks.pipelines.model import PipelineGenerator
-from stillroom.tasks.text_images.task import of_scenes, scene_scores
 
 ROWS, COLUMNS = 4, 4
 """Of a grid of samples: prompts, and images of each."""
@@ -115,9 +115,11 @@ class PromptedImages(Task):
         say("timing student and teacher")
         for who, generator in generators.items():
             measured[who]["latency_ms"] = {"1": picture_time(generator, self.data.captions[0])}
-        if not of_scenes(self.data.captions, student.size):
+        bench = find_bench("pipelines", recipe.data, self.data)
+        found = bench.compare(generators, recipe.evaluate.n, recipe.evaluate.seed) if bench else {}
+        if not found:
             return measured
-        return measured | scene_scores(generators, {}, recipe.evaluate.n, recipe.evaluate.seed)
+        return measured | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
 
 
 def picture_time(generator: PipelineGenerator, prompt: str) -> float:

@@ -46,6 +46,12 @@ class TextImageGenerator:
         if isinstance(network, Denoiser) and not network.null:
             network.null = space.null(network.network)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of its pictures, in pixels."""
+        height, width = self.space.size
+        return height, width
+
     # --- sampling -------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def sample(

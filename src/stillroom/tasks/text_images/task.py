@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.scenes import LEAST, ScenesBench
+from stillroom.bench import find_bench
 from stillroom.cache import cache_folder
 from stillroom.data.captioned_folders import read_captions
-from stillroom.data.scenes.captions import parse_caption
+from stillroom.data.scenes.captions import spoken
 from stillroom.data.scenes.pictures import scene_set
 from stillroom.data.source import ASSETS
 from stillroom.data.store import MANIFEST
@@ -158,39 +157,16 @@ class TextImages(Task):
         caption = self.data.captions[0]
         for who, generator in generators.items():
             measured[who] |= sampling_cost(generator, lambda batch, g=generator: g.sample([caption] * batch))
-        if not self.of_scenes:
+        bench = find_bench("text-images", recipe.data, self.data)
+        found = bench.compare(generators, recipe.evaluate.n, recipe.evaluate.seed, self.folders) if bench else {}
+        if not found:
             return measured
-        return measured | scene_scores(generators, self.folders, recipe.evaluate.n, recipe.evaluate.seed)
+        return measured | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
 
 
 def of_scenes(captions: Sequence[str], size: tuple[int, int]) -> bool:
     """Whether captions and pictures are the scenes bench's, so that it can judge them."""
-    try:
-        return all(parse_caption(text) for text in captions[:50]) and tuple(size) == (32, 32)
-    except UserError:
-        return False
-
-
-def scene_scores(generators: Mapping[str, Any], folders: Mapping[str, Path], n: int, seed: int) -> dict[str, Any]:
-    """``bench``, ``score_names`` and ``scores`` of :meth:`Task.measure` on the scenes bench, with the floor. folders:
-    of those that may have a card with their scores."""
-    bench, n = ScenesBench(report=say), max(n, LEAST)
-    captions = bench.captions(n)
-    scores, earlier = {}, []
-    for name, generator in generators.items():
-        scores[name] = card_scores(folders[name], generator.sampler, bench, n) if name in folders else {}
-        if scores[name]:
-            earlier.append(name)
-            continue
-        say(f"scoring {n:,} samples of {name}")
-        scores[name] = bench.score(generator.sample([caption.text for caption in captions], seed=seed), captions)
-    scores["floor"] = bench.floor(n)
-    told, first = ("n", "extractor", "reference", "names"), next(iter(scores.values()))
-    return {
-        "bench": {key: first[key] for key in ("n", "extractor", "reference")} | {"earlier": earlier},
-        "score_names": first["names"],
-        "scores": {who: {k: v for k, v in values.items() if k not in told} for who, values in scores.items()},
-    }
+    return spoken(captions) and tuple(size) == (32, 32)
 
 
 def _no_store(data: str) -> UserError:
@@ -200,41 +176,8 @@ def _no_store(data: str) -> UserError:
     )
 
 
-def card_scores(folder: Path, sampler: Sampler, bench: ScenesBench, n: int) -> dict[str, Any]:
-    """A teacher's scores from the card in its folder, where they are those of this sampler, parser and N; else
-    nothing."""
-    try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    for row in card.get("samplers", ()):
-        known = row["scores"]
-        if row["sampler"] == sampler.to_dict() and known["n"] == n and known["extractor"] == bench.parser.name:
-            return dict(known)
-    return {}
-
-
 def caption_rows(generator: TextImageGenerator, captions: Sequence[str], n: int, seed: int) -> tuple[list[str], Tensor]:
     """``n`` samples for each caption (default: one of each kind), as ``(captions, [rows, n, C, H, W])``."""
     chosen = list(captions) or list(EXAMPLES.values())
     images = generator.sample([caption for caption in chosen for _ in range(n)], seed=seed)
     return chosen, images.unflatten(0, (len(chosen), n))
-
-
-def bench_card() -> str:
-    """Markdown: what the scenes bench is made of, its floor, and the scores of the shipped models by sampler."""
-    bench, rows = ScenesBench(report=say), {}
-    for name in ("scenes-sd3", "scenes-pixart", "lightgen"):
-        try:
-            card = json.loads((model_folder(name) / "card.json").read_text(encoding="utf-8"))
-        except OSError:
-            continue
-        for row in card["samplers"]:
-            sampler = row["sampler"]
-            words = [
-                str(sampler.get("solver", sampler["name"])),
-                f"guidance {sampler['guidance']:g}",
-                f"{row['nfe']} NFE",
-            ]
-            rows[f"{name}, {', '.join(words)}"] = row["scores"]
-    return bench.bench_card(rows)

@@ -1,13 +1,13 @@
-"""Training of what the scenes world's text-to-image models are made of: the shared autoencoder and text encoder, then
-the teachers, by the same engine that distils. ``stillroom teach scenes-space``, ``scenes-sd3``, ``scenes-pixart``."""
+"""Training of what the scenes' text-to-image models are made of: the judge, the shared autoencoder and text encoder,
+then the teachers, by the same engine that distils. ``stillroom teach scenes-parser``, ``scenes-space``, ``scenes-sd3``,
+``scenes-pixart``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from stillroom.bench.scenes import ScenesBench
-from stillroom.bench.teach import TEACHERS, Denoising, TeacherRecipe
+from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench
+from stillroom.bench.teach import Denoising, TeacherRecipe, recipe_file, score_samplers
 from stillroom.data.scenes.captions import (
     CAPTION_SPLITS,
     CATEGORIES,
@@ -44,6 +44,7 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.evaluation.cost import macs, parameters
+from stillroom.evaluation.scene_parser import SceneParser, save_parser, train_scene_parser
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.method import Batch, Method, Optim, Terms, turn
 from stillroom.networks.codec import LatentCodec
@@ -55,7 +56,19 @@ from stillroom.tasks.text_images.model import TextImageGenerator
 
 SIZES = (24, 48)
 """Sides, in pixels, of the resized scenes that an eighth of the codec's steps each are trained on: students work at
-other resolutions than the world's own 32."""
+other resolutions than the scenes' own 32."""
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+def teach_parser(
+    out: str | Path | None = None, report: Callable[[str], None] = print, seed: int = 0, **training: Any
+) -> SceneParser:
+    """Train the bench's parser anew and write it with its card to ``out`` (default: the bench's own folder):
+    ``stillroom teach scenes-parser``. ``training``: further arguments of
+    :func:`~stillroom.evaluation.scene_parser.train_scene_parser`. Every score then bears another parser's name."""
+    parser = train_scene_parser(seed=seed, report=report, **training)
+    save_parser(parser, Path(out) if out else PARSER_DIR)
+    return parser
 
 
 # --- the autoencoder --------------------------------------------------------------------------------------------------
@@ -266,7 +279,7 @@ def teach_space(
     from diffusers import AutoencoderKL
     from transformers import T5Config, T5EncoderModel
 
-    recipe = override(yaml.safe_load((TEACHERS / "scenes-space.yaml").read_text()), overrides)
+    recipe = override(yaml.safe_load(recipe_file("scenes-space").read_text()), overrides)
     length, runs = recipe["text"]["length"], Path(run_dir) if run_dir else None
     test, asked = scene_set(recipe["evaluate"]["n"], 1, "test")
 
@@ -318,7 +331,7 @@ def judged(codec: LatentCodec, images: Tensor, captions: Sequence[Caption]) -> d
     latents = codec.encode(real)
     found = {f"psnr_{side}": round(psnr(codec, resized(real[:256], side)), 2) for side in SIZES}
     scores = {
-        name: bench.score(pictures, captions, distances=False)
+        name: bench.judge(pictures, captions, distances=False)
         for name, pictures in (("real", images), ("rebuilt", codec.decode(latents)))
     }
     return {
@@ -377,7 +390,7 @@ def teach_scenes(
     resume: bool = False,
     space: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Train a teacher of the scenes world in ``space`` (default: the shipped one) and score its samplers. Writes the
+    """Train a teacher of scenes in ``space`` (default: the shipped one) and score its samplers. Writes the
     folder ``out`` (default: the shipped teacher's), which shares the space's parts, with ``card.json``, and returns
     the card. ``run_dir`` keeps checkpoints and the encoded data; ``resume`` continues from them."""
     recipe = TeacherRecipe.load(name, overrides)
@@ -417,22 +430,15 @@ def start_as_identity(network: Any) -> None:
 def score_scenes_teacher(folder: Path, recipe: TeacherRecipe, origin: str, cost: dict[str, Any]) -> dict[str, Any]:
     """Score every sampler of the recipe's ``evaluate`` section at N samples, make the one of the highest SceneEval the
     folder's own, and write ``card.json``."""
-    n, seed, metric = recipe.evaluate["n"], recipe.evaluate.get("seed", 1234), recipe.evaluate["metric"]
+    n, seed = recipe.evaluate["n"], recipe.evaluate.get("seed", 1234)
     bench, teacher = ScenesBench(), TextImageGenerator.load(folder)
-    captions, rows = bench.captions(n), []
+    captions = bench.captions(n)
     texts = [caption.text for caption in captions]
-    best: tuple[float, ODESampler] | None = None
-    for entry in recipe.evaluate["samplers"]:
-        teacher.sampler = sampler = ODESampler(**entry)
-        began = time.perf_counter()
-        images = teacher.sample(texts, seed=seed)
-        seconds = time.perf_counter() - began
-        scores = bench.score(images, captions)
-        rows.append({"sampler": sampler.to_dict(), "nfe": sampler.nfe, "seconds": round(seconds, 1), "scores": scores})
-        if best is None or scores[metric] > best[0]:
-            best = (scores[metric], sampler)
-        print(f"{sampler.to_dict()} nfe {sampler.nfe} {metric} {scores[metric]:.4f} fd {scores['fd']:.3f}", flush=True)
-    assert best is not None
+    samplers = [ODESampler(**entry) for entry in recipe.evaluate["samplers"]]
+    rows, best = score_samplers(
+        teacher, samplers, recipe.evaluate["metric"], lambda: teacher.sample(texts, seed=seed),
+        lambda images: bench.judge(images, captions), higher=True,
+    )  # fmt: skip
     network: Any = teacher.network
     cond = teacher.cond(texts[:1])
     card = {
@@ -443,11 +449,11 @@ def score_scenes_teacher(folder: Path, recipe: TeacherRecipe, origin: str, cost:
         "parameters": parameters(network),
         "macs": macs(lambda: network(torch.zeros(1, *network.shape), torch.ones(1), cond)),
         "n": n,
-        "floor": bench.floor(n),
+        "floor": bench.floor_of(n),
         "samplers": rows,
-        "best": {"sampler": best[1].to_dict(), metric: best[0]},
+        "best": best,
     }
     components = read_json(folder / SIDE_FILE)["components"]
-    TextImageGenerator(network, best[1], teacher.space).save(folder, components, torch.float16)
+    teacher.save(folder, components, torch.float16)
     (folder / "card.json").write_text(json.dumps(card, indent=2, default=float) + "\n")
     return card

@@ -1,5 +1,5 @@
-"""Digits with few labels, and teachers that are wrong in known ways: the same class again and again, images at random,
-or by knowing only what captions say."""
+"""Teachers of digits that are wrong in known ways: the same class again and again, images at random, or by knowing
+only what captions say."""
 
 from __future__ import annotations
 
@@ -12,86 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillroom.augment.images import shifted
-from stillroom.bench.labels import CLASSES, DigitsBench, FashionLabelsBench
-from stillroom.data.source import ArrayData
-from stillroom.errors import UserError, nearest
-from stillroom.folders.shipped import ASSETS
 from stillroom.networks.prompt_classifier import PromptClassifier
 
-TEACHERS = ("biased", "random", "captions", "untrained")
-CONFUSED = {4: 9, 7: 1, 3: 8, 5: 6}
-"""What the biased teacher was told, in 60% of the cases."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = ("a photo of the digit {}.", "the number {}.")
 ZETA = 0.07
 """Temperature of the text-image models that are trained here."""
-REDRAWN, MISCAPTIONED = 0.65, 0.2
-
-
-class SemiDigitsBench(DigitsBench):
-    """The digits of scikit-learn, rightly labelled: 1,000 to train on, 200 held out, 597 for the test."""
-
-    name = "digits-semi"
-    sizes: tuple[int, int] = (1000, 200)
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        for part in (self.train, self.clean, self.held_out, self.test):
-            part.classes = list(WORDS)
-
-    def data(self, images: int) -> ArrayData:
-        data = self.clean.take(torch.arange(images))
-        data.parts["heldout"] = self.held_out
-        return data
-
-    def network(self) -> nn.Module:
-        """The student: a convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 32 features and 3,706 weights."""
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES),
-        )  # fmt: skip
-
-    def teacher(self, kind: str = "biased") -> nn.Module:
-        """A teacher trained here. ``biased``: on labels of which 60% of 4, 7, 3 and 5 are 9, 1, 8 and 6, and 5% random;
-        ``random``: on labels two thirds of which are random; ``captions``: a CLIPModel on images with captions, 20% of
-        which name a random digit; ``untrained``: none of this."""
-        if kind not in TEACHERS:
-            raise UserError(f"no teacher {kind!r}{nearest(kind, TEACHERS)}", cure=f"known: {', '.join(TEACHERS)}")
-        generator = torch.Generator().manual_seed(self.seed)
-        truth, n = self.clean.labels, self.clean.n
-        anything = torch.randint(CLASSES, (n,), generator=generator)
-        chance = torch.rand(n, generator=generator)
-        if kind == "captions":
-            told = torch.where(chance < MISCAPTIONED, anything, truth)
-            return caption_teacher(self.clean.images(), told, self.seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            network = super().network()
-        if kind == "biased":
-            confused = torch.tensor([CONFUSED.get(c, c) for c in range(CLASSES)])
-            told = torch.where(chance < 0.6, confused[truth], truth)
-            told = torch.where(torch.rand(n, generator=generator) < 0.05, anything, told)
-        else:
-            told = torch.where(chance < REDRAWN, anything, truth)
-        if kind != "untrained":
-            fit(network, self.clean.images(), told, generator, steps=300 if kind == "biased" else 600)
-        return network.eval()
-
-
-class FashionSemiBench(FashionLabelsBench):
-    """Fashion-MNIST as :class:`~stillroom.bench.labels.FashionLabelsBench` splits it, rightly labelled."""
-
-    name = "fashion-semi"
-
-    def data(self, images: int) -> ArrayData:
-        data = self.clean.take(torch.arange(images))
-        data.parts["heldout"] = self.held_out
-        return data
-
-    def teacher(self, kind: str = "captions") -> nn.Module:
-        """The shipped text-image model."""
-        return PromptClassifier.load(ASSETS / "fashion-clip", self.clean.classes)
+MISCAPTIONED = 0.2
+"""Share of the captions that name a random class."""
 
 
 def fit(network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator, steps: int) -> None:

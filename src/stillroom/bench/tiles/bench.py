@@ -1,4 +1,4 @@
-"""The mechanism bench of captions: one coloured pattern in one of four cells of an 8x8 picture, said in four words.
+"""Captions at the mechanism level: one coloured pattern in one of four cells of an 8x8 picture, said in four words.
 
 A picture is four tokens, a caption four words, and what a caption leaves open is pixel noise alone, so that a proof
 about a masked-autoregressive student of captions takes minutes. 24 of the 120 captions are never shown in training,
@@ -8,15 +8,22 @@ though each of their words is: what is scored is whether the words are understoo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillroom.bench import bench
+from stillroom.bench.base import Bench, only
+from stillroom.bench.captioned import mismatched
+from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
+from stillroom.evaluation.scores import Score
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.tasks.text_images.data import CaptionedData
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 COLOURS = {
     "red": (1, -1, -1),
@@ -85,13 +92,26 @@ class TileCodec(nn.Module):
         return latents
 
 
-class TilesBench:
-    """The renderer (which is the teacher), data drawn by it, and a judge that finds the nearest template in each cell.
+@bench("tiles")
+class TilesBench(Bench):
+    """One thing in one of four cells, said in four words, a fifth of whose combinations training never shows. The
+    teacher is the renderer, known by its pictures alone; a judge finds the nearest template in each cell.
 
     Captions are rows of word numbers ``[N, 4]``: colour, pattern, side, height.
     """
 
-    def __init__(self) -> None:
+    task = "text-images"
+    scores = (
+        Score("all", "Exactly what was asked for"),
+        Score("one", "Exactly one thing"),
+        Score("obj", "Right colour and pattern"),
+        Score("lr", "Right side"),
+        Score("ud", "Right height"),
+    )
+    n = 480
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
         self.space = TextImageSpace(TileText(), TileCodec(), (SIZE, SIZE))  # type: ignore[arg-type]
         colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
         patterns = torch.tensor([[[c == "#" for c in line] for line in p] for p in PATTERNS.values()]).float()
@@ -177,7 +197,7 @@ class TilesBench:
         return CaptionedData(pictures, texts, which, text, mirrored=mirrored, name="tiles", origin=origin)
 
     # --- the judge ------------------------------------------------------------------------------------------------
-    def score(self, images: Tensor, captions: Tensor) -> dict[str, float]:
+    def judge(self, images: Tensor, captions: Tensor) -> dict[str, float]:
         """Shares of ``images [N, 3, 8, 8]`` asked for as ``captions [N, 4]``.
 
         Each cell shows what its nearest template is, or nothing. ``one``: exactly one cell shows something. Of the
@@ -204,7 +224,28 @@ class TilesBench:
         """``n`` held-out captions ``[n, 4]``, equally many of each."""
         return self.held_out[torch.arange(n) % len(self.held_out)]
 
-    def floor(self, n: int = 480, seed: int = 1) -> dict[str, float]:
-        """:meth:`score` of ``n`` fresh pictures of the renderer."""
+    def floor_of(self, n: int, seed: int = 1) -> dict[str, float]:
+        """:meth:`judge` of ``n`` fresh pictures of the renderer."""
         captions = self.asked(n)
-        return self.score(self.render(captions, torch.Generator().manual_seed(seed)), captions)
+        return self.judge(self.render(captions, torch.Generator().manual_seed(seed)), captions)
+
+    # --- models ---------------------------------------------------------------------------------------------------
+    def given(self, **wanted: Any) -> Mapping[str, Any]:
+        only("teacher", wanted)
+        return {"space": self.space}
+
+    def mislead(self, method: Any, data: CaptionedData) -> CaptionedData:
+        return mismatched(data)
+
+    def model(self, network: nn.Module, sampler: Sampler) -> TextImageGenerator:
+        return TextImageGenerator(network, sampler, self.space)
+
+    def draw(self, model: TextImageGenerator, n: int) -> Tensor:
+        return model.sample(self.say(self.asked(n)))
+
+    def score(self, model: TextImageGenerator, seed: int) -> dict[str, float]:
+        captions = self.asked(self.n)
+        return self.judge(model.sample(self.say(captions), seed=10_000 + seed, batch=self.n), captions)
+
+    def floor(self) -> dict[str, float]:
+        return self.floor_of(self.n)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.bench.glosses import LABELLED, GlossesBench, kept, logits_of, tune
-from stillroom.cache import kept_tensors
+from stillroom.bench import bench
+from stillroom.bench.glosses.bench import LABELLED, GlossesBench, GlossesTaskBench, logits_of, once
+from stillroom.bench.glosses.teachers import tune
+from stillroom.cache import kept
 from stillroom.data.texts import TextData, load_texts
 from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES
-from stillroom.engine.trainer import mix
+from stillroom.draws import mix
 from stillroom.folders.text_networks import load_text_network, minilm_folder
 from stillroom.networks.stored_encoder import StoredEncoder, StoredStates, stored_states
 
@@ -57,11 +59,14 @@ def teacher(labelled: int) -> StoredEncoder:
 
         def make(network: nn.Module) -> None:
             torch.manual_seed(mix("glosses", "minilm", "tuned"))
-            tune(network, MiniLMGlossesBench().data(labelled), int(TUNING["steps"]), TUNING["lr"])
+            tune(network, MiniLMBench().data(labelled), int(TUNING["steps"]), TUNING["lr"])
 
         with torch.random.fork_rng():
-            kept(network, name, make)
-    found = kept_tensors(f"{name}-states", lambda: stored_states(network, train.array, train.lengths, LAYERS))
+            once(network, "glosses-minilm/tuned", make, name)
+    found = kept(
+        "glosses-minilm/states", lambda: stored_states(network, train.array, train.lengths, LAYERS),
+        code=[tune, stored_states], parts=[name],
+    )  # fmt: skip
     return StoredEncoder(network, LAYERS, StoredStates(train.array, train.lengths, found)).eval()
 
 
@@ -69,30 +74,32 @@ def teacher(labelled: int) -> StoredEncoder:
 def answers(labelled: int) -> Tensor:
     """That teacher's logits on the test texts, ``[N, classes]``."""
     network = teacher(labelled).network
-    return kept_tensors(f"{called(labelled)}-answers", lambda: {"logits": logits_of(network, tokenised()[1])})["logits"]
+    answered = kept(
+        "glosses-minilm/answers", lambda: {"logits": logits_of(network, tokenised()[1])}, code=[tune],
+        parts=[called(labelled)],
+    )  # fmt: skip
+    return answered["logits"]
 
 
 def called(labelled: int) -> str:
-    """The name of that teacher in the cache: other texts, or other tokens of them, are another teacher."""
+    """That teacher in words: other texts, or other tokens of them, are another teacher."""
     tuned = f"{labelled}-{TUNING['steps']}-{TUNING['lr']:g}" if labelled else "pretrained"
     digest = hashlib.sha256(b"".join(part.array.numpy().tobytes() for part in tokenised())).hexdigest()[:8]
     return f"minilm-{tuned}-{LENGTH}-{tokenised()[0].n}-{digest}"
 
 
-class MiniLMGlossesBench(GlossesBench):
-    """20,000 training texts, of which 2,000 are labelled: the same for all seeds, for teacher and students alike. All
-    networks read with MiniLM's tokenizer."""
+@bench("glosses-minilm")
+class MiniLMBench(GlossesBench):
+    """The glosses with all-MiniLM-L6-v2 as teacher, before and after fine-tuning: 20,000 training texts, of which 2,000
+    are labelled, the same for all seeds, for teacher and students alike. All networks read with MiniLM's tokenizer."""
 
-    name = "glosses-minilm"
-
-    def __init__(self) -> None:
-        super().__init__(0)
+    labelled_by = 0  # type: ignore[assignment]
 
     def texts(self) -> tuple[TextData, TextData]:
         return tokenised()
 
-    def network(self, name: str = STUDENT) -> nn.Module:
-        return super().network(name)
+    def encoder(self, name: str = STUDENT) -> nn.Module:
+        return super().encoder(name)
 
     @property
     def pretrained(self) -> nn.Module:  # type: ignore[override]
@@ -103,3 +110,8 @@ class MiniLMGlossesBench(GlossesBench):
 
     def logits(self, network: nn.Module) -> Tensor:
         return answers(LABELLED) if network is teacher(LABELLED) else super().logits(network)
+
+
+@bench("glosses-minilm-task")
+class MiniLMTaskBench(MiniLMBench, GlossesTaskBench):
+    """The same for methods that begin with a fine-tuned teacher."""

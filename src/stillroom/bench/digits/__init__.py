@@ -1,0 +1,1 @@
+"""8x8 digits, to be recognised."""

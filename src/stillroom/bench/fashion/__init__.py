@@ -1,0 +1,1 @@
+"""Small pictures in classes: Fashion-MNIST, MNIST, or a folder of them."""

@@ -1,0 +1,1 @@
+"""Fashion-MNIST, to be recognised."""

@@ -1,0 +1,1 @@
+"""Definitions of words, to be sorted into classes."""

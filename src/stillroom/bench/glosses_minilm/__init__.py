@@ -1,0 +1,1 @@
+"""The glosses under all-MiniLM-L6-v2."""

@@ -1,0 +1,1 @@
+"""Eight classes on a ring."""

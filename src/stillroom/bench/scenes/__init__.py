@@ -1,0 +1,1 @@
+"""Captions and scenes of handwritten digits."""

@@ -1,0 +1,1 @@
+"""Coloured patterns in four cells, said in four words."""
