@@ -19,8 +19,8 @@ from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.losses.soft_labels import least_squares_mix
 from stillroom.method import Stage
-from stillroom.methods.classifier.gt_self_distill import (
-    GTSelfDistill,
+from stillroom.methods.classifier.gt_self_distill import GTSelfDistill
+from stillroom.networks.kernel_self_distillation import (
     KernelSelfDistillation,
     convergent_weights,
     dual_filter,
@@ -262,7 +262,7 @@ def test_bad_data_and_questions_are_refused() -> None:
         model.fit(X, np.where(Y > 1, np.nan, Y))
     with pytest.raises(UserError, match="round 3 has no weight"):
         model.fit(X, Y).predict(X, 3)
-    with pytest.raises(UserError, match="no parameter 'lambda_'"):
+    with pytest.raises(ValueError, match="Invalid parameter 'lambda_'"):
         model.set_params(lambda_=1.0)
 
 

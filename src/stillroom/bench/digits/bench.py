@@ -14,7 +14,7 @@ from stillroom.bench.labels import CLASSES, FewLabelsBench, LabelledImagesBench,
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
-from stillroom.methods.classifier.gt_self_distill import KernelSelfDistillation
+from stillroom.networks.kernel_self_distillation import KernelSelfDistillation
 from stillroom.networks.recognition import ForwardPass
 
 GAMMA = 0.0125
