@@ -189,6 +189,17 @@ def test_help_is_light() -> None:
     assert not imported & heavy
 
 
+def test_no_module_needs_what_one_system_alone_has() -> None:
+    for path in SOURCE.rglob("*.py"):
+        top = {
+            alias.name
+            for n in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(n, ast.Import)
+            for alias in n.names
+        }
+        assert not top & {"fcntl", "msvcrt", "pwd", "grp", "resource", "termios"}, path
+
+
 def test_the_source_distribution_names_what_there_is() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     included = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]

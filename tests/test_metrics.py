@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.evaluation import cost, metrics
+from stillroom.surgery.modules import parameter_count
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -180,7 +181,7 @@ def test_grey_levels_round_trip_and_refuse_nan() -> None:
 def test_parameters_count_shared_weights_once() -> None:
     net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     net[1].weight = net[0].weight
-    assert cost.parameters(net) == 9
+    assert parameter_count(net) == 9
 
 
 def test_macs_of_linear_convolution_and_attention_are_those_counted_by_hand() -> None:

@@ -148,19 +148,3 @@ class _Bare(ast.NodeTransformer):
         if ast.unparse(node.test).endswith("TYPE_CHECKING"):
             node.body = [ast.Pass()]
         return self.generic_visit(node)
-
-
-def cached_tensors(key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return kept("statistics/tensors", make, parts=[key])
-
-
-def kept_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return kept(f"glosses/{name}", make)
-
-
-def _writable(action: Callable[[], None]) -> bool:
-    try:
-        action()
-    except OSError:
-        return False
-    return True

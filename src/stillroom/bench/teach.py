@@ -22,11 +22,12 @@ from stillroom.diffusion.times import TimeLaw
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError, nearest
-from stillroom.evaluation.cost import macs, parameters
+from stillroom.evaluation.cost import macs
 from stillroom.folders.denoisers import OWN_NETWORKS
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.losses.score import FakeLoss, fake_score_loss
 from stillroom.method import Batch, Method, Optim, Terms, turn
+from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.class_images.model import ImageGenerator
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def score_teacher(
         "data": bench.train.origin,
         "recipe": dataclasses.asdict(recipe),
         "cost": (cost or read_cost(folder)),
-        "parameters": parameters(teacher.denoiser.network),
+        "parameters": parameter_count(teacher.denoiser.network),
         "macs": macs(lambda: teacher.denoiser(*example)),
         "n": n,
         "floor": bench.floor_of(n),

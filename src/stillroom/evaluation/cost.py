@@ -15,11 +15,6 @@ from torch import Tensor, nn
 from stillroom.errors import UserError
 
 
-def parameters(module: nn.Module) -> int:
-    """Number of weights; a weight shared by several layers counts once, buffers do not count."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def macs(function: Callable[[], Any]) -> int:
     """Multiply-accumulates of one call, counted by torch's operator counter (matrix products, convolutions, attention),
     which reports two floating-point operations for each."""

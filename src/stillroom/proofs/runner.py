@@ -25,7 +25,7 @@ from stillroom.diffusion.sampling import Sampler, sampler_from_dict
 from stillroom.draws import mix
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import TrainingDiverged, UserError
-from stillroom.evaluation.cost import latency, parameters
+from stillroom.evaluation.cost import latency
 from stillroom.evaluation.scores import Score
 from stillroom.files import write
 from stillroom.method import Method, get_method
@@ -34,6 +34,7 @@ from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm, Claim, Level, Proof
 from stillroom.recipe import Recipe
 from stillroom.surgery.initial import fresh_weights
+from stillroom.surgery.modules import parameter_count
 from stillroom.training import build_method, train
 
 RESULTS = Path("results")
@@ -59,7 +60,7 @@ def run_arm(arm: Arm, bench: Bench) -> dict[str, Any]:
         "seconds": facts["seconds"],
         "steps": facts["steps"],
         "nfe": sampler.nfe,
-        "params": parameters(getattr(network, "network", network)),
+        "params": parameter_count(getattr(network, "network", network)),
         "latency_ms": round(speed.median_ms, 3),
     }
     return {"scores": scores, "cost": cost, "health": facts["health"], "means": facts["means"]}

@@ -9,6 +9,7 @@ from torch import nn
 
 
 def parameter_count(module: nn.Module) -> int:
+    """Number of weights; a weight shared by several layers counts once, buffers do not count."""
     return sum(p.numel() for p in module.parameters())
 
 

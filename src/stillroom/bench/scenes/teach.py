@@ -43,7 +43,7 @@ from stillroom.diffusion.sampling import ODESampler
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.evaluation.cost import macs, parameters
+from stillroom.evaluation.cost import macs
 from stillroom.evaluation.scene_parser import SceneParser, save_parser, train_scene_parser
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.method import Batch, Method, Optim, Terms, turn
@@ -51,6 +51,7 @@ from stillroom.networks.codec import LatentCodec
 from stillroom.networks.text_encoder import TextEncoder
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json
+from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.text_images.data import CaptionedData, encode_images
 from stillroom.tasks.text_images.model import TextImageGenerator
 
@@ -313,10 +314,14 @@ def teach_space(
     card = {
         "recipe": recipe,
         "cost": cost,
-        "codec": {"name": space.codec.name, "parameters": parameters(space.codec), **judged(space.codec, test, asked)},
+        "codec": {
+            "name": space.codec.name,
+            "parameters": parameter_count(space.codec),
+            **judged(space.codec, test, asked),
+        },
         "text": {
             "name": space.text.name,
-            "parameters": parameters(space.text),
+            "parameters": parameter_count(space.text),
             "accuracy": {split: reading.accuracy(words.read(captions)) for split, captions in splits.items()},
         },
     }
@@ -446,7 +451,7 @@ def score_scenes_teacher(folder: Path, recipe: TeacherRecipe, origin: str, cost:
         "space": teacher.space.name,
         "recipe": dataclasses.asdict(recipe),
         "cost": cost,
-        "parameters": parameters(network),
+        "parameters": parameter_count(network),
         "macs": macs(lambda: network(torch.zeros(1, *network.shape), torch.ones(1), cond)),
         "n": n,
         "floor": bench.floor_of(n),
