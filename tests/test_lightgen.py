@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gaussians import draws, moved, play
-from stillroom.diffusion.masking import MaskedSampler, MaskRatio
+from stillroom.diffusion.masking import TEXT, MaskedSampler, MaskRatio
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import full
 from stillroom.engine.trainer import Trainer
@@ -24,7 +24,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation import filters
 from stillroom.method import get_method
 from stillroom.methods.masked.lightgen import LightGen
-from stillroom.networks.mar import TEXT, MARSettings
+from stillroom.networks.mar import MARSettings
 from tiny_mar import SIZES, Captioned, make_mar, space
 
 NETWORK: dict[str, Any] = {**SIZES, "dropout": 0.2, "attention_dropout": 0.2}

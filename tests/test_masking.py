@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gaussians import draws
-from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders, token_counts
+from stillroom.diffusion.masking import TEXT, MaskedSampler, MaskRatio, random_orders, token_counts
 from stillroom.diffusion.sampling import sampler_from_dict
 from stillroom.errors import UserError
-from stillroom.networks.mar import MAR, TEXT, take
+from stillroom.networks.mar import MAR, take
 from tiny_mar import DIM, PLACES, latents, make_mar, texts
 
 FAST = MaskedSampler(steps=5, guidance=3.0, head_steps=4, clip=2.0)

@@ -100,7 +100,7 @@ def test_activations_of_a_wide_layer_by_hand() -> None:
         return method
 
     (cost,) = rehearsed(make, ArrayData(torch.randn(64, 16)), batch=1000)
-    rows, column = 4 * 1000 * 16 + 8 * 1000, 4 * 1000  # with the rows' ids
+    rows, column = 4 * 1000 * 16 + 2 * 8 * 1000, 4 * 1000  # with the rows' ids and numbers
     # the most is alive in the backward pass of the square: y, the gradient of the mean over all rows, y ** 1, 2 y ** 1,
     # and the product of both; and two numbers, the loss and its own gradient
     assert cost.activations == rows + 5 * column + 2 * 4

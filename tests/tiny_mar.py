@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.networks.mar import MAR, TEXT
+from stillroom.diffusion.masking import TEXT
+from stillroom.networks.mar import MAR
 
 SIZES: dict[str, Any] = {
     "patch": 2, "width": 16, "heads": 2, "encoder_blocks": 1, "decoder_blocks": 1, "cross_blocks": 2,

@@ -5,18 +5,55 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond
 from stillroom.diffusion.sampling import Sampler
+from stillroom.draws import Draws
 from stillroom.errors import UserError
-from stillroom.networks.mar import MAR, TEXT
 
-if TYPE_CHECKING:
-    from stillroom.draws import Draws
+TEXT = "encoder_hidden_states"
+"""The condition that masked generators read, text features ``[B, T, text_width]``; padding is attended to as text is."""
+
+
+class MaskedNetwork(Protocol):
+    """What the sampler asks of a network. Tokens ``[B, N, d]``, places as indices ``[B, M]``."""
+
+    def grid_of(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens of latents ``[B, C, H, W]``."""
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, N, d]``, row by row."""
+
+    def latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The inverse of :meth:`tokens`."""
+
+    def remember(self, text: Tensor, given: bool = True, null: bool = False) -> Any:
+        """All that a text contributes to a whole sampling (keys and values): rows for the text itself where ``given``,
+        then rows for the null text where ``null``."""
+
+    def plan(self, head_steps: int) -> Any:
+        """What every token sampled in ``head_steps`` steps of the head needs."""
+
+    def fill(
+        self,
+        tokens: Tensor,
+        visible: Tensor,
+        at: Tensor,
+        memory: Any,
+        noise: Tensor,
+        plan: Any,
+        grid: tuple[int, int],
+        *,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        clip: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """One step: tokens ``[B, M, d]`` for the places ``at``, given those at ``visible``, from unit ``noise``."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +146,7 @@ class MaskedSampler(Sampler):
     @torch.no_grad()
     def sample(  # type: ignore[override]
         self,
-        denoiser: MAR,
+        denoiser: MaskedNetwork,
         noise: Tensor,
         cond: Cond | None = None,
         generator: torch.Generator | None = None,
@@ -148,7 +185,7 @@ class MaskedSampler(Sampler):
 
     def _fill(
         self,
-        mar: MAR,
+        network: MaskedNetwork,
         latents: Tensor,
         noise: Tensor,
         text: Tensor,
@@ -156,7 +193,7 @@ class MaskedSampler(Sampler):
         missing: Tensor | None,
     ) -> Tensor:
         """``missing [B, N]``, True where a token is to be filled, equally many in each row; None: all."""
-        grid, tokens, start = mar.grid_of(noise), mar.tokens(latents), mar.tokens(noise)
+        grid, tokens, start = network.grid_of(noise), network.tokens(latents), network.tokens(noise)
         device = generator.device if generator is not None else tokens.device
         rank = torch.rand(tokens.shape[:2], generator=generator, device=device).to(tokens.device)
         if missing is not None:
@@ -164,19 +201,19 @@ class MaskedSampler(Sampler):
         order = rank.argsort(1)
         total = tokens.shape[1] if missing is None else int(missing[0].sum())
         # Made once: the text's keys and values in every block, the head's time embeddings.
-        memory = mar.remember(text, given=self.guidance != 0.0, null=self.guidance != 1.0)
-        plan = mar.plan(self.head_steps)
+        memory = network.remember(text, given=self.guidance != 0.0, null=self.guidance != 1.0)
+        plan = network.plan(self.head_steps)
         counts = token_counts(total, self.steps)
         for left, after in zip(counts[:-1], counts[1:], strict=True):
             at = order[:, after:left]
             index = at[..., None].expand(-1, -1, tokens.shape[-1])
-            new = mar.fill(
+            new = network.fill(
                 tokens, order[:, left:], at, memory, start.gather(1, index), plan, grid,
                 guidance=self.guidance_at((total - after) / total), temperature=self.temperature, clip=self.clip,
                 generator=generator,
             )  # fmt: skip
             tokens = tokens.scatter(1, index, new.to(tokens))
-        return mar.latents(tokens, grid)
+        return network.latents(tokens, grid)
 
 
 def _text(cond: Cond | None, samples: int) -> Tensor:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import Process
-
-if TYPE_CHECKING:
-    from stillroom.draws import Draws
-
+from stillroom.draws import Draws
 
 Renoise = Literal["fresh", "fixed", "ddim"]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stillroom.diffusion.process import EDM, Process, RectifiedFlow
-
-if TYPE_CHECKING:
-    from stillroom.draws import Draws
+from stillroom.draws import Draws
 
 
 @dataclass(frozen=True)

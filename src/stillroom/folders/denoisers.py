@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, plain_call
 from stillroom.diffusion.process import process_from_dict
+from stillroom.diffusion.routed import RoutedDenoiser, route_from_dict, route_to_dict
 from stillroom.errors import UserError, reading
-from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network
+from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.folders.weights import load_weights, read_tensors
 from stillroom.networks.mar import MAR
 from stillroom.networks.point_mlp import PointMLP
 from stillroom.parsing import read_json
+from stillroom.surgery.lora import LoraDenoiser
 from stillroom.surgery.skeleton import making, unread
 
 NETWORK_FOLDERS = ("transformer", "unet", "network")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIDE_FILE = "stillroom.json"
 NULLS = "null_conditions.safetensors"
+EXPERTS = "experts"
+"""The sub-folder in which a routed denoiser has a folder for each of its experts, by name."""
 OWN_NETWORKS: dict[str, type[nn.Module]] = {"PointMLP": PointMLP, "MAR": MAR}
 
 
@@ -39,6 +44,33 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Write network, scheduler and null conditions, adapters folded in, or a folder for each expert; gives what belongs
+    into ``stillroom.json`` for :func:`load_denoiser`."""
+    from safetensors.torch import save_file
+
+    if isinstance(denoiser, RoutedDenoiser):
+        for name, expert in denoiser.experts.items():
+            place = folder / EXPERTS / name
+            side = save_denoiser(expert, place, dtype)
+            (place / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+        return {"experts": list(denoiser.experts), "route": route_to_dict(denoiser.route)}
+    denoiser = denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser
+    save_network(denoiser.network, folder, dtype)
+    if type(denoiser.network).__name__ not in OWN_NETWORKS:
+        (folder / "scheduler").mkdir(exist_ok=True)
+        schedule = scheduler_config(denoiser.process, denoiser.prediction)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.null.items() if isinstance(v, Tensor)}
+    if tensors:
+        save_file(tensors, folder / NULLS)
+    return {
+        "process": denoiser.process.to_dict(),
+        "prediction": denoiser.prediction,
+        "null": {k: v for k, v in denoiser.null.items() if not isinstance(v, Tensor)},
+    }
 
 
 def network_folder(folder: str | Path) -> Path:
@@ -68,11 +100,16 @@ def load_network(folder: str | Path) -> nn.Module:
 
 
 def load_denoiser(folder: str | Path) -> Denoiser:
-    """A denoiser from a folder with ``transformer/`` or ``unet/`` (diffusers layout) and ``scheduler/``; eval mode, on
-    the CPU. Raises UserError naming the file that is missing, corrupt or does not fit."""
+    """A denoiser from a folder with ``transformer/`` or ``unet/`` (diffusers layout) and ``scheduler/``, or with
+    ``experts/``; eval mode, on the CPU. Raises UserError naming the file that is missing, corrupt or does not fit."""
     folder = Path(folder)
-    config = read_json(network_folder(folder) / "config.json")
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
+    if "route" in side:
+        with reading(folder / SIDE_FILE):
+            names = [Path(str(name)).name for name in side["experts"]]  # of sub-folders, wherever they point to
+            experts = {name: load_denoiser(folder / EXPERTS / name) for name in names}
+            return RoutedDenoiser(experts, route_from_dict(side["route"])).eval()
+    config = read_json(network_folder(folder) / "config.json")
     class_name = config.get("_class_name", "")
     if class_name == "MAR":
         raise UserError(f"{folder} holds a masked generator, no denoiser", cure="read it with stillroom.load")

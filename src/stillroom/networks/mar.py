@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from stillroom.errors import UserError
 from stillroom.networks.token_head import Prediction, Respaced, TokenDiffusionHead
 
-TEXT = "encoder_hidden_states"
-"""The condition that the network reads: text features ``[B, T, text_width]``. Padding is attended to as text is."""
-
 Size = Literal["base", "large", "huge"]
 PRESETS: dict[str, dict[str, int]] = {
     "base": {"width": 768, "heads": 12, "encoder_blocks": 12, "decoder_blocks": 12, "cross_blocks": 12},

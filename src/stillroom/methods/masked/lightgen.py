@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.masking import MaskedSampler, MaskRatio, random_orders
+from stillroom.diffusion.masking import TEXT, MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import make_filters
 from stillroom.folders.denoisers import load_network
 from stillroom.folders.shipped import model_folder
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
-from stillroom.networks.mar import MAR, TEXT, MARSettings
+from stillroom.networks.mar import MAR, MARSettings
 
 if TYPE_CHECKING:
     from stillroom.networks.text_image_space import TextImageSpace

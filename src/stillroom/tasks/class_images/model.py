@@ -13,10 +13,8 @@ from torch import Tensor
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.errors import UserError, reading
-from stillroom.folders.denoisers import NULLS, OWN_NETWORKS, SIDE_FILE, load_denoiser, save_network
-from stillroom.folders.diffusers_networks import scheduler_config
+from stillroom.folders.denoisers import SIDE_FILE, load_denoiser, save_denoiser
 from stillroom.parsing import read_json
-from stillroom.surgery.lora import LoraDenoiser
 from stillroom.surgery.modules import device_of
 
 
@@ -64,26 +62,9 @@ class ImageGenerator:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
         """Write the folder; ``extra`` entries are added to ``stillroom.json``. ``dtype``: of the weights in the file
         (default: as they are)."""
-        from safetensors.torch import save_file
-
-        denoiser = self.denoiser.merged() if isinstance(self.denoiser, LoraDenoiser) else self.denoiser
-        folder, network = Path(folder), denoiser.network
-        save_network(network, folder, dtype)
-        if type(network).__name__ not in OWN_NETWORKS:
-            (folder / "scheduler").mkdir(exist_ok=True)
-            schedule = scheduler_config(denoiser.process, denoiser.prediction)
-            (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
-        tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.null.items() if isinstance(v, Tensor)}
-        if tensors:
-            save_file(tensors, folder / NULLS)
-        side = {
-            "process": denoiser.process.to_dict(),
-            "prediction": denoiser.prediction,
-            "null": {k: v for k, v in denoiser.null.items() if not isinstance(v, Tensor)},
-            "sampler": self.sampler.to_dict(),
-            "classes": self.classes,
-            **extra,
-        }
+        folder = Path(folder)
+        side = save_denoiser(self.denoiser, folder, dtype)
+        side |= {"sampler": self.sampler.to_dict(), "classes": self.classes, **extra}
         (folder / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
 
     @classmethod

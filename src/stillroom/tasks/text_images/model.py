@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.masking import MaskedSampler
+from stillroom.diffusion.masking import TEXT, MaskedSampler
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.draws import mix
 from stillroom.errors import UserError, nearest
 from stillroom.folders.denoisers import SIDE_FILE, load_denoiser, load_network, network_folder, save_network
 from stillroom.folders.diffusers_networks import accepts
-from stillroom.networks.mar import MAR, TEXT
+from stillroom.networks.mar import MAR
 from stillroom.networks.text_encoder import CONDITIONS, TEXT_ENCODER
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json

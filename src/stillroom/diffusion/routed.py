@@ -1,0 +1,142 @@
+"""Several denoisers behind one: each sample of a batch is answered by the expert that its condition, or its noise
+level, belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class ByCondition:
+    """By a condition that is a whole number: value v belongs to expert ``experts[v]``, counted from 0."""
+
+    name: ClassVar[str] = "condition"
+    condition: str
+    experts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", tuple(int(k) for k in self.experts))
+        if not self.experts or sorted(set(self.experts)) != list(range(max(self.experts) + 1)):
+            raise UserError(f"experts {self.experts} leave one out", cure="give each expert, from 0, some values")
+
+    @property
+    def count(self) -> int:
+        return max(self.experts) + 1
+
+    def expert(self, share: Tensor, cond: Cond) -> Tensor:
+        if self.condition not in cond:
+            raise UserError(f"experts are chosen by the condition {self.condition!r}", cure="give it")
+        values = cond[self.condition].long()
+        if not bool(((values >= 0) & (values < len(self.experts))).all()):
+            raise UserError(
+                f"the condition {self.condition!r} has values without an expert",
+                cure=f"they are 0 to {len(self.experts) - 1}",
+            )
+        return torch.tensor(self.experts, device=values.device)[values]
+
+
+@dataclass(frozen=True)
+class ByNoise:
+    """By time: expert k has ``bounds[k - 1] <= t / t_max < bounds[k]``, so expert 0 the least noise."""
+
+    name: ClassVar[str] = "noise"
+    bounds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", tuple(float(b) for b in self.bounds))
+        if (
+            not self.bounds
+            or list(self.bounds) != sorted({*self.bounds})
+            or not 0 < self.bounds[0] <= self.bounds[-1] < 1
+        ):
+            raise UserError(
+                f"bounds between experts must rise within (0, 1), got {self.bounds}", cure="0.5, for example"
+            )
+
+    @property
+    def count(self) -> int:
+        return len(self.bounds) + 1
+
+    def expert(self, share: Tensor, cond: Cond) -> Tensor:
+        return torch.bucketize(share, torch.tensor(self.bounds).to(share), right=True)
+
+
+Route = ByCondition | ByNoise
+ROUTES: dict[str, type[ByCondition] | type[ByNoise]] = {route.name: route for route in (ByCondition, ByNoise)}
+
+
+def route_to_dict(route: Route) -> dict[str, Any]:
+    return {"name": route.name, **asdict(route)}
+
+
+def route_from_dict(values: Mapping[str, Any]) -> Route:
+    """What :func:`route_to_dict` described. Raises UserError for a name or a setting that is not known."""
+    settings: dict[str, Any] = dict(values)
+    name = settings.pop("name", "")
+    if name not in ROUTES:
+        raise UserError(f"unknown route {name!r}{nearest(name, ROUTES)}", cure=f"known: {', '.join(ROUTES)}")
+    try:
+        return ROUTES[name](**settings)
+    except TypeError as error:
+        raise UserError(f"route {name!r}: {error}") from error
+
+
+class RoutedDenoiser(Denoiser):
+    """Denoisers of one process, prediction kind and shape, asked as one (arXiv 2410.23274, 2510.27684).
+
+    experts: by name, in the order that ``route`` counts them in; ``network``, a ``ModuleDict``, holds them. A batch is
+    cut into the rows of each expert, which answers with its own guidance, and put together again; a sample costs what
+    its expert costs. With guidance a sample's unconditional answer comes from the same expert. Gradients reach the
+    experts that were asked; processes that ask different ones cannot share them (engine.parallel=fsdp).
+
+    Raises UserError for experts that do not fit together.
+    """
+
+    def __init__(self, experts: Mapping[str, Denoiser], route: Route) -> None:
+        first, *others = experts.values()
+        if len(experts) != route.count:
+            raise UserError(f"{len(experts)} experts for a route to {route.count}", cure="give one denoiser for each")
+        facts = ("process", "prediction", "shape")
+        for name, other in zip(list(experts)[1:], others, strict=True):
+            for fact in facts:
+                if getattr(other, fact) != getattr(first, fact):
+                    raise UserError(
+                        f"expert {name!r} has another {fact} than {next(iter(experts))!r}",
+                        cure="experts must agree on it",
+                    )
+        super().__init__(
+            nn.ModuleDict(experts), first.process, first.prediction, null=first.null, shape=first.shape,
+            guide=first.guide,
+        )  # fmt: skip
+        self.route = route
+
+    @property
+    def experts(self) -> dict[str, Denoiser]:
+        return dict(self.network.named_children())  # type: ignore[arg-type]
+
+    def native(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self._grouped(x_t, t, cond, lambda expert, *rows: expert.native(*rows))
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
+        t, cond = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device), cond or {}
+        value = self._grouped(x_t, t, cond, lambda expert, *rows: expert(*rows, guidance).value)
+        return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
+
+    def _grouped(self, x_t: Tensor, t: Tensor, cond: Cond, ask: Callable[..., Tensor]) -> Tensor:
+        which = self.route.expert(t / self.process.t_max, cond).expand(len(x_t))
+        rows, answers = [], []
+        for number, expert in enumerate(self.experts.values()):
+            mine = (which == number).nonzero()[:, 0]
+            if len(mine):
+                part = {name: value[mine] for name, value in cond.items()}
+                answers.append(ask(expert, x_t[mine], t[mine] if t.ndim else t, part))
+                rows.append(mine)
+        return torch.cat(answers)[torch.cat(rows).argsort()]
