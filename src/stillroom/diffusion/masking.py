@@ -16,7 +16,7 @@ from stillroom.draws import Draws
 from stillroom.errors import UserError
 
 TEXT = "encoder_hidden_states"
-"""The condition that masked generators read, text features ``[B, T, text_width]``; padding is attended to as text is."""
+"""The condition that masked generators read: text features ``[B, T, text_width]``. Padding is text like any other."""
 
 
 class MaskedNetwork(Protocol):
