@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from stillroom.errors import UserError, nearest
@@ -12,14 +13,16 @@ if TYPE_CHECKING:
     from stillroom.proofs.base import Proof
 
 
+ENTRY_POINT_GROUP = "stillroom.proofs"
+
+
 def proofs() -> dict[str, tuple[Proof, ...]]:
-    """All proofs by method slug: one per level (mechanism, image or text)."""
-    found = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        if hasattr(module, "PROOFS"):
-            found[module.PROOFS[0].method] = module.PROOFS
-    return dict(sorted(found.items()))
+    """All proofs by method slug, one per level (mechanism, image or text): stillroom's own and those that installed
+    packages offer, as tuples, under ``stillroom.proofs``."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    known = [module.PROOFS for module in modules if hasattr(module, "PROOFS")]
+    known += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    return dict(sorted((found[0].method, found) for found in known))
 
 
 def get_proofs(slug: str) -> tuple[Proof, ...]:

@@ -139,11 +139,12 @@ def _second_half(path: Path) -> dict[str, list[float]]:
     return {name: values for name, values in curves.items() if values}
 
 
-def _work(arm: Arm, bench: str, seed: int, out: Path) -> tuple[str, int, float]:
+def _work(arm: Arm, bench: type[Bench], method: type[Method] | None, seed: int, out: Path) -> tuple[str, int, float]:
+    """Run in a process of its own, to which the classes bring the modules that make bench and method known."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    result = run_arm(arm, get_bench(bench, seed))
-    result |= {"arm": arm.name, "world": bench, "seed": seed, "commit": commit(), "machine": machine()}
+    result = run_arm(arm, bench(seed))
+    result |= {"arm": arm.name, "world": bench.name, "seed": seed, "commit": commit(), "machine": machine()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, to_json(result))
     return arm.name, seed, time.perf_counter() - started
@@ -175,17 +176,18 @@ def prove(
         raise UserError("a proof needs distinct seeds", cure="for example --seeds 0 1 2")
     chosen = [p for slug in slugs for p in get_proofs(slug) if level in ("all", p.level)]
     wanted = set(arms) if arms is not None else None
-    todo: dict[Path, tuple[Arm, str, int]] = {}
+    todo: dict[Path, tuple[Arm, type[Bench], type[Method] | None, int]] = {}
     for proof in chosen:
         for seed in seeds:
             for arm in proof.arms:
                 out = arm_file(results, proof, arm, seed)
                 if not out.exists() and (wanted is None or arm.name in wanted):
-                    todo.setdefault(out, (arm, proof.bench, seed))
+                    method = get_method(arm.method) if arm.method else None
+                    todo.setdefault(out, (arm, bench_class(proof.bench), method, seed))
     if todo:
         report(f"{len(todo)} trainings to run, {jobs} at a time")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_work, arm, bench, seed, out) for out, (arm, bench, seed) in todo.items()]
+        futures = [pool.submit(_work, *what, out) for out, what in todo.items()]
         for done, future in enumerate(as_completed(futures), 1):
             name, seed, seconds = future.result()
             report(f"[{done}/{len(todo)}] {name} seed {seed}: {seconds:.0f} s")
