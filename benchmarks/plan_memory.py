@@ -35,14 +35,14 @@ from stillroom.method import get_method
 from stillroom.networks.mae import make_encoder
 from stillroom.planning import plan
 from stillroom.recipe import Recipe
-from stillroom.tasks import make_task
-from stillroom.tasks.base import build_method
+from stillroom.task import make_task
+from stillroom.training import build_method
 
 LIMIT = 0.15
 CHECKPOINTING = "engine.activation_checkpointing=true"
 OFFLOAD = "engine.offload=true"
 DDP, FSDP = "engine.parallel=ddp", "engine.parallel=fsdp"
-LIGHTGEN = ("synthesis.pairs=64", "options.head_steps=2")
+LIGHTGEN = ("options.synthesis.pairs=64", "options.head_steps=2")
 UNTRAINED = {"dmae": ("mae-nano", "mae-micro")}
 """Networks in place of those that would be trained first; memory does not depend on the weights."""
 CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -160,7 +160,7 @@ def measured(recipe: Recipe, world: int) -> dict[tuple[str, str], int]:
     untrained = UNTRAINED.get(recipe.method)
     task.load(recipe, [make_encoder(name, 1, 28) for name in untrained] if untrained else None)
     with peers(world):
-        return Measured(build_method(recipe, task), task.data, recipe.engine, show=False).measure()
+        return Measured(build_method(recipe, task.given, task.check), task.data, recipe.engine, show=False).measure()
 
 
 def first_of_two(cases: list[tuple[str, tuple[str, ...]]]) -> list[dict[tuple[str, str], int]]:

@@ -16,10 +16,9 @@ from common import ROOT, Row, median, record
 
 from stillroom.bench.scenes.bench import ScenesBench
 from stillroom.evaluation.cost import macs
-from stillroom.run import load_generator
 from stillroom.surgery.modules import parameter_count
-from stillroom.tasks.text_images.model import TextImageGenerator
-from stillroom.tasks.text_images.task import EXAMPLES, caption_rows
+from stillroom.task import load_model
+from stillroom.tasks.text_images.model import EXAMPLES, TextImageGenerator
 
 MODELS = ("scenes-sd3", "scenes-pixart")
 BATCH, SINGLES, COLUMNS, SEED = 60, 15, 4, 0
@@ -41,7 +40,7 @@ def picture(models: dict[str, TextImageGenerator], out: Path) -> None:
     size = (2.2 + 0.62 * COLUMNS * len(models), 0.7 * len(captions) + 0.5)
     figure, axes = plt.subplots(1, len(models), figsize=size, layout="constrained")
     for axis, (name, model) in zip(axes, models.items(), strict=True):
-        images = caption_rows(model, captions, COLUMNS, SEED)[1]
+        images = model.rows(captions, COLUMNS, SEED).images
         cells = torch.nn.functional.pad((images + 1) / 2, (0, 2, 0, 2), value=1.0)  # [rows, columns, 3, 34, 34]
         sheet = cells.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
         axis.imshow(sheet.clamp(0, 1).numpy(), interpolation="nearest")
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "scenes.png")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    models = {Path(name).name: load_generator(name) for name in (*MODELS, chosen.student)}
+    models = {Path(name).name: load_model(name) for name in (*MODELS, chosen.student)}
     bench = ScenesBench()
     captions = bench.captions(chosen.n)
     texts = [caption.text for caption in captions]

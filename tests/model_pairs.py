@@ -12,14 +12,14 @@ import torch
 import transformers
 
 import tiny_text
-from given import given as by_name
 from stillroom.data.source import ArrayData
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.folders.processors import PROCESSOR, pixels_of
 from stillroom.method import get_method
 from stillroom.recipe import Recipe
-from stillroom.tasks import IN_MEMORY, make_task
+from stillroom.task import IN_MEMORY, make_task
+from stillroom.training import build_method
 from tiny_models import CLASSES, SAVE, SIDE
 
 METHODS = {
@@ -29,10 +29,11 @@ METHODS = {
 }
 STEPS = 2
 NAMES = {
-    "meal-v2": "{0},{0}", "gt-self-distill": "{0}", "dho": "{0},{0}", "dmae": "{mae},{0}",
-    "hybrid-distill": "{mae},{0},{mae}", "g2sd": "{mae},{0}", "ernie-tiny": "{0},{0},{0}", "distiller": "{0},{0}",
+    "meal-v2": ("{0}", "{0}"), "gt-self-distill": ("{0}", ""), "dho": ("{0}", "{0}"), "dmae": ("{mae}", "{0}"),
+    "hybrid-distill": ("{mae}", "{0},{mae}"), "g2sd": ("{mae}", "{0}"), "ernie-tiny": ("{0}", "{0},{0}"),
+    "distiller": ("{0}", "{0}"),
 }  # fmt: skip
-"""What ``--teacher`` says: the student's network, here of the teacher's family where it can be, and the teachers'."""
+"""What the recipe's ``student`` says, here of the teacher's family where it can be, and its ``teacher``."""
 RECORDS = (
     "[{name: GED, teacher: tuned, data: general, losses: [latent]}, "
     "{name: TSD, teacher: tuned, data: task, losses: [latent, soft, hard]}]"
@@ -72,18 +73,15 @@ def try_pair(kind: str, family: str, method: str) -> str:
 
 def _try(kind: str, family: str, method: str, more: list[str]) -> str:
     mae = folder_of("encoders", "vit_mae")
-    names = NAMES[method].format(folder_of(kind, family), mae=mae)
+    student, teacher = (name.format(folder_of(kind, family), mae=mae) for name in NAMES[method])
     changes = ["engine.batch=6", f"engine.steps={STEPS}", "engine.warmup=0", "evaluate.n=0"]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            recipe = Recipe.load(method, [*changes, *OPTIONS.get(method, []), *more], teacher=names, data=IN_MEMORY)
-            task, cls = make_task(get_method(method).task, names), get_method(method)
-            task.load(recipe, None, data_of(kind))
-            built = cls(recipe.method_options(), recipe.lora)
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                built.build_from(by_name(task.networks()))
-            task.check(built)
+            named = {"student": student, "teacher": teacher, "data": IN_MEMORY}
+            recipe = Recipe.load(method, [*changes, *OPTIONS.get(method, []), *more], **named)
+            task = make_task(get_method(method).task, teacher)
+            task.load(recipe, {"data": data_of(kind)})
+            built = build_method(recipe, task.given, task.check)
             trainer = Trainer(built, task.data, recipe.engine, Path(folder), False, recipe_hash=recipe.hash())
             before = {name: p.detach().clone() for name, p in built.trained_parameters("student").items()}
             trainer.fit()
@@ -93,8 +91,7 @@ def _try(kind: str, family: str, method: str, more: list[str]) -> str:
         assert any(moved), f"{method} did not move its student"
         network = trainer.export_role()
         built.finish(network)
-        student = task.student(network, built.sampler())
-        student.save(Path(folder) / "student")
+        task.student(network, built.sampler()).save(Path(folder) / "student")
         check_alone(Path(folder) / "student", network)
     return "runs"
 

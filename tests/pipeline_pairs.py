@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 
-from given import given as by_name
 from stillroom.data.prompt_sources import PromptSource
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.method import get_method
 from stillroom.recipe import Recipe
 from stillroom.tasks.pipelines.data import PromptedData, encode_prompts
 from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator
-from stillroom.tasks.pipelines.task import PromptedImages
+from stillroom.tasks.pipelines.task import Pipelines
+from stillroom.training import build_method
 from tiny_pipelines import make_pipeline
 
 METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct")
@@ -50,14 +49,10 @@ def try_pair(family: str, method: str) -> str:
     """``runs``, or why not. Raises AssertionError where it runs and does nothing."""
     first, data = teacher_of(family)
     teacher = PipelineGenerator(first.pipeline, OwnScheduler(2), copy.deepcopy(first.denoiser), first.size)
-    recipe, task = recipe_of(family, method), PromptedImages()
+    recipe, task = recipe_of(family, method), Pipelines()
     try:
-        task.load(recipe, teacher, data)
-        built = get_method(method)(recipe.method_options(), recipe.lora)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            built.build_from(by_name(task.networks()))
-        task.check(built)
+        task.load(recipe, {"teacher": teacher, "data": data})
+        built = build_method(recipe, task.given, task.check)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(built, task.data, recipe.engine, Path(folder), False, recipe_hash=recipe.hash())
             before = {name: p.detach().clone() for name, p in built.trained_parameters("student").items()}

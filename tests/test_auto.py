@@ -159,7 +159,8 @@ def test_pipelines_are_run_and_scored_against_their_teacher(tmp_path: Path) -> N
             "options.tune_share=0",
             "options.critic_width=8",
         ],
-        teacher=f"{tmp_path / 'small'},{tmp_path / 'big'}",
+        student=str(tmp_path / "small"),
+        teacher=str(tmp_path / "big"),
         data=str(tmp_path / "rows.csv"),
     )
     objective = run_pipeline(recipe, tmp_path / "runs")

@@ -26,7 +26,7 @@ from stillroom.proofs.runner import run_arm
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.surgery.initial import fresh_weights
-from stillroom.tasks import make_task, sample_rows
+from stillroom.task import make_task, sample_rows
 from stillroom.tasks.classify.model import ImageClassifier
 from tiny import CLASSES, make_data
 
@@ -198,19 +198,18 @@ def test_a_whole_run_leaves_a_classifier_with_card_and_report(tmp_path: Path) ->
     assert "The floor is" not in page
     finished = json.loads((tmp_path / "run" / "result.json").read_text())
     assert finished["rows"] == list(CLASSES)
-    go_on = Recipe.load("gt-self-distill", FAST, data=str(data), teacher=str(tmp_path / "run" / "student"))
+    go_on = Recipe.load("gt-self-distill", FAST, data=str(data), student=str(tmp_path / "run" / "student"))
     task = make_task("classify")
     task.load(go_on)
-    (network,) = task.networks()
-    assert equal(network.state_dict(), classifier.network.state_dict())
+    assert equal(task.given()["student"].state_dict(), classifier.network.state_dict())
 
 
 def test_teachers_named_beside_the_students_network_teach_and_are_scored(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     for name in ("one", "two"):
         ImageClassifier(make_classifier(SMALL, 1, 3), CLASSES).save(tmp_path / name)
-    teacher = f"{SMALL}, {tmp_path / 'one'},{tmp_path / 'two'}"
-    recipe = Recipe.load("meal-v2", FAST[:-1], data=str(data), teacher=teacher)
+    teacher = f"{tmp_path / 'one'}, {tmp_path / 'two'}"
+    recipe = Recipe.load("meal-v2", FAST[:-1], data=str(data), student=SMALL, teacher=teacher)
     result = run(recipe, tmp_path / "run")
     assert set(result.scores) == {"student", "teacher-1", "teacher-2"}
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -219,11 +218,10 @@ def test_teachers_named_beside_the_students_network_teach_and_are_scored(tmp_pat
     assert isinstance(sr.load(tmp_path / "run" / "student"), ImageClassifier)
 
 
-def loaded(tmp_path: Path, teacher: Any = None, data: Any = None, **given: Any) -> Any:
-    if data is None and "data" not in given:
-        given["data"] = str(make_data(tmp_path / "data"))
+def loaded(tmp_path: Path, student: Any = None, **named: Any) -> Any:
+    named = {"data": str(make_data(tmp_path / "data"))} | named
     task = make_task("classify")
-    task.load(Recipe.load("gt-self-distill", **given), teacher, data)
+    task.load(Recipe.load("gt-self-distill", **named), {} if student is None else {"student": student})
     return task
 
 
@@ -235,15 +233,17 @@ def test_every_fifth_image_is_held_out(tmp_path: Path) -> None:
 
 
 def test_the_network_by_name_follows_the_seed(tmp_path: Path) -> None:
-    first, again = (loaded(tmp_path / str(i)).networks()[0].state_dict() for i in range(2))
-    other = loaded(tmp_path / "other", overrides=["engine.seed=1"]).networks()[0].state_dict()
+    first, again = (loaded(tmp_path / str(i)).own.state_dict() for i in range(2))
+    other = loaded(tmp_path / "other", overrides=["engine.seed=1"]).own.state_dict()
     assert equal(first, again)
     assert not equal(first, other)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no classifier 'resnet-smal' .did you mean 'resnet-small'"):
-        loaded(tmp_path / "a", teacher=None, overrides=["teacher=resnet-smal"])
+        loaded(tmp_path / "a", overrides=["student=resnet-smal"])
+    with pytest.raises(UserError, match="teacher 'resnet-small' is an untrained network; it can be the student"):
+        loaded(tmp_path / "e", overrides=["teacher=resnet-small"])
     with pytest.raises(UserError, match=r"has 3 channels, data .* 1"):
         loaded(tmp_path / "b", make_classifier(SMALL, 3, 3))
     with pytest.raises(UserError, match=r"has 4 classes, data .* 3"):

@@ -13,7 +13,7 @@ import yaml
 import stillroom as sr
 from stillroom import cli
 from stillroom import run as run_module
-from stillroom.tasks import sample_rows
+from stillroom.task import sample_rows
 from tiny import CLASSES, FAST, SIZE, make_data, make_teacher
 
 
@@ -152,7 +152,9 @@ def test_sample_draws_the_labels_asked_for(place: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "five.png\n"
     width, height = Image.open("five.png").size
     assert width / height == pytest.approx(5 / 2, rel=0.05)
-    names, images = sample_rows(sr.load("teacher"), ("dot", "0"), (), 5, seed=0)
+    found = sample_rows(sr.load("teacher"), ("dot", "0"), (), 5, seed=0)
+    names, images = found.names, found.images
+    assert images is not None
     assert (names, tuple(images.shape)) == (["dot", "bar"], (2, 5, 1, SIZE, SIZE))
 
 

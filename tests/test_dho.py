@@ -527,7 +527,7 @@ def test_a_student_is_loaded_with_its_mixture(tmp_path: Path, align: str) -> Non
     torch.manual_seed(0)
     PromptClassifier(*tiny_clip(CLASSES, SAID, 8, 4, width=16), CLASSES).save(tmp_path / "clip")
     options = [*FAST, f"options.align={align}", "options.prompts=['a {}.']"]
-    recipe = Recipe.load("dho", options, data=str(read), teacher=f"resnet-small,{tmp_path / 'clip'}")
+    recipe = Recipe.load("dho", options, data=str(read), teacher=str(tmp_path / "clip"))
     result = run(recipe, tmp_path / "run")
     assert set(result.scores) == {"student", "teacher-1"}
     again, images = sr.load(tmp_path / "run" / "student"), torch.randn(5, 1, 8, 8)
@@ -545,7 +545,7 @@ def test_a_student_is_loaded_with_its_mixture(tmp_path: Path, align: str) -> Non
     torch.testing.assert_close(theirs(images).logits[:, :C].detach(), a)
     if align == "paper":
         return
-    further = Recipe.load("dho", options[:-2], data=str(read), teacher=f"resnet-small,{tmp_path / 'run' / 'student'}")
+    further = Recipe.load("dho", options[:-2], data=str(read), teacher=str(tmp_path / "run" / "student"))
     assert run(further, tmp_path / "further").student.probabilities(images).shape == (5, C)
 
 

@@ -20,7 +20,7 @@ from stillroom.networks.mae import encode, make_encoder, masking, patchify
 from stillroom.proofs.base import Arm
 from stillroom.proofs.runner import forget
 from stillroom.recipe import Recipe
-from stillroom.tasks import sample_rows
+from stillroom.task import sample_rows
 
 
 def draws(seed: int = 0, size: int = 6) -> Draws:
@@ -209,7 +209,9 @@ def test_the_face_makes_a_folder_that_transformers_loads(tmp_path: Path) -> None
     from transformers import ViTMAEModel
 
     pictures = ArrayData(torch.randint(256, (20, 1, 12, 12), dtype=torch.uint8))
-    student = sr.distill("dmae", teacher=list(networks()), data=pictures, steps=3, run_dir=tmp_path / "run")
+    own, teacher = networks()
+    run_dir = tmp_path / "run"
+    student = sr.distill("dmae", student=own, teacher=teacher, data=pictures, steps=3, run_dir=run_dir)
     assert student.features(pictures.images()).shape == (20, 48)  # type: ignore[union-attr]
     again = sr.load(tmp_path / "run")
     torch.testing.assert_close(again.features(pictures.images()), student.features(pictures.images()))  # type: ignore[union-attr]

@@ -271,8 +271,9 @@ def test_without_a_specific_stage_the_student_stays_an_encoder() -> None:
 def test_the_face_makes_a_classifier_that_transformers_loads(tmp_path: Path) -> None:
     from transformers import DeiTForImageClassificationWithTeacher
 
+    own, *teachers = networks()
     student: Any = sr.distill(
-        "g2sd", teacher=list(networks()), data=data(), steps=4, run_dir=tmp_path / "run", labels=4, mixup=0.0
+        "g2sd", student=own, teacher=teachers, data=data(), steps=4, run_dir=tmp_path / "run", labels=4, mixup=0.0
     )
     images = data().images()
     loaded = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "run" / "student").eval()

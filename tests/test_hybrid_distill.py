@@ -229,8 +229,9 @@ def test_a_run_trains_the_student_and_its_projector() -> None:
 
 
 def test_the_face_takes_two_teachers(tmp_path: Path) -> None:
+    own, *teachers = networks()
     student: Any = sr.distill(
-        "hybrid-distill", teacher=list(networks()), data=data(), steps=2, run_dir=tmp_path / "run"
+        "hybrid-distill", student=own, teacher=teachers, data=data(), steps=2, run_dir=tmp_path / "run"
     )
     assert student.tokens(data().images()).shape == (12, 25, 48)
     assert (tmp_path / "run" / "samples" / "teacher-2.png").is_file()

@@ -24,11 +24,11 @@ from stillroom.networks.mae import encode
 from stillroom.networks.mae import make_encoder as make_mae
 from stillroom.recipe import Recipe
 from stillroom.run import run
-from stillroom.tasks import IN_MEMORY, make_task
+from stillroom.task import IN_MEMORY, make_task
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.classify_text.task import positions
 from stillroom.tasks.encode.model import ImageEncoder
-from stillroom.tasks.recognition import same_name
+from stillroom.tasks.networks import same_name
 from tiny_models import CLASSES, CLASSIFIERS, ENCODERS, MEAN, SIDE, STD, TEXTS, make_model, save_images, save_texts
 
 
@@ -37,15 +37,15 @@ def change(path: Path, **values: Any) -> None:
 
 
 def loaded(names: str, method: str = "meal-v2", data: Any = None) -> Any:
-    task = make_task(get_method(method).task)
-    task.load(Recipe.load(method, ["evaluate.n=0"], teacher=names, data=IN_MEMORY), None, data or pictures())
+    """The task with the first of the names as student, the others as teachers."""
+    student, _, teacher = names.partition(",")
+    task, named = make_task(get_method(method).task), {"student": student, "teacher": teacher, "data": IN_MEMORY}
+    task.load(Recipe.load(method, ["evaluate.n=0"], **named), {"data": data or pictures()})
     return task
 
 
 def loaded_texts(names: str) -> Any:
-    task = make_task("classify-text")
-    task.load(Recipe.load("distiller", teacher=names, data=IN_MEMORY), None, tiny_text.texts(30))
-    return task
+    return loaded(names, "distiller", tiny_text.texts(30))
 
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_a_student_keeps_its_processor_and_answers_alone(tmp_path: Path) -> None
     folder = save_images(CLASSIFIERS["vit"], tmp_path / "vit")
     recipe = Recipe.load(
         "dho", ["engine.steps=2", "engine.batch=6", "evaluate.n=0", "options.labelled=2"],
-        teacher=f"{folder},{folder}", data=IN_MEMORY,
+        student=str(folder), teacher=str(folder), data=IN_MEMORY,
     )  # fmt: skip
     student: Any = run(recipe, tmp_path / "run", data=pictures()).student
     images = pictures().images(slice(6))
@@ -213,7 +213,7 @@ def test_a_student_may_be_a_config(tmp_path: Path) -> None:
     file = tmp_path / "student.json"
     config = transformers.ConvNextConfig(**CLASSIFIERS["convnext"].settings, num_labels=7)
     file.write_text(json.dumps({**config.to_dict(), "dtype": "float16"}))
-    first, again = (loaded(f"{file},{teacher}").networks()[0] for _ in range(2))
+    first, again = (loaded(f"{file},{teacher}").own for _ in range(2))
     assert type(first).__name__ == "ConvNextForImageClassification"
     assert (first.config.num_labels, first.config.num_channels) == (3, 3)
     assert next(first.parameters()).dtype == torch.float32
@@ -261,13 +261,13 @@ def test_the_vision_part_of_a_clip_model_is_an_encoder(tmp_path: Path) -> None:
     images = pictures().images(slice(2))
     theirs: Tensor = whole.vision_model(pixel_values=images).last_hidden_state
     torch.testing.assert_close(encoder.tokens(images), theirs[:, 1:])
-    assert loaded(f"mae-nano,{tmp_path}", "dmae").names == [tmp_path.name]
+    assert loaded(f"mae-nano,{tmp_path}", "dmae").taught.keys() == {tmp_path.name}
 
 
 @torch.no_grad()
 def test_the_encoder_of_a_classifier_sees_its_pixels(tmp_path: Path) -> None:
     folder = save_images(ENCODERS["vit_classifier"], tmp_path / "vit")
-    teacher: Any = loaded(f"mae-nano,{folder}", "dmae").networks()[1]
+    teacher: Any = loaded(f"mae-nano,{folder}", "dmae").given()["teacher"]
     images = pictures().images(slice(2))
     bare = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
     seen = ((images + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from stillroom.data.prompt_sources import PromptList, PromptSource, fitted, prompt_source, read_picture
 from stillroom.errors import UserError
-from stillroom.folders import pipelines as pipeline
 from stillroom.recipe import Recipe
 from stillroom.run import run
-from stillroom.tasks import load_model, make_task, sample_rows
+from stillroom.task import load_model, make_task, sample_rows
+from stillroom.tasks.pipelines import model as pipeline
 from stillroom.tasks.pipelines.data import SHARD, PromptedData, encode_prompts
 from tiny_pipelines import save_pipeline
 
@@ -337,9 +337,10 @@ def test_a_whole_run_on_captioned_images(tmp_path: Path, monkeypatch: pytest.Mon
     torch.testing.assert_close(
         loaded.sample(TEXTS[:1], seed=3), result.student.sample(TEXTS[:1], seed=3), rtol=1e-5, atol=1e-5
     )
-    names, images = sample_rows(loaded, [], TEXTS[:2], 3, 0)
-    assert names == TEXTS[:2]
-    assert images.shape == (2, 3, 3, 16, 16)
+    found = sample_rows(loaded, [], TEXTS[:2], 3, 0)
+    assert found.names == TEXTS[:2]
+    assert found.images is not None
+    assert found.images.shape == (2, 3, 3, 16, 16)
     with pytest.raises(UserError, match="captions, not classes"):
         sample_rows(loaded, ["1"], [], 3, 0)
     with pytest.raises(UserError, match="draws prompts"):
@@ -379,10 +380,10 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path: Path, mo
 
 def test_the_task_follows_the_teacher(tmp_path: Path) -> None:
     from stillroom.tasks.class_images.task import ClassImages
-    from stillroom.tasks.pipelines.task import PromptedImages
+    from stillroom.tasks.pipelines.task import Pipelines
 
     (tmp_path / "model_index.json").write_text("{}")
-    assert isinstance(make_task("class-image", str(tmp_path)), PromptedImages)
-    assert isinstance(make_task("class-image", "fashion"), ClassImages)
-    assert not isinstance(make_task("text-image", str(tmp_path)), PromptedImages)
+    assert isinstance(make_task("class-images", str(tmp_path)), Pipelines)
+    assert isinstance(make_task("class-images", "fashion"), ClassImages)
+    assert not isinstance(make_task("text-images", str(tmp_path)), Pipelines)
     assert isinstance(PromptList("scenes:3"), PromptSource)

@@ -15,11 +15,12 @@ import torch
 import yaml
 
 from stillroom.errors import UserError
-from stillroom.report import amount, duration, facts, milliseconds, number, write_report
+from stillroom.report import write_report
 from stillroom.report.doctor import examine
 from stillroom.report.images import CELL, GAP, save_grid
 from stillroom.report.log import read_metrics, series
 from stillroom.report.plots import curve, smooth
+from stillroom.report.rows import amount, duration, facts, milliseconds, number
 
 STEPS = 2000
 Curve = Callable[[float], float]
@@ -41,7 +42,15 @@ RESULT = {
     "student": {"nfe": 1, "params": 1_000_000, "latency_ms": {"1": 3.0, "32": 30.0}},
     "teacher": {"nfe": 49, "params": 1_000_000, "latency_ms": {"1": 150.0, "32": 1500.0}},
     "bench": {"n": 5000, "extractor": "x@12345678", "reference": "test split"},
-    "score_names": {"fd": "FD-x@12345678, N=5000"},
+    "task": "class-images", "things": "images", "teachers": ["teacher"],
+    "metrics": [
+        {"key": "fd", "name": "FD-x@12345678, N=5000", "better": "lower", "label": "Fréchet distance", "alarm": 3.0,
+         "advice": "more steps first; then the learning rates"},
+        {"key": "kid", "name": "KID-x@12345678, N=5000", "better": "lower"},
+        {"key": "precision", "name": "Precision"},
+        {"key": "coverage", "name": "Coverage", "alarm": 0.6, "advice": "less guidance",
+         "says": "the student leaves out part of the data"},
+    ],
     "scores": {"student": SCORES, "teacher": SCORES | {"fd": 2.0}, "floor": SCORES | {"fd": 0.5}},
 }  # fmt: skip
 
@@ -181,6 +190,11 @@ def test_the_page_shows_scores_beside_the_floor_and_all_curves(tmp_path: Path) -
 
 TWO_TEACHERS = RESULT | {
     "teachers": ["one", "two"], "rows": ["a red three", "a two"],
+    "metrics": [
+        {"key": "sceneeval", "name": "SceneEval", "label": "SceneEval", "alarm": 0.6,
+         "says": "the student often misses the caption"},
+        *RESULT["metrics"],  # type: ignore[misc]
+    ],
     "one": {"nfe": 19, "latency_ms": {"1": 90.0}}, "two": {"nfe": 40, "latency_ms": {"1": 150.0}},
     "scores": {
         "student": {"sceneeval": 0.8, "fd": 2.0}, "one": {"sceneeval": 0.91, "fd": 1.5},
@@ -200,7 +214,7 @@ def test_several_teachers_stand_side_by_side(tmp_path: Path) -> None:
 def test_a_student_that_misses_its_captions_is_found(tmp_path: Path) -> None:
     scores = TWO_TEACHERS["scores"] | {"student": {"sceneeval": 0.3, "fd": 2.0}}
     said = " ".join(f.what for f in examine(make_run(tmp_path / "a", TWO_TEACHERS | {"scores": scores})))
-    assert "SceneEval 0.30, its teacher 0.91" in said
+    assert "often misses the caption: SceneEval 0.3, its teacher 0.91" in said
 
 
 def test_a_name_cannot_inject_markup(tmp_path: Path) -> None:

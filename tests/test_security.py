@@ -170,9 +170,9 @@ def test_pickles_of_transformers_are_not_read(
     for path in place.glob("model/*.safetensors"):
         path.unlink()
     evil_pickle(place / "model/pytorch_model.bin")
-    names = f"{student},./model" if how == "teacher" else f"./model,{student}"
+    given = ["--student", student, "--teacher", "./model"] if how == "teacher" else ["--student", "./model"]
     data = texts(place) if kind == "text encoder" else "data"
-    line = refused(place, capsys, "run", method, "--teacher", names, "--data", data, "--steps", "2", *FAST)
+    line = refused(place, capsys, "run", method, *given, "--data", data, "--steps", "2", *FAST)
     assert "model" in line
     assert "safetensors" in line
     assert refused(place, capsys, "sample", "model")
@@ -244,7 +244,7 @@ def test_code_of_a_folder_is_not_run(place: Path, capsys: pytest.CaptureFixture[
     own = {"AutoConfig": "own.C", "AutoModel": "own.M", "AutoModelForSequenceClassification": "own.M"}
     own["AutoModelForImageClassification"] = "own.M"
     known = json.loads(config.read_text()) | {"auto_map": own}
-    arguments = ["run", method, "--teacher", f"{student},./model", "--steps", "2", *FAST]
+    arguments = ["run", method, "--student", student, "--teacher", "./model", "--steps", "2", *FAST]
     arguments += ["--data", texts(place) if kind == "text encoder" else "data"]
     config.write_text(json.dumps(known | {"model_type": "own"}))
     if kind != "encoder":  # there the class is named, and transformers' own
@@ -265,7 +265,7 @@ def test_nothing_is_fetched_because_a_config_says_so(
     make(place / "model")
     config = place / "model/config.json"
     known = json.loads(config.read_text())
-    arguments = ["run", method, "--teacher", f"{student},./model", "--steps", "2", *FAST]
+    arguments = ["run", method, "--student", student, "--teacher", "./model", "--steps", "2", *FAST]
     arguments += ["--data", texts(place) if kind == "text encoder" else "data"]
     for change, named in (
         ({"attn_implementation": "some-one/kernel"}, "some-one/kernel"),
@@ -540,7 +540,7 @@ def test_a_json_bomb_of_transformers_is_refused(
 ) -> None:
     make, method, student = KINDS[kind]
     make(place / "model")
-    arguments = ["run", method, "--teacher", f"{student},./model", "--steps", "2", *FAST]
+    arguments = ["run", method, "--student", student, "--teacher", "./model", "--steps", "2", *FAST]
     arguments += ["--data", texts(place) if kind == "text encoder" else "data"]
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "config.json"):
         if (place / "model" / name).is_file():
@@ -568,7 +568,7 @@ def test_nonsense_in_a_config_is_refused(
     known = json.loads(config.read_text())
     assert change.keys() <= known.keys()
     config.write_text(json.dumps(known | change))
-    arguments = ["run", method, "--teacher", f"{student},./model", "--steps", "2", *FAST]
+    arguments = ["run", method, "--student", student, "--teacher", "./model", "--steps", "2", *FAST]
     arguments += ["--data", texts(place) if kind == "text encoder" else "data"]
     assert "model" in refused(place, capsys, *arguments)
 
@@ -746,7 +746,7 @@ def test_runs_on_folders_of_transformers_reach_no_network(
     data = texts(place) if kind == "text encoder" else "data"
     if kind == "text encoder":
         student = "./model"
-    arguments = ["run", method, "--teacher", f"{student},./model", "--data", data, "--steps", "2", *FAST]
+    arguments = ["run", method, "--student", student, "--teacher", "./model", "--data", data, "--steps", "2", *FAST]
     assert cli.main(arguments) == 0, capsys.readouterr().err
     sr.load(place / "runs" / method)
     assert reached == []
@@ -757,6 +757,6 @@ def test_a_name_is_never_looked_up(place: Path, reached: list[str], capsys: pyte
     for name in ("bert-base-uncased", "google/vit-base-patch16-224", "https://example.org/model"):
         for method in ("dmd2", "meal-v2", "dmae"):
             refused(place, capsys, *run_arguments(teacher=f"{name}", method=method))
-        refused(place, capsys, "run", "distiller", "--teacher", f"bert-2x64,{name}", "--data", texts(place))
+        refused(place, capsys, "run", "distiller", "--student", "bert-2x64", "--teacher", name, "--data", texts(place))
         refused(place, capsys, *run_arguments(data=name))
     assert reached == []

@@ -23,7 +23,7 @@ from stillroom.networks.mar import MAR
 from stillroom.networks.text_encoder import CONDITIONS, TextEncoder
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.tasks.class_images.model import ImageGenerator
-from stillroom.tasks.text_images.model import TextImageGenerator, is_text_model
+from stillroom.tasks.text_images.model import TextImageGenerator
 
 WORDS = ("a", "and", "blue", "of", "red", "seven", "the", "three", "to", "left")
 
@@ -330,7 +330,7 @@ def test_a_folder_gives_back_the_same_images(generator: TextImageGenerator, tmp_
     assert back.sampler == generator.sampler
     assert back.space.size == generator.space.size
     assert back.space.name == generator.space.name
-    assert is_text_model(tmp_path / "model")
+    assert TextImageGenerator.holds(tmp_path / "model")
     assert json.loads((tmp_path / "model" / SIDE_FILE).read_text())["trained_on"] == "tests"
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
@@ -339,7 +339,7 @@ def test_components_are_shared(generator: TextImageGenerator, tmp_path: Path) ->
     generator.space.save(tmp_path / "space")
     generator.save(tmp_path / "a", components="../space")
     assert not (tmp_path / "a" / "vae").exists()
-    assert is_text_model(tmp_path / "a")
+    assert TextImageGenerator.holds(tmp_path / "a")
     back = TextImageGenerator.load(tmp_path / "a")
     assert torch.equal(back.sample(CAPTIONS, seed=4), generator.sample(CAPTIONS, seed=4))
     shutil.rmtree(tmp_path / "space")
@@ -368,7 +368,7 @@ def test_a_pipeline_folder_of_other_sizes_is_read(tmp_path: Path) -> None:
     codec.network.save_pretrained(tmp_path / "vae")  # type: ignore[operator]
     text.network.save_pretrained(tmp_path / "text_encoder")  # type: ignore[operator]
     text.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    assert is_text_model(tmp_path)
+    assert TextImageGenerator.holds(tmp_path)
     generator = TextImageGenerator.load(tmp_path)
     assert (generator.space.text.width, generator.space.text.length, generator.space.size) == (12, 20, (32, 32))
     assert (generator.space.codec.factor, generator.space.shape) == (8, (16, 4, 4))
@@ -470,4 +470,4 @@ def test_a_masked_generator_is_no_denoiser(tmp_path: Path) -> None:
     TextImageGenerator(mar(), MaskedSampler(steps=2, head_steps=2), tiny_space()).save(tmp_path)
     with pytest.raises(UserError, match="masked generator"):
         ImageGenerator.load(tmp_path)
-    assert not is_text_model(tmp_path / "network")
+    assert not TextImageGenerator.holds(tmp_path / "network")

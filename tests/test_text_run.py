@@ -54,7 +54,7 @@ def distil(*more: str, name: str = "a", data: str = "./data") -> int:
 def test_a_run_goes_through_its_stages_and_leaves_a_complete_folder(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert distil("--steps", "10", "synthesis.small=4") == 0
+    assert distil("--steps", "10", "options.synthesis.small=4") == 0
     folder = place / "runs/a"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(row["stage"] for row in rows)) == ["pretrain", "adapt", "dpo"]
@@ -82,7 +82,7 @@ def test_the_student_draws_captions_and_is_sampled_by_them(place: Path, capsys: 
 
 
 def test_a_run_makes_its_own_images_once(place: Path) -> None:
-    more = ("--steps", "2", "options.dpo_share=0", "synthesis.images=6", "synthesis.seed=3")
+    more = ("--steps", "2", "options.dpo_share=0", "options.synthesis.images=6", "options.synthesis.seed=3")
     (place / "captions.txt").write_text("\n".join(CAPTIONS[:6]) + "\n")
     assert distil(*more, data="captions.txt") == 0
     (store,) = (place / "cache/synthetic").iterdir()
@@ -112,16 +112,16 @@ def test_a_run_goes_on_from_a_finished_student(place: Path, capsys: pytest.Captu
     alone = ("options.pretrain_share=1", "options.adapt_share=0", "options.dpo_share=0")
     still = ("--steps", "1", "engine.optim={masked: {lr: 0.0}}", *alone)
     assert distil("--steps", "3", *alone) == 0
-    assert distil(*still, "options.start=runs/a/student", name="b") == 0
+    assert distil(*still, "student=runs/a/student", name="b") == 0
     first, second = (sr.load(f"runs/{name}").sample(CAPTIONS[:2], seed=4) for name in ("a", "b"))
     assert torch.equal(first, second)
-    assert distil(*still, "options.start=runs/a/student", "options.network.width=32", name="c") == 2
+    assert distil(*still, "student=runs/a/student", "options.network.width=32", name="c") == 2
     assert "has other sizes than options.network" in capsys.readouterr().err
-    assert distil(*still, "options.start=runs/a/student", "options.network.prediction=eps", name="c") == 2
+    assert distil(*still, "student=runs/a/student", "options.network.prediction=eps", name="c") == 2
     assert "predicts v, that of options.network eps" in capsys.readouterr().err
-    assert distil(*still, "options.start=scenes-sd3", name="c") == 2
+    assert distil(*still, "student=scenes-sd3", name="c") == 2
     assert "has other sizes than options.network" in capsys.readouterr().err
-    assert distil(*still, "options.start=scenes-sd", name="c") == 2
+    assert distil(*still, "student=scenes-sd", name="c") == 2
     assert "did you mean 'scenes-sd3'" in capsys.readouterr().err
 
 
@@ -132,9 +132,9 @@ def test_a_run_goes_on_from_a_finished_student(place: Path, capsys: pytest.Captu
         (("--teacher", "./one,nowhere"), "no model 'nowhere'"),
         (("--data", "./one"), "no stored images"),
         (("--data", "./data/pairs"), "'pairs'"),
-        (("synthesis.small=3",), "3"),
+        (("options.synthesis.small=3",), "3"),
         (("options.network={width: 15}",), "15"),
-        (("synthesis.filtres=[a]",), "did you mean 'synthesis.filters'"),
+        (("options.synthesis.filtres=[a]",), "did you mean 'options.synthesis.filters'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(

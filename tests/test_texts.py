@@ -20,7 +20,7 @@ from stillroom.folders.text_networks import ENCODERS, load_text_network, make_en
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.surgery.text_reader import EncoderReader, heads_of, mixed_inputs, token_table
-from stillroom.tasks import make_task, sample_rows
+from stillroom.task import make_task, sample_rows
 from stillroom.tasks.classify_text.model import TextClassifier
 from tiny_text import CLASSES, WORDS, data, encoder, texts, tokenizer
 
@@ -269,16 +269,17 @@ def table(tmp_path: Path) -> Path:
 
 
 def load(tmp_path: Path, names: str, **given: Any) -> Any:
+    """The task with the first of the names as student, the others as teachers."""
+    student, _, teacher = names.partition(",")
     task = make_task("classify-text")
-    task.load(Recipe.load("ernie-tiny", teacher=names, data=str(table(tmp_path))), **given)
+    task.load(Recipe.load("ernie-tiny", student=student, teacher=teacher, data=str(table(tmp_path))), given)
     return task
 
 
 def test_networks_share_one_tokenizer_and_encoders_by_name_take_its_size(tmp_path: Path) -> None:
     order = sorted(CLASSES)  # as the table's classes are read
     task = load(tmp_path, f"bert-2x64,{folder(tmp_path, 'big', classes=order)}")
-    student, _ = task.networks()
-    assert token_table(student).num_embeddings == 17
+    assert token_table(task.own).num_embeddings == 17
     assert task.tokenizer.get_vocab() == tokenizer().get_vocab()
     assert set(task.teachers()) == {"teacher-1"}
     assert task.data.n + task.data.parts["heldout"].n == 48
@@ -298,7 +299,7 @@ def test_what_does_not_fit_is_refused_with_both_sides_named(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"class 1 is 'thing' for network '.*turned' and 'deed' for the data"):
         load(tmp_path, f"bert-2x64,{turned}")
     with pytest.raises(UserError, match="embeddings for 9 tokens, the tokenizer knows 17"):
-        load(tmp_path, "", teacher=[encoder(), encoder(vocabulary=9)], data=data())
+        load(tmp_path, "", student=encoder(), teacher=encoder(vocabulary=9), data=data())
     with pytest.raises(UserError, match="no text encoder 'bert-9'"):
         load(tmp_path, "bert-9")
 
@@ -307,7 +308,11 @@ def test_a_run_leaves_a_student_a_report_and_scores_of_the_pair(tmp_path: Path) 
     big = folder(tmp_path, "big", classes=sorted(CLASSES), layers=2, width=16)
     small = folder(tmp_path, "small", classes=sorted(CLASSES), layers=2)
     recipe = Recipe.load(
-        "ernie-tiny", ["engine.steps=11", "engine.batch=6"], teacher=f"{small},{big}", data=str(table(tmp_path))
+        "ernie-tiny",
+        ["engine.steps=11", "engine.batch=6"],
+        student=str(small),
+        teacher=str(big),
+        data=str(table(tmp_path)),
     )
     result = run(recipe, tmp_path / "run")
     scores = result.scores
@@ -330,7 +335,7 @@ def test_a_run_leaves_a_student_a_report_and_scores_of_the_pair(tmp_path: Path) 
 def test_objects_serve_as_networks_and_data(tmp_path: Path) -> None:
     student, teacher = Plain(), Plain()
     found = sr.distill(
-        "ernie-tiny", teacher=[student, teacher, Plain()], data=data(), steps=8, run_dir=tmp_path / "run",
+        "ernie-tiny", student=student, teacher=[teacher, Plain()], data=data(), steps=8, run_dir=tmp_path / "run",
         attention="none",
     )  # fmt: skip
     assert isinstance(found, TextClassifier)

@@ -21,8 +21,8 @@ from stillroom.diffusion.masking import MaskedSampler
 from stillroom.evaluation.cost import macs
 from stillroom.folders.shipped import ASSETS
 from stillroom.parsing import read_json
-from stillroom.run import load_generator
 from stillroom.surgery.modules import parameter_count
+from stillroom.task import load_model
 from stillroom.tasks.text_images.model import TextImageGenerator
 
 SEED = 1234
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=600, help="captions that SceneEval is taken over")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
     chosen = parser.parse_args()
-    student: TextImageGenerator = load_generator(chosen.run)
+    student: TextImageGenerator = load_model(chosen.run)
     bench, own = ScenesBench(), student.sampler
     assert isinstance(own, MaskedSampler)
     captions = bench.captions(chosen.n)

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     from stillroom.exports import Exported
     from stillroom.method import Method
     from stillroom.planning import Plan
-    from stillroom.tasks.class_images.model import ImageGenerator
-    from stillroom.tasks.classify.model import ImageClassifier
-    from stillroom.tasks.classify_text.model import TextClassifier
-    from stillroom.tasks.encode.model import ImageEncoder
-    from stillroom.tasks.text_images.model import TextImageGenerator
+    from stillroom.task import Model
 
 try:
     __version__ = version("stillroom")
@@ -34,6 +30,7 @@ def distill(
     method: str,
     *,
     teacher: Any = None,
+    student: Any = None,
     data: Any = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -41,11 +38,12 @@ def distill(
     run_dir: str | Path | None = None,
     resume: bool = False,
     **options: Any,
-) -> ImageGenerator | TextImageGenerator | ImageClassifier | ImageEncoder | TextClassifier:
+) -> Model:
     """Distil a teacher and return the finished student.
 
     method: slug of a method or shipped recipe, or a recipe file.
     teacher: name of a bench's teacher, a model folder, or a :class:`~stillroom.diffusion.denoiser.Denoiser`.
+    student: what is trained: a network by name, a model folder, a run, or an object; by default a copy of the teacher.
     data: name of a data set, a folder, or an :class:`~stillroom.data.source.ArrayData`.
     run_dir: where the run is written, by default ``runs/<name>``.
     options: the method's own options.
@@ -54,11 +52,11 @@ def distill(
     """
     from stillroom.recipe import Recipe
     from stillroom.run import run
-    from stillroom.tasks import IN_MEMORY
+    from stillroom.task import IN_MEMORY
 
     given: dict[str, Any] = {"engine.steps": steps, "engine.seed": seed, "name": name}
     objects: dict[str, Any] = {}
-    for key, value in {"teacher": teacher, "data": data}.items():
+    for key, value in {"teacher": teacher, "student": student, "data": data}.items():
         if value is None or isinstance(value, str | Path):
             given[key] = value if value is None else str(value)
         else:
@@ -73,6 +71,7 @@ def plan(
     method: str,
     *,
     teacher: str | Path | None = None,
+    student: str | Path | None = None,
     data: str | Path | None = None,
     world: int = 1,
     memory: int | str = 0,
@@ -88,20 +87,19 @@ def plan(
     from stillroom.planning import plan as planned
     from stillroom.recipe import Recipe
 
-    given = {key: str(value) for key, value in (("teacher", teacher), ("data", data)) if value is not None}
+    named = {"teacher": teacher, "student": student, "data": data}
+    given = {key: str(value) for key, value in named.items() if value is not None}
     recipe = Recipe.load(method, overrides, **given, **{f"options.{key}": value for key, value in options.items()})
     return planned(recipe, world=world, memory=memory)
 
 
-def load(
-    folder: str | Path,
-) -> ImageGenerator | TextImageGenerator | ImageClassifier | ImageEncoder | TextClassifier:
-    """A finished student or a teacher, from its folder or a shipped one by name; ``.sample(labels)``, or
-    ``.sample(captions)`` where it understands words, gives images in [-1, 1]. A classifier has
-    ``.classify(images)`` or ``.classify(texts)``, an encoder ``.features(images)``."""
-    from stillroom.run import load_generator
+def load(folder: str | Path) -> Model:
+    """A finished student or a teacher, from its folder, from a run, or a shipped one by name. What it does depends on
+    what it is: ``.sample(labels)``, or ``.sample(captions)`` where it understands words, gives images in [-1, 1]; a
+    classifier has ``.classify(images)`` or ``.classify(texts)``, an encoder ``.features(images)``."""
+    from stillroom.task import load_model
 
-    return load_generator(folder)
+    return load_model(folder)
 
 
 def export(

@@ -1,6 +1,6 @@
 """AutoDistiller: search a method's pipelines on a data set, see which choices matter, recommend pipelines for another.
 
-    recipe = Recipe.load("distiller", teacher="bert-2x64,./tuned", data="./reviews")
+    recipe = Recipe.load("distiller", student="bert-2x64", teacher="./tuned", data="./reviews")
     study = search(run_pipeline(recipe, "runs/auto"), "runs/auto.db", trials=30, features=data_features(texts))
     importances(study)                                        # which choice moves the score (fANOVA)
     Recommender().fit(results("runs/auto.db")).recommend(data_features(others), top_n=3)

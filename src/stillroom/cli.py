@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -36,7 +36,9 @@ class Run:
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
     """Recipe keys to change, e.g. engine.batch=64 options.gan_weight=0."""
     teacher: _Text = None
-    """A bench's teacher by name, or a model folder."""
+    """A shipped teacher by name, or a model folder; several by commas."""
+    student: _Text = None
+    """What is trained: a network by name, a model folder, or a run; by default a copy of the teacher."""
     data: _Text = None
     """A data set by name, or a folder of images."""
     steps: _Number = None
@@ -49,15 +51,11 @@ class Run:
     """Carry on an interrupted run with its own recipe."""
 
     def __call__(self) -> int:
-        from stillroom.recipe import DEFAULT, Recipe
+        from stillroom.recipe import Recipe
 
-        source, overrides = self.recipe, list(self.overrides)
-        if "=" in source:
-            source, overrides = "", [source, *overrides]
-        named = {"teacher": self.teacher, "data": self.data, "name": self.name}
+        named = {"teacher": self.teacher, "student": self.student, "data": self.data, "name": self.name}
         given = named | {"engine.steps": self.steps, "engine.seed": self.seed}
-        given = {key: value for key, value in given.items() if value is not None}
-        bare = not (source or overrides or given)
+        bare = not (self.recipe or self.overrides or any(value is not None for value in given.values()))
         if self.resume is not None:
             if not bare:
                 raise UserError("a resumed run keeps its own recipe", cure="give --resume RUN and nothing else")
@@ -65,9 +63,18 @@ class Run:
             if not (folder / "recipe.yaml").is_file():
                 raise UserError(f"{folder} is no run folder: it has no recipe.yaml", cure=_listing(RUNS))
             return _run(Recipe.load(folder), folder, resume=True)
-        recipe = Recipe.load(source or DEFAULT, overrides, **given)
+        recipe = _recipe(self.recipe, self.overrides, given)
         folder = RUNS / recipe.name
         return _run_again(recipe, folder) if bare else _run(recipe, folder, resume=False)
+
+
+def _recipe(source: str, overrides: Sequence[str], given: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command names, by default the default one, with what its arguments change."""
+    from stillroom.recipe import DEFAULT, Recipe
+
+    if "=" in source:
+        source, overrides = "", [source, *overrides]
+    return Recipe.load(source or DEFAULT, overrides, **{key: v for key, v in given.items() if v is not None})
 
 
 def _run(recipe: Recipe, folder: Path, resume: bool) -> int:
@@ -111,7 +118,9 @@ class Plan:
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
     """Recipe keys to change, e.g. engine.batch=64 engine.parallel=fsdp."""
     teacher: _Text = None
-    """A bench's teacher by name, or a model folder; its weights are not read."""
+    """A shipped teacher by name, or a model folder; weights are not read."""
+    student: _Text = None
+    """What is trained: a network by name, a model folder, or a run; by default a copy of the teacher."""
     data: _Text = None
     """A data set by name, or a folder of images."""
     world: Annotated[int, arg(metavar="N")] = 1
@@ -122,13 +131,8 @@ class Plan:
     """Print JSON, in bytes, instead of a table."""
 
     def __call__(self) -> int:
-        from stillroom.recipe import DEFAULT, Recipe
-
-        source, overrides = self.recipe, list(self.overrides)
-        if "=" in source:
-            source, overrides = "", [source, *overrides]
-        given = {key: value for key, value in (("teacher", self.teacher), ("data", self.data)) if value is not None}
-        recipe = Recipe.load(source or DEFAULT, overrides, **given)
+        named = {"teacher": self.teacher, "student": self.student, "data": self.data}
+        recipe = _recipe(self.recipe, self.overrides, named)
         from stillroom.planning import plan, turns_table, verdict
 
         found = plan(
@@ -231,13 +235,14 @@ class Sample:
                 f"--out: folder {self.out.parent} does not exist", cure="create it, or choose another place"
             )
         from stillroom.report.images import save_grid
-        from stillroom.run import load_generator
-        from stillroom.tasks import sample_rows
+        from stillroom.task import load_model, sample_rows
 
-        generator = load_generator(_model(self.model))
-        names, images = sample_rows(generator, self.labels, self.captions, self.n, self.seed)
-        save_grid(images, self.out)
-        print(self.out, *(f"  {name}" for name in names if self.captions or " " in name), sep="\n")
+        found = sample_rows(load_model(_model(self.model)), self.labels, self.captions, self.n, self.seed)
+        if found.images is not None:
+            save_grid(found.images, self.out)
+            print(self.out, *(f"  {name}" for name in found.names if self.captions or " " in name), sep="\n")
+        for name, lines in zip(found.names, found.texts):
+            print(name, *(f"  {line}" for line in lines), sep="\n")
         return 0
 
 

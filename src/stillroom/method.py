@@ -137,7 +137,7 @@ class Method(nn.Module):
     slug: ClassVar[str]
     paper: ClassVar[Paper]
     wing: ClassVar[str]
-    task: ClassVar[str] = "class-image"  # what a run reads, gives to build() and scores: a name of tasks/
+    task: ClassVar[str] = "class-images"  # what a run reads, gives to build() and scores: a name of tasks/
 
     @dataclass
     class Options:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from stillroom.engine.rehearsal import Rehearsal, TurnCost
 from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import emptied, weights_unread
-from stillroom.tasks import make_task
-from stillroom.tasks.base import build_method
+from stillroom.task import make_task
+from stillroom.training import build_method
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,10 +140,11 @@ def _rehearsed(recipe: Recipe, world: int) -> Plan:
     with torch.random.fork_rng(devices=[]), weights_unread() as mode:
         task = make_task(get_method(recipe.method).task, recipe.teacher)
         task.sketch(recipe)
-        for network in task.networks():
+        given = task.given()
+        for network in tree_leaves(dict(given)):
             if isinstance(network, nn.Module):
                 emptied(network, mode)
-        method = build_method(recipe, task)
+        method = build_method(recipe, lambda: given, task.check)
         emptied(method, mode)
         rehearsal = Rehearsal(method, task.data, recipe.engine, world, mode)
         turns = rehearsal.turn_costs()
@@ -161,24 +163,12 @@ class _Try:
     arguments: tuple[str, ...] = field(default=())
 
     def changed(self, argument: str, world: int = 0) -> _Try:
-        tree = self.recipe.to_dict()
-        key, _, value = argument.partition("=")
+        key = argument.partition("=")[0]
         kept = tuple(a for a in self.arguments if a.partition("=")[0] != key)
         arguments = (*kept, argument)
         if world:
             arguments = (*(a for a in arguments if not a.startswith("--world")), f"--world={world}")
-        return _Try(Recipe.from_dict(_set(tree, key, value)), world or self.world, arguments)
-
-
-def _set(tree: dict[str, Any], key: str, value: str) -> dict[str, Any]:
-    import yaml
-
-    *path, last = key.split(".")
-    inner = tree
-    for part in path:
-        inner = inner.setdefault(part, {})
-    inner[last] = yaml.safe_load(value)
-    return tree
+        return _Try(self.recipe.changed(argument), world or self.world, arguments)
 
 
 def _advise(start: Plan, report: Callable[[str], None]) -> Advice:

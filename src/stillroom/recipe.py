@@ -18,6 +18,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -36,10 +37,6 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "engine.seed": (0, 2**63 - 1),
     "evaluate.n": (0, math.inf),
     "evaluate.seed": (0, 2**63 - 1),
-    "synthesis.images": (0, math.inf),
-    "synthesis.small": (0, math.inf),
-    "synthesis.pairs": (0, math.inf),
-    "synthesis.seed": (0, 2**31 - 1),
 }
 """What the dataclasses do not check themselves."""
 
@@ -55,26 +52,6 @@ class Evaluate:
 
 
 @dataclass
-class Synthesis:
-    """Data distillation: the images that a student of captions learns from. Other methods have no use for it."""
-
-    images: int = 0
-    """Images that the teachers draw before the training; 0: those stored in ``data`` are used as they are."""
-    route: Literal["one", "all", "round-robin"] = "round-robin"
-    """Which teacher draws a caption: one chosen at random, all of them, or each in its turn."""
-    filters: list[str] = field(default_factory=list)
-    """Names of the filters that an image must pass."""
-    small: int = 0
-    """Side in pixels of the images of the first stage, which learns at a lower resolution; 0: no such images."""
-    mirror: bool = False
-    """Whether mirrored images are encoded as well (options.mirror picks them)."""
-    pairs: int = 1024
-    """Real pictures with captions for the preference stage, where the data set can draw them."""
-    seed: int = 0
-    """Seed of captions, images and pairs."""
-
-
-@dataclass
 class Recipe:
     """Everything that determines a run."""
 
@@ -82,8 +59,8 @@ class Recipe:
     """Slug of the method."""
     name: str = ""
     """Name of the run's folder; empty: the method's slug."""
-    teacher: str = "fashion"
-    """A shipped teacher by name, or a folder that diffusers loads; several, where the method takes them, by commas."""
+    teacher: str = ""
+    """A shipped teacher by name, or a model folder; several, where the method takes them, by commas; empty: none."""
     student: str = ""
     """What is trained: a network by name, a model folder, or a run; empty: a copy of the teacher."""
     data: str = "fashion"
@@ -92,8 +69,6 @@ class Recipe:
     """The method's own options."""
     lora: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Role name -> LoRA settings: that network becomes an adapter on the teacher's weights."""
-    synthesis: Synthesis = field(default_factory=Synthesis)
-    """What a student of captions learns from."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Steps, batch, optimizers, precision, averages, checkpoints."""
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -109,16 +84,11 @@ class Recipe:
         ``overrides`` are ``key=value`` texts with dotted keys (``engine.steps=100``); ``given`` are keys with values.
         Raises :class:`UserError`, and never anything else, for whatever is wrong with the input.
         """
-        tree = _read(source)
-        for key, value in given.items():
-            _put(tree, key, value)
-        for text in overrides:
-            key, separator, value = text.partition("=")
-            if not separator or not key:
-                raise UserError(f"override {text!r} is not of the form key=value", cure="for example engine.steps=100")
-            # A whole mapping is merged into what is there, as dotted keys are.
-            _put(tree, key, parse_yaml(value, f"override {key}") if value.lstrip().startswith("{") else _Text(value))
-        return cls.from_dict(tree)
+        return cls.from_dict(override(_read(source), overrides, given))
+
+    def changed(self, *overrides: str) -> Recipe:
+        """This recipe with ``key=value`` overrides. Raises UserError as :meth:`load` does."""
+        return Recipe.from_dict(override(self.to_dict(), overrides))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Recipe:
@@ -244,6 +214,22 @@ def _bare(slug: str) -> dict[str, Any]:
     return {"method": slug}
 
 
+def override(
+    tree: dict[str, Any], overrides: Sequence[str], given: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """``tree``, with dotted keys of ``given`` and then ``key=value`` texts put into it. A value that is typed as a text
+    is parsed as YAML when its key's type is known. Raises UserError for a text of another form."""
+    for key, value in given.items():
+        _put(tree, key, value)
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {text!r} is not of the form key=value", cure="for example engine.steps=100")
+        # A whole mapping is merged into what is there, as dotted keys are.
+        _put(tree, key, parse_yaml(value, f"override {key}") if value.lstrip().startswith("{") else _Text(value))
+    return tree
+
+
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key. What lies on the way and is no mapping is left for the type check to name."""
     *path, last = key.split(".")
@@ -275,7 +261,6 @@ def known_keys(slug: str) -> list[str]:
         inner = {
             "engine": EngineConfig,
             "evaluate": Evaluate,
-            "synthesis": Synthesis,
             "options": _options_of(slug),
         }.get(item.name)
         keys += [f"{item.name}.{f.name}" for f in dataclasses.fields(inner)] if inner else [item.name]

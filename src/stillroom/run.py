@@ -7,24 +7,25 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stillroom.bench import find_bench
 from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.files import held, in_use, stay_inside, write, writing
 from stillroom.folders.pipelines import sized
-from stillroom.folders.shipped import model_folder
 from stillroom.method import Method, get_method
 from stillroom.recipe import Recipe
 from stillroom.surgery.modules import parameter_count
-from stillroom.tasks import Task, load_model, make_task
-from stillroom.tasks.base import Generator, build_method
-from stillroom.training import train
+from stillroom.task import Model, Rows, Task, make_task
+from stillroom.training import build_method, train
 
 
 @dataclass
@@ -38,13 +39,11 @@ class RunResult:
     report: Path | None = None
 
 
-def run(
-    recipe: Recipe, run_dir: str | Path, resume: bool = False, *, teacher: Any = None, data: Any = None
-) -> RunResult:
+def run(recipe: Recipe, run_dir: str | Path, resume: bool = False, **given: Any) -> RunResult:
     """Distil as ``recipe`` says and write everything into ``run_dir``. Under torchrun every process calls this; the
     first one writes.
 
-    teacher, data: objects to use instead of those that the recipe names.
+    given: ``teacher``, ``student``, ``data``: objects to use instead of those that the recipe names.
 
     Raises :class:`UserError` before anything is written if recipe, teacher, data and folder do not fit together, and
     :class:`~stillroom.errors.TrainingDiverged` if training does not hold.
@@ -53,14 +52,14 @@ def run(
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_folder(run_dir, resume)
-        for name in recipe.teacher.split(","):  # what is named by a word alone is shipped
+        for name in (*recipe.teacher.split(","), recipe.student):  # what is named by a word alone is shipped
             stay_inside(sized(name.strip())[0])
     track = names_of(recipe.track)
     check_installed(track)
     cls = get_method(recipe.method)
-    task = make_task(cls.task, recipe.teacher if teacher is None else teacher)
-    task.load(recipe, teacher, data)
-    method = build_method(recipe, task)
+    task = make_task(cls.task, given.get("teacher", recipe.teacher))
+    task.load(recipe, given)
+    method = build_method(recipe, task.given, task.check)
     trainer = Trainer(method, task.data, recipe.engine, run_dir, resume, recipe_hash=recipe.hash(), track=track)
     if not first:
         return RunResult(run_dir, _train(trainer, task))
@@ -72,31 +71,26 @@ def run(
         return finish(recipe, run_dir, method, task, student)
 
 
-def _train(trainer: Trainer, task: Task) -> Generator:
+def _train(trainer: Trainer, task: Task) -> Model:
     return task.student(*train(trainer))
 
 
-def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: Generator) -> RunResult:
+def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: Model) -> RunResult:
     """Save and score a trained student and write the report."""
     from stillroom.report import write_report
     from stillroom.report.card import model_card
-    from stillroom.report.images import save_grid
 
     if recipe.engine.parallel != "fsdp":  # else one process has a part of their weights only
         task.made = method.trained_teachers()
     part = run_dir / "student.part"
     shutil.rmtree(part, ignore_errors=True)
-    student.save(part, method=recipe.method, recipe_hash=recipe.hash())
+    student.save(part, task=student.task, method=recipe.method, recipe_hash=recipe.hash())
     shutil.rmtree(run_dir / "student", ignore_errors=True)
     part.rename(run_dir / "student")
 
-    (run_dir / "samples").mkdir(exist_ok=True)
-    names: list[str] = []
-    for who, generator in (*task.teachers().items(), ("student", student)):
-        names, images = task.rows(generator, recipe.evaluate.seed)
-        if images is not None:
-            save_grid(images, run_dir / "samples" / f"{who}.png")
-
+    everyone = {**task.teachers(), "student": student}
+    shown = show(run_dir, {who: task.rows(model, recipe.evaluate.seed) for who, model in everyone.items()})
+    bench = find_bench(task.name, recipe.data, task.data) if recipe.evaluate.n else None
     result: dict[str, Any] = {
         "name": run_dir.name,
         "method": recipe.method,
@@ -107,14 +101,28 @@ def finish(recipe: Recipe, run_dir: Path, method: Method, task: Task, student: G
         "machine": _machine(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "data": task.origin,
+        "things": task.things,
         "teachers": list(task.teachers()),
-        "rows": names,
+        **shown,
         "cost": training_cost(run_dir),
-        **task.measure(recipe, student),
+        **task.measure(recipe, student, bench),
     }
     write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     write(run_dir / "student" / "README.md", model_card(recipe, result, type(method).paper))
     return RunResult(run_dir, student, result.get("scores", {}), result["cost"], write_report(run_dir))
+
+
+def show(run_dir: Path, rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """Write everybody's pictures into ``samples/``, and say what the rows are called and what texts they hold."""
+    from stillroom.report.images import save_grid
+
+    (run_dir / "samples").mkdir(exist_ok=True)
+    for who, found in rows.items():
+        if found.images is not None:
+            save_grid(found.images, run_dir / "samples" / f"{who}.png")
+    texts = {who: [list(line) for line in found.texts] for who, found in rows.items() if found.texts}
+    names = [list(found.names) for found in rows.values()][-1]
+    return {"rows": names} | ({"texts": texts} if texts else {})
 
 
 def training_cost(run_dir: Path) -> dict[str, Any]:
@@ -131,22 +139,10 @@ def _machine() -> str:
 
 
 def _version() -> str:
-    from stillroom import __version__
-
-    return __version__
-
-
-# --- what goes in -----------------------------------------------------------------------------------------------------
-def load_generator(folder: str | Path) -> Any:
-    """The model in a model folder or a run's ``student/``, or a shipped one by name: an ``ImageClassifier``, a
-    ``TextImageGenerator`` where the folder has a text encoder, else an ``ImageGenerator``."""
-    folder = model_folder(folder)
-    stay_inside(folder)
-    if (folder / "recipe.yaml").is_file():
-        if not (folder / "student").is_dir():
-            raise UserError(f"run {folder} has no student yet", cure=f"finish it: stillroom run --resume {folder}")
-        folder = folder / "student"
-    return load_model(folder)
+    try:
+        return version("stillroom")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

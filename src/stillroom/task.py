@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.scores import Score
+from stillroom.files import stay_inside
+from stillroom.folders.shipped import model_folder
+from stillroom.parsing import read_json
 from stillroom.surgery.modules import parameter_count
 
 if TYPE_CHECKING:
@@ -50,15 +53,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Card:
-    """A task's part of the model card. library, tag: as model hubs call them (empty: they have no name for it). makes:
-    the sentence of what the student is. use: lines of Python after ``student = sr.load(...)``. front: more of the front
-    matter. sections: Markdown between use and scores, and after them."""
+    """A task's part of the model card. makes: the sentence of what the student is. use: lines of Python after
+    ``student = sr.load(...)``; where ``alone`` says what else is needed, all of the lines. library, tag: as model hubs
+    call them (empty: they have no name for it). front: more of the front matter. before_scores, after_scores: lines of
+    Markdown there."""
 
     makes: str
     use: Sequence[str]
     library: str = ""
     tag: str = ""
     kind: str = ""  # of the task in the model index, where hubs have no tag
+    alone: str = ""
     front: Mapping[str, Any] = field(default_factory=dict)
     before_scores: Sequence[str] = ()
     after_scores: Sequence[str] = ()
@@ -97,11 +102,13 @@ class Model:
     """A finished model. A subclass has :meth:`holds`, :meth:`load`, :meth:`save` and a verb of its own (``sample``,
     ``classify``, ...), and says how one call of it is timed (:meth:`call`).
 
-    does: "this model ..." in words. usage: the Python call that does it, for whoever asks for something else.
-    asked_by: what `stillroom sample` takes: ``labels``, ``captions``, or nothing.
+    task: name of the task whose finished models are of this class. does: "this model ..." in words. usage: the Python
+    call that does it, for whoever asks for something else. asked_by: what `stillroom sample` takes: ``labels``,
+    ``captions``, or nothing.
     """
 
-    does: ClassVar[str] = "is a model"
+    task: ClassVar[str] = ""
+    does: ClassVar[str] = "draws nothing"
     usage: ClassVar[str] = "stillroom.load(DIR)"
     asked_by: ClassVar[str] = ""
     int8: ClassVar[bool] = False  # whether a quantised export makes sense
@@ -141,19 +148,7 @@ class Model:
     def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
         """``n`` answers for each thing that is asked for (by default one of each kind), to look at. Raises UserError
         for a model that has none."""
-        raise UserError(f"this model {self.does}, it draws nothing", cure=self.usage)
-
-    def check_asked(self, labels: Sequence[str], captions: Sequence[str]) -> Sequence[str]:
-        """What of a command's ``--labels`` and ``--captions`` this model is asked for. Raises UserError for the
-        other."""
-        given = {"labels": labels, "captions": captions}
-        wrong = [name for name, values in given.items() if values and name != self.asked_by]
-        if wrong and self.asked_by:
-            draws = {"labels": "classes", "captions": "captions"}
-            raise UserError(
-                f"this model draws {draws[self.asked_by]}, not {draws[wrong[0]]}", cure=f"give --{self.asked_by}"
-            )
-        return given.get(self.asked_by, ())
+        raise UserError(f"this model {self.does}", cure=self.usage)
 
     # --- other runtimes -------------------------------------------------------------------------------------------
     def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
@@ -181,7 +176,8 @@ class Task:
 
     name: set by :func:`task`. serves: other tasks' names that methods may ask for and that this one can stand in for,
     where :meth:`takes` the teacher. model: the class of its finished models. things: what the data hold, in words.
-    data: what the trainer reads. origin: where it came from. made: teachers that the method itself trained.
+    data: what the trainer reads. origin: where it came from. made: teachers that the method itself trained. folders: of
+    teachers that were read from one, where scores may lie that were measured earlier.
     """
 
     name: ClassVar[str]
@@ -191,10 +187,10 @@ class Task:
     timed: ClassVar[tuple[int, ...]] = (1, 32)  # batch sizes
     data: Any
     origin: str
-    made: Mapping[str, nn.Module]
 
     def __init__(self) -> None:
-        self.made = {}
+        self.made: Mapping[str, nn.Module] = {}
+        self.folders: dict[str, Path] = {}
 
     @classmethod
     def takes(cls, teacher: Any) -> bool:
@@ -249,7 +245,7 @@ class Task:
         found: dict[str, Any] = {"latency_ms": {str(t.batch): round(t.median_ms, 3) for t in timings}}
         return found | {"macs": cost.macs(lambda: self.call(model, 1))}
 
-    def facts(self, student: Model) -> dict[str, Any]:
+    def facts(self, recipe: Recipe, student: Model) -> dict[str, Any]:
         """More that ``result.json`` is to say of the run, for the report and the card."""
         return {}
 
@@ -261,7 +257,7 @@ class Task:
         """
         everyone: dict[str, Model] = {"student": student, **self.teachers()}
         costs: dict[str, dict[str, Any]] = {who: {"nfe": m.nfe, "params": m.parameters} for who, m in everyone.items()}
-        found: dict[str, Any] = {"task": self.name, **costs, **self.facts(student)}
+        found: dict[str, Any] = {"task": self.name, **costs, **self.facts(recipe, student)}
         if recipe.evaluate.n == 0:
             return found
         say("timing student and teachers")
@@ -272,7 +268,9 @@ class Task:
     def scores(self, recipe: Recipe, everyone: Mapping[str, Model], bench: Any = None) -> dict[str, Any]:
         """``{"scores": {who: {key: value}}, "metrics": [Score.to_dict()], "bench": {"n", "reference"}}``, or nothing
         where nothing can be measured. Default: what the bench says."""
-        return bench.compare(everyone, recipe.evaluate.n, recipe.evaluate.seed) if bench is not None else {}
+        if bench is None:
+            return {}
+        return bench.compare(everyone, recipe.evaluate.n, recipe.evaluate.seed, self.folders)
 
     # --- in words -------------------------------------------------------------------------------------------------
     @classmethod
@@ -309,6 +307,8 @@ def task(name: str) -> Callable[[type[Task]], type[Task]]:
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise ValueError(f"two tasks claim the name {name!r}: {_REGISTRY[name].__module__} and {cls.__module__}")
         cls.name = name
+        if not cls.model.task:
+            cls.model.task = name
         _REGISTRY[name] = cls
         return cls
 
@@ -341,16 +341,53 @@ def make_task(name: str, teacher: Any = "") -> Task:
     return next(stand_ins, found)()
 
 
-def load_model(folder: Path) -> Model:
-    """The finished model in a folder, of whichever task its ``stillroom.json`` names, or its files show."""
-    from stillroom.parsing import read_json
+def trained_teacher(name: str, data: str) -> nn.Module | None:
+    """A network that a bench trains on these data on first use, by name; None for a name that no bench has."""
+    return importlib.import_module("stillroom.bench").trained_teacher(name, data)
 
+
+# --- models by folder -------------------------------------------------------------------------------------------------
+def model_home(name: str | Path) -> Path:
+    """Where a model lies: a shipped one by name, a model folder, or what a run has finished. Raises UserError for a
+    name that is none, for links that lead out of the folder, and for a run without a student."""
+    folder = model_folder(name)
+    stay_inside(folder)
+    if not (folder / "recipe.yaml").is_file():
+        return folder
+    if not (folder / "student").is_dir():
+        raise UserError(f"run {folder} has no student yet", cure=f"finish it: stillroom run --resume {folder}")
+    return folder / "student"
+
+
+def model_class(folder: Path) -> type[Model]:
+    """The class of the model in a folder: of whichever task its ``stillroom.json`` names, or else its files show.
+    Raises UserError where there is none."""
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
-    if isinstance(named := side.get("task"), str) and named in tasks():
-        return tasks()[named].model.load(folder)
-    for cls in tasks().values():
+    known = tasks()
+    if (named := side.get("task")) in known:
+        return known[str(named)].model
+    for cls in known.values():
         if cls.model.holds(folder):
-            return cls.model.load(folder)
+            return cls.model
     if not folder.is_dir():
-        raise UserError(f"teacher folder {folder} does not exist", cure="give a folder in diffusers layout")
+        raise UserError(f"model folder {folder} does not exist", cure="give a folder in diffusers layout")
     raise UserError(f"{folder} holds no model", cure="give a folder that diffusers or transformers loads")
+
+
+def load_model(name: str | Path) -> Model:
+    """The finished model of a run, in a model folder, or a shipped one by name. Raises UserError."""
+    folder = model_home(name)
+    return model_class(folder).load(folder)
+
+
+def sample_rows(model: Model, labels: Sequence[str], captions: Sequence[str], n: int, seed: int) -> Rows:
+    """``n`` samples for each label or caption, by default for one of each kind. Raises UserError for a model that is
+    asked for the other, or draws nothing."""
+    given = {"labels": labels, "captions": captions}
+    wrong = [name for name, values in given.items() if values and name != model.asked_by]
+    if wrong and model.asked_by:
+        draws = {"labels": "classes", "captions": "captions"}
+        raise UserError(
+            f"this model draws {draws[model.asked_by]}, not {draws[wrong[0]]}", cure=f"give --{model.asked_by}"
+        )
+    return model.rows(given.get(model.asked_by, ()), n, seed)

@@ -28,9 +28,8 @@ from stillroom.errors import UserError
 from stillroom.evaluation.metrics import to_uint8
 from stillroom.evaluation.scene_parser import SceneParser, load_parser
 from stillroom.surgery.modules import parameter_count
-from stillroom.tasks.class_images.model import ImageGenerator
-from stillroom.tasks.class_images.task import class_count
-from stillroom.tasks.text_images.task import EXAMPLES
+from stillroom.tasks.class_images.model import ImageGenerator, class_count
+from stillroom.tasks.text_images.model import EXAMPLES
 
 SETTINGS = ("guidance", "steps", "temperature")
 """What the page lets a visitor change of the student's sampler, where that has it."""

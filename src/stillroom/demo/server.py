@@ -13,10 +13,9 @@ from stillroom.demo.page import dressed, import_gradio, layout
 from stillroom.demo.studio import Studio
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import network_folder
+from stillroom.folders.shipped import model_folder
 from stillroom.recipe import Recipe
-from stillroom.run import load_generator
-from stillroom.tasks import IN_MEMORY, model_folder
-from stillroom.tasks.text_images.model import is_text_model
+from stillroom.task import IN_MEMORY, load_model, model_class
 
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 7860, 40
@@ -36,20 +35,20 @@ def open_studio(student: str, teachers: Sequence[str] | None = None) -> Studio:
     student.
     """
     judge = Judge()
-    first = Model(_name(student), lambda: load_generator(student), judge)
+    first = Model(_name(student), lambda: load_model(student), judge)
     by_class = first.by_class
     names = _teachers_of(student) if teachers is None else list(teachers)
     names = [name for name in names if _home(name) != _home(student)]
     for name in names:
         folder = _home(name)
         network_folder(folder)
-        if is_text_model(folder) == by_class:
+        if (model_class(folder).asked_by == "captions") == by_class:
             asked = ("in words", "by class")
             raise UserError(
                 f"student {student!r} is asked {asked[by_class]}, teacher {name!r} {asked[not by_class]}",
                 cure="give teachers of the same kind: --teachers a,b",
             )
-    return Studio(first, [Model(_name(name), lambda name=name: load_generator(name), judge) for name in names])
+    return Studio(first, [Model(_name(name), lambda name=name: load_model(name), judge) for name in names])
 
 
 def _home(name: str) -> Path:

@@ -6,6 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillroom.evaluation.metrics import calibration_error
+from stillroom.evaluation.scores import Score
+
+ACCURACY = Score("accuracy", "Accuracy", label="Accuracy")
+CLASSIFICATION = (
+    Score("nll", "Log loss", "lower", unit="nats"),
+    Score("ece", "Calibration error, 15 bins", "lower"),
+)
+PAIR = (
+    Score("agreement", "Agreement with the teacher"),
+    Score("kl", "KL(teacher || student), nats", "lower", unit="nats"),
+)
 
 
 def classification_scores(probabilities: Tensor, labels: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ class Score:
     key: in results and claims. name: in print; where it depends on them, with extractor and sample size. better: which
     way. unit: empty for shares and bare numbers. worst: what a training that diverged is given, so that it loses every
     comparison. label: short, for the tiles at the top of a report; empty: no tile. alarm: the doctor speaks when the
-    student is beyond ``alarm`` times its best teacher's (0: never), and gives ``advice``.
+    student is beyond ``alarm`` times its best teacher's (0: never), and ``says`` what is wrong and gives ``advice``.
     """
 
     key: str
@@ -26,6 +26,7 @@ class Score:
     worst: float | None = None
     label: str = ""
     alarm: float = 0.0
+    says: str = "the student is far from its teacher"
     advice: str = ""
 
     @property

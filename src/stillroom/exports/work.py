@@ -29,8 +29,7 @@ from stillroom.files import digest, writing
 from stillroom.folders.shipped import model_folder
 from stillroom.networks.text_encoder import TOKENIZER
 from stillroom.recipe import Recipe
-from stillroom.run import load_generator
-from stillroom.tasks import IN_MEMORY
+from stillroom.task import IN_MEMORY, load_model
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.classify_text.model import TextClassifier
 from stillroom.tasks.encode.model import ImageEncoder
@@ -87,7 +86,7 @@ def export_model(
     recipe = None
     if isinstance(model, str | Path):
         name, recipe = _home(model)
-        model = load_generator(model)
+        model = load_model(model)
     else:
         name = source
     out = Path(out) if out is not None else Path("exports") / f"{name}-{to}"

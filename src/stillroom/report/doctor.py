@@ -227,32 +227,23 @@ def _bands(patient: Patient) -> Iterator[Finding]:
 
 
 def _scores(patient: Patient) -> Iterator[Finding]:
-    from stillroom.report import teachers
+    """The student's scores against those of its best teacher, where a score says when that is too little."""
+    from stillroom.report.rows import metrics, number, teachers
 
     scores = patient.result.get("scores", {})
     student = scores.get("student", {})
-    taught = [found for who in teachers(patient.result) if (found := scores.get(who))]
-    teacher = min(taught, key=lambda found: found.get("fd", math.inf), default={})  # the best, where there are several
-    if "sceneeval" in student and "sceneeval" in teacher and student["sceneeval"] < 0.6 * teacher["sceneeval"]:
-        yield Finding(
-            "doubtful",
-            f"the student often misses the caption: SceneEval {student['sceneeval']:.2f}, "
-            f"its teacher {teacher['sceneeval']:.2f}",
-            "more steps or more distinct captions first; then a higher guidance scale",
-        )
-    if "fd" in student and "fd" in teacher and student["fd"] > 3 * teacher["fd"]:
-        yield Finding(
-            "doubtful",
-            f"the student is far from its teacher: FD {student['fd']:.3g} against {teacher['fd']:.3g}",
-            "more steps first; then the learning rates",
-        )
-    if "coverage" in student and "coverage" in teacher and student["coverage"] < 0.6 * teacher["coverage"]:
-        yield Finding(
-            "doubtful",
-            "the student leaves out part of the data: "
-            f"coverage {student['coverage']:.2f}, teacher {teacher['coverage']:.2f}",
-            "a lower guidance scale, or a GAN term on real images",
-        )
+    for score in metrics(patient.result):
+        found = [scores.get(who, {}).get(score.key) for who in teachers(patient.result)]
+        theirs, mine = [value for value in found if value is not None], student[score.key]
+        if not theirs or mine is None:
+            continue
+        best = min(theirs) if score.better == "lower" else max(theirs)
+        if score.alarms(mine, best):
+            yield Finding(
+                "doubtful",
+                f"{score.says}: {score.name} {number(mine)}, its teacher {number(best)}",
+                score.advice,
+            )
 
 
 RULES: tuple[Callable[[Patient], Iterator[Finding]], ...] = (

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from stillroom.method import Method, get_method, option_fields
 from stillroom.recipe import describe
-from stillroom.report import facts
+from stillroom.report.rows import facts
 
 
 def comparison(folders: Sequence[Path]) -> Table:

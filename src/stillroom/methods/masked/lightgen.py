@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stillroom.data.synthetic import Synthesis
 from stillroom.diffusion.masking import TEXT, MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import make_filters
-from stillroom.folders.denoisers import load_network
-from stillroom.folders.shipped import model_folder
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
 from stillroom.networks.mar import MAR, MARSettings
@@ -48,12 +47,13 @@ class LightGen(Method):
     images are not mirrored unless asked for, since that makes "left" and "right" mean nothing.
     """
 
-    task = "text-image"
+    task = "text-images"
 
     @dataclass
     class Options:
         network: MARSettings = MARSettings()
-        start: str = ""  # a finished student that training goes on from, by name or folder; empty: from scratch
+        # The images that teachers draw before the training, and how images are encoded.
+        synthesis: Synthesis = field(default_factory=Synthesis, metadata={"later": True})
         # Shares of the steps; 0 leaves a stage out. pretrain reads the data's part "small" where there is one.
         pretrain_share: float = field(default=0.8, metadata={"min": 0})
         adapt_share: float = field(default=0.1, metadata={"min": 0})
@@ -67,7 +67,9 @@ class LightGen(Method):
         losers: Literal["own", "mirrored"] = "own"  # the student's own samples, or the winners' mirror images
         # "own": own samples that `judge` keeps, against own that it rejects
         winners: Literal["real", "own"] = field(default="real", metadata={"later": True})
-        judge: str = field(default="parser", metadata={"later": True})  # a filter by name, as in synthesis.filters
+        judge: str = field(
+            default="parser", metadata={"later": True}
+        )  # a filter by name, as in options.synthesis.filters
         # own samples of a caption, among which both are sought
         tries: int = field(default=4, metadata={"later": True, "min": 2})
         loser_round_trip: bool = True  # own samples become pictures and are encoded again, as the winners were
@@ -105,28 +107,25 @@ class LightGen(Method):
             channels=codec.channels, text_width=space.text.width, grid=(height // patch, width // patch)
         )
         if student is not None:
-            self.take_over(student, "that is given")
-        elif o.start:
-            folder = model_folder(o.start)
-            self.take_over(load_network(folder), f"in {folder}")
+            self.take_over(student)
         if self.by_preference:
             # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
             self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
 
-    def take_over(self, start: nn.Module, where: str) -> None:
+    def take_over(self, start: nn.Module) -> None:
         """Begin with the weights of a finished student of the same sizes, whose head predicts the same."""
         ours = self.student.config["prediction"]
         theirs = start.config["prediction"] if isinstance(start, MAR) else ours  # other classes fail below
         if theirs != ours:
             raise UserError(
-                f"the head of the student {where} predicts {theirs}, that of options.network {ours}",
+                f"the head of the student that is given predicts {theirs}, that of options.network {ours}",
                 cure=f"set options.network.prediction={theirs}",
             )
         try:
             self.student.load_state_dict(start.state_dict())
         except RuntimeError:
             raise UserError(
-                f"the student {where} has other sizes than options.network",
+                "the student that is given has other sizes than options.network",
                 cure="give its own sizes (transformer/config.json or network/config.json) as options.network",
             ) from None
 
@@ -163,7 +162,9 @@ class LightGen(Method):
         mean, std = batch["image"], batch.get("std")
         if mirror:
             if "mirrored" not in batch:
-                raise UserError("options.mirror needs mirrored images in the data", cure="set synthesis.mirror to true")
+                raise UserError(
+                    "options.mirror needs mirrored images in the data", cure="set options.synthesis.mirror to true"
+                )
             flip = (self.draw.uniform(len(mean)) < mirror)[:, None, None, None]
             mean = torch.where(flip, batch["mirrored"], mean)
             std = None if std is None else torch.where(flip, batch["mirrored_std"], std)

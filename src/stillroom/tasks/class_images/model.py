@@ -12,20 +12,35 @@ from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
-from stillroom.errors import UserError, reading
-from stillroom.folders.denoisers import SIDE_FILE, load_denoiser, save_denoiser
+from stillroom.errors import UserError, nearest, reading
+from stillroom.folders.denoisers import NETWORK_FOLDERS, SIDE_FILE, load_denoiser, save_denoiser
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
+from stillroom.task import COLUMNS, Model, Rows
+
+ROWS = 10
+"""Rows of a sample grid: classes, or rows of unconditional samples."""
 
 
-class ImageGenerator:
+class ImageGenerator(Model):
     """A denoiser and the sampler it is run with; what ``stillroom.load`` returns.
 
     classes: names of the condition's classes in label order (may be empty).
     """
 
+    does, usage, asked_by = "draws classes", "stillroom.load(DIR).sample(labels)", "labels"
+
     def __init__(self, denoiser: Denoiser, sampler: Sampler, classes: Sequence[str] = ()) -> None:
         self.denoiser, self.sampler, self.classes = denoiser.eval(), sampler, list(classes)
+
+    @property
+    def module(self) -> Denoiser:
+        return self.denoiser
+
+    @property
+    def choices(self) -> list[str]:
+        """Names, else numbers, of the classes that can be asked for; empty for a model without classes."""
+        return self.classes or [str(i) for i in range(class_count(self.denoiser))]
 
     @torch.no_grad()
     def sample(self, cond: Tensor | Sequence[int] | dict[str, Tensor] | int, seed: int = 0, batch: int = 250) -> Tensor:
@@ -59,6 +74,18 @@ class ImageGenerator:
             out.append(self.sampler.sample(self.denoiser, noise, part, generator).float().cpu())
         return torch.cat(out)
 
+    def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
+        """``n`` samples for each of the chosen classes, by number or name (default: all, at most ten). A model without
+        classes gives ten rows without names."""
+        classes = self.choices
+        if not classes:
+            if asked:
+                raise UserError("this model takes no labels", cure="leave --labels away")
+            return Rows([""] * ROWS, self.sample(ROWS * n, seed=seed).unflatten(0, (ROWS, n)))
+        chosen = [class_index(label, classes) for label in asked] or list(range(min(len(classes), ROWS)))
+        images = self.sample([index for index in chosen for _ in range(n)], seed=seed)
+        return Rows([classes[index] for index in chosen], images.unflatten(0, (len(chosen), n)))
+
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
         """Write the folder; ``extra`` entries are added to ``stillroom.json``. ``dtype``: of the weights in the file
         (default: as they are)."""
@@ -66,6 +93,13 @@ class ImageGenerator:
         side = save_denoiser(self.denoiser, folder, dtype)
         side |= {"sampler": self.sampler.to_dict(), "classes": self.classes, **extra}
         (folder / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+
+    @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """A network in diffusers' layout that reads no text."""
+        side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
+        words = (folder / "text_encoder").is_dir() or (folder / "model_index.json").is_file() or "components" in side
+        return not words and any((folder / name).is_dir() for name in NETWORK_FOLDERS)
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageGenerator:
@@ -78,3 +112,20 @@ class ImageGenerator:
         with reading(folder):
             sampler = sampler_from_dict(side["sampler"]) if "sampler" in side else ODESampler()
             return cls(load_denoiser(folder), sampler, side.get("classes", ()))
+
+
+def class_index(label: str, classes: Sequence[str]) -> int:
+    """The number of a class, by name or number. Raises UserError for one that there is not."""
+    if label in classes:
+        return list(classes).index(label)
+    if label.isdigit() and int(label) < len(classes):
+        return int(label)
+    raise UserError(
+        f"no class {label!r}{nearest(label, classes)}", cure=f"classes: {', '.join(classes)}, or their numbers"
+    )
+
+
+def class_count(denoiser: Denoiser) -> int:
+    """Classes of a class-conditional denoiser, whose "unconditional" label comes after the last class; else 0."""
+    values = [value for name, value in denoiser.null.items() if "label" in name and isinstance(value, int)]
+    return values[0] if values else 0

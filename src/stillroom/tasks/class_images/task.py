@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,30 +11,37 @@ from torch import Tensor, nn
 from stillroom.data.source import ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
-from stillroom.errors import UserError, nearest
-from stillroom.folders.shipped import model_folder
+from stillroom.errors import UserError
 from stillroom.recipe import Recipe
-from stillroom.surgery.modules import parameter_count
-from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say
-from stillroom.tasks.class_images.model import ImageGenerator
-
-ROWS = 10
-"""Rows of a sample grid: classes, or rows of unconditional samples."""
+from stillroom.task import NOTHING, Card, Task, model_home, task
+from stillroom.tasks.class_images.model import ImageGenerator, class_count
+from stillroom.tasks.words import calls, made_from
 
 
+@task("class-images")
 class ClassImages(Task):
-    """One denoiser, sampled by label."""
+    """One denoiser, sampled by label. The student begins as another denoiser of the same samples, or as a copy of the
+    teacher."""
 
+    model = ImageGenerator
     data: ArrayData
 
-    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
-        self.data = load_data(recipe.data, "train") if data is None else data
+    def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        self.data = given["data"] if "data" in given else load_data(recipe.data, "train")
         self.origin = self.data.origin
-        self.teacher = as_generator(teacher) if teacher is not None else load_teacher(recipe.teacher)
-        check_fit(self.teacher.denoiser, self.data, recipe.teacher, recipe.data)
+        self.teacher = as_generator(given["teacher"]) if "teacher" in given else load_denoiser(recipe.teacher)
+        if "teacher" not in given:
+            self.folders["teacher"] = model_home(recipe.teacher)
+        check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
+        self.start = self.teacher.denoiser
+        if "student" in given or recipe.student:
+            begins = as_generator(given["student"]) if "student" in given else load_denoiser(recipe.student, "student")
+            check_fit(begins.denoiser, self.data, f"student {recipe.student!r}", recipe.data)
+            self.start = begins.denoiser
 
-    def networks(self) -> tuple[Denoiser]:
-        return (self.teacher.denoiser,)
+    def given(self) -> Mapping[str, Any]:
+        teacher = self.teacher.denoiser
+        return {"teacher": teacher, "teachers": [teacher], "student": self.start, "classes": self.data.classes}
 
     def teachers(self) -> Mapping[str, ImageGenerator]:
         return {"teacher": self.teacher}
@@ -42,112 +50,60 @@ class ClassImages(Task):
         assert isinstance(network, Denoiser)
         return ImageGenerator(network, sampler, self.teacher.classes or self.data.classes)
 
-    def rows(self, generator: ImageGenerator, seed: int) -> tuple[list[str], Tensor]:
-        return class_rows(generator, (), COLUMNS, seed)
+    def call(self, model: Any, batch: int) -> Tensor:
+        """Samples of all classes in turn."""
+        classes = class_count(model.denoiser)
+        return model.sample([i % classes for i in range(batch)] if classes else batch)
 
-    def measure(self, recipe: Recipe, student: ImageGenerator) -> dict[str, Any]:
-        generators = {"student": student, "teacher": self.teacher}
-        measured: dict[str, Any] = {
-            who: {"nfe": generator.sampler.nfe, "params": parameter_count(generator.denoiser)}
-            for who, generator in generators.items()
-        }
-        measured["task"] = "class-image"
-        if recipe.evaluate.n == 0:
-            return measured
-        from stillroom.bench import find_bench
-
-        say("timing student and teacher")
-        for who, generator in generators.items():
-            measured[who] |= sampling_cost(generator, label_drawer(generator))
-        bench = find_bench("class-images", recipe.data, self.data)
-        if bench is None:
-            return measured
-        folders = {"teacher": model_folder(recipe.teacher)} if recipe.teacher != IN_MEMORY else {}
-        found = bench.compare(generators, recipe.evaluate.n, recipe.evaluate.seed, folders)
-        return measured | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
-
-
-def label_drawer(generator: ImageGenerator) -> Any:
-    """``draw(batch)``: that many samples, of all classes in turn."""
-    classes = class_count(generator.denoiser)
-
-    def draw(batch: int) -> Tensor:
-        return generator.sample([i % classes for i in range(batch)] if classes else batch)
-
-    return draw
+    @classmethod
+    def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
+        asked = "[0, 1, 2]" if any(result["rows"]) else "8"
+        use = f"images = student.sample({asked}, seed=0)  # [N, C, H, W] in [-1, 1]"
+        makes = f"A student of {made_from(recipe.teacher)} that makes an image in {calls(result)}"
+        return Card(makes, [use], library="diffusers", kind="image-generation")
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
-def load_teacher(name: str) -> ImageGenerator:
-    """Raises UserError for a teacher that works on latents: the data are pixels in [-1, 1]."""
-    folder = model_folder(name)
+def load_denoiser(name: str, who: str = "teacher") -> ImageGenerator:
+    """A denoiser with its sampler, by name or folder. Raises UserError for none, and for one that works on latents: the
+    data are pixels in [-1, 1]."""
+    if not name:
+        raise UserError("no teacher was named", cure="give a model folder, or the shipped one: teacher=fashion")
+    if "," in name and not Path(name).exists():
+        raise UserError(f"{who} {name!r} is several, this method learns from one", cure="name one")
+    folder = model_home(name)
     if (folder / "vae").is_dir():
         raise UserError(
-            f"teacher {name!r} works on the latents of its vae/, the data are pixels",
-            cure="choose a pixel-space teacher",
+            f"{who} {name!r} works on the latents of its vae/, the data are pixels",
+            cure=f"choose a pixel-space {who}",
         )
     return ImageGenerator.load(folder)
 
 
-def as_generator(teacher: Denoiser | ImageGenerator) -> ImageGenerator:
-    return teacher if isinstance(teacher, ImageGenerator) else ImageGenerator(teacher, ODESampler())
-
-
-def class_rows(generator: ImageGenerator, labels: Sequence[str], n: int, seed: int) -> tuple[list[str], Tensor]:
-    """``n`` samples for each of the chosen classes (default: all, at most ten), as ``(names, [rows, n, C, H, W])``.
-
-    labels: classes by number or name. A generator without classes gives ten rows without names.
-    """
-    count = class_count(generator.denoiser)
-    classes = list(generator.classes) or [str(i) for i in range(count)]
-    if not classes:
-        if labels:
-            raise UserError("this model takes no labels", cure="leave --labels away")
-        images = generator.sample(ROWS * n, seed=seed)
-        return [""] * ROWS, images.unflatten(0, (ROWS, n))
-    chosen = [_class_index(label, classes) for label in labels] or list(range(min(len(classes), ROWS)))
-    images = generator.sample([index for index in chosen for _ in range(n)], seed=seed)
-    return [classes[index] for index in chosen], images.unflatten(0, (len(chosen), n))
-
-
-def _class_index(label: str, classes: list[str]) -> int:
-    if label in classes:
-        return classes.index(label)
-    if label.isdigit() and int(label) < len(classes):
-        return int(label)
-    raise UserError(
-        f"no class {label!r}{nearest(label, classes)}", cure=f"classes: {', '.join(classes)}, or their numbers"
-    )
-
-
-def class_count(denoiser: Denoiser) -> int:
-    """Classes of a class-conditional denoiser, whose "unconditional" label comes after the last class; else 0."""
-    values = [value for name, value in denoiser.null.items() if "label" in name and isinstance(value, int)]
-    return values[0] if values else 0
+def as_generator(given: Denoiser | ImageGenerator) -> ImageGenerator:
+    return given if isinstance(given, ImageGenerator) else ImageGenerator(given, ODESampler())
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def check_fit(denoiser: Denoiser, data: ArrayData, teacher: str, source: str) -> None:
-    """Raises UserError where a teacher cannot learn from, or speak about, the data."""
+def check_fit(denoiser: Denoiser, data: ArrayData, name: str, source: str) -> None:
+    """Raises UserError where a denoiser cannot learn from, or speak about, the data."""
     if tuple(denoiser.shape) != tuple(data.shape):
         raise UserError(
-            f"teacher {teacher!r} makes {_size(denoiser.shape)}, but data {source!r} holds {_size(data.shape)}",
-            cure="convert the data, or choose a teacher of that size",
+            f"{name} makes {_size(denoiser.shape)}, but data {source!r} holds {_size(data.shape)}",
+            cure="convert the data, or choose a model of that size",
         )
-    for name in denoiser.null:
-        if name not in data.cond:
+    for condition in denoiser.null:
+        if condition not in data.cond:
             raise UserError(
-                f"teacher {teacher!r} is conditioned on {name!r}, but data {source!r} has none",
-                cure="put the images into one sub-folder per class" if "label" in name else "give data with it",
+                f"{name} is conditioned on {condition!r}, but data {source!r} has none",
+                cure="put the images into one sub-folder per class" if "label" in condition else "give data with it",
             )
     if count := class_count(denoiser):
-        have = (
-            len(data.classes)
-            or int(max(int(values.max()) for name, values in data.cond.items() if "label" in name)) + 1
-        )
+        labels = [int(values.max()) + 1 for key, values in data.cond.items() if "label" in key]
+        have = len(data.classes) or max(labels)
         if have != count:
             raise UserError(
-                f"teacher {teacher!r} knows {count} classes, but data {source!r} has {have}",
+                f"{name} knows {count} classes, but data {source!r} has {have}",
                 cure="give the data the teacher's classes, in its order",
             )
 

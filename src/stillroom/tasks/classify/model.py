@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.sampling import Sampler, sampler_from_dict
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
-from stillroom.folders.image_networks import channels_of
+from stillroom.folders.image_networks import ENCODERS, architecture, channels_of
 from stillroom.folders.pretrained import CONFIG, WEIGHTS, pretrained
 from stillroom.folders.processors import PROCESSOR, Pixels, save_processor
 from stillroom.folders.transformers_layout import auto_config
@@ -23,14 +23,18 @@ from stillroom.networks.prompt_classifier import is_text_image_model
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
+from stillroom.task import Model
 
 
-class ImageClassifier:
+class ImageClassifier(Model):
     """A network that recognises images; what ``stillroom.load`` returns for one.
 
     classes: names in the order of the outputs. Images are float32 ``[N, C, H, W]`` in [-1, 1]. sampler: how the network
     is asked; of one with two heads, with the mixture of their probabilities.
     """
+
+    does, usage = "recognises images, it draws none", "stillroom.load(DIR).classify(images)"
+    int8 = True
 
     def __init__(self, network: nn.Module, classes: Sequence[str] = (), sampler: Sampler | None = None) -> None:
         self.network, self.classes, self.sampler = network.eval(), list(classes), sampler or ForwardPass()
@@ -66,6 +70,12 @@ class ImageClassifier:
         network.save_pretrained(folder)
         save_processor(network, Path(folder), channels_of(network)[0])
         (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+
+    @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """A model of transformers that neither reads texts nor describes images."""
+        named = architecture(folder)
+        return bool(named) and named not in ENCODERS and not named.endswith("ForSequenceClassification")
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageClassifier:
@@ -118,8 +128,3 @@ class Mixed(nn.Module):
 def asked(classifier: ImageClassifier) -> nn.Module:
     """The classifier as a network with one output for each class."""
     return Mixed(classifier) if two_heads(classifier.network) else classifier.network
-
-
-def is_classifier(folder: Path) -> bool:
-    """Whether a model folder holds a classifier of transformers."""
-    return (folder / CONFIG).is_file() and "architectures" in read_json(folder / CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,30 @@ from torch import Tensor, nn
 
 from stillroom.data.source import ArrayData, load_data
 from stillroom.diffusion.sampling import Sampler
-from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
-from stillroom.folders.image_networks import channels_of, config_of, make_classifier
-from stillroom.folders.shipped import SHIPPED, model_folder
+from stillroom.folders.image_networks import ARCHITECTURES, channels_of, config_of, make_classifier
+from stillroom.folders.shipped import SHIPPED
 from stillroom.networks.prompt_classifier import PromptClassifier, is_text_image_model
 from stillroom.networks.recognition import class_logits
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
-from stillroom.tasks.base import COLUMNS, IN_MEMORY
+from stillroom.task import COLUMNS, IN_MEMORY, NOTHING, Card, Rows, model_home, task
 from stillroom.tasks.classify.model import ImageClassifier, asked
-from stillroom.tasks.recognition import Recognition, split_rows
+from stillroom.tasks.networks import Recognition, split_rows
+from stillroom.tasks.words import made_from
 
 
+@task("classify")
 class Classification(Recognition):
     """Labelled images. Every fifth of them trains nothing: it is the part ``heldout``, to choose by. The test split is
     used for scores only."""
 
+    model = ImageClassifier
     data: ArrayData
-    things, kind = "images", "classify"
+    things = "images"
 
-    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
-        source = load_data(recipe.data, "train") if data is None else data
+    def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        source = given["data"] if "data" in given else load_data(recipe.data, "train")
         if len(source.classes) < 2:
             raise UserError(
                 f"data {recipe.data!r} has no classes to tell apart",
@@ -42,27 +45,25 @@ class Classification(Recognition):
         self.data.parts["heldout"] = source.take(held_out)
         self.origin = source.origin
         self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
-        if teacher is not None:
-            given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-            self._networks = tuple(asked(n) if isinstance(n, ImageClassifier) else n for n in given)
-            self.names = [recipe.teacher] * len(given)
-        else:
-            self.names = [name.strip() for name in recipe.teacher.split(",")]
-            self._networks = tuple(self._read(name, recipe.engine.seed, i) for i, name in enumerate(self.names))
-        for name, network in zip(self.names, self._networks, strict=True):
+        self.read_networks(recipe, given)
+        for name, network in self.everyone(recipe):
             self._check(name, network, recipe)
 
-    def _read(self, name: str, seed: int, place: int) -> nn.Module:
-        """A network by name, untrained, or from a model folder."""
-        folder = model_folder(name) if name in SHIPPED else Path(name).expanduser()
-        if folder.is_dir() and is_text_image_model(folder):
+    def bare(self, given: Any) -> nn.Module:
+        return asked(given) if isinstance(given, ImageClassifier) else given
+
+    def read(self, name: str, place: int, recipe: Recipe) -> nn.Module:
+        """A model folder, or, for the student, an untrained network by name."""
+        folder = model_home(name) if name in SHIPPED or Path(name).expanduser().is_dir() else Path(name)
+        if folder.is_dir() and is_text_image_model(folder) and place:
             return PromptClassifier.load(folder, self.data.classes, self.data.shape[0])
         if folder.is_dir():
             found = ImageClassifier.load(folder)
             self.check_names(name, found.classes, self.data.classes)
             return asked(found)
-        with torch.random.fork_rng(), making():
-            torch.manual_seed(mix("network", seed, place))
+        if place and (name in ARCHITECTURES or name.endswith(".json")):
+            raise UserError(f"teacher {name!r} is an untrained network", cure=f"it can be the student: student={name}")
+        with making():
             return make_classifier(name, self.data.shape[0], len(self.data.classes))
 
     def _check(self, name: str, network: nn.Module, recipe: Recipe) -> None:
@@ -96,19 +97,27 @@ class Classification(Recognition):
     def student(self, network: nn.Module, sampler: Sampler) -> ImageClassifier:
         return ImageClassifier(network, self.data.classes, sampler)
 
-    def rows(self, generator: ImageClassifier, seed: int) -> tuple[list[str], Tensor]:
+    def rows(self, model: Any, seed: int) -> Rows:
         """Held-out images under the class that the network gives them; blank where it gives that class to too few."""
         images = self.data.parts["heldout"].images()
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:1000]]
-        found = generator.probabilities(images).argmax(-1)
+        found = model.probabilities(images).argmax(-1)
         grid = torch.ones(len(self.data.classes), COLUMNS, *images.shape[1:])
         for number in range(len(grid)):
             chosen = images[found == number][:COLUMNS]
             grid[number, : len(chosen)] = chosen
-        return list(self.data.classes), grid
+        return Rows(list(self.data.classes), grid)
 
-    def ask(self, classifier: ImageClassifier, data: ArrayData, rows: slice) -> Tensor:
+    def ask(self, classifier: Any, data: ArrayData, rows: slice) -> Tensor:
         return classifier.probabilities(data.images(rows))
 
-    def copies(self, classifier: ImageClassifier, batch: int) -> Tensor:
-        return classifier.probabilities(self.data.images(slice(1)).expand(batch, -1, -1, -1))
+    def call(self, model: Any, batch: int) -> Tensor:
+        return model.probabilities(self.data.images(slice(1)).expand(batch, -1, -1, -1))
+
+    @classmethod
+    def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
+        taught = made_from(recipe.teacher)
+        began = f"A classifier that began as {made_from(recipe.student) or taught}"
+        use = "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
+        makes = began + (f", taught by {taught}" if recipe.student and taught else "")
+        return Card(makes, [use], library="transformers", tag="image-classification")

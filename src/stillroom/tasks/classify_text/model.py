@@ -17,13 +17,17 @@ from stillroom.folders.text_networks import CONFIG, load_text_network
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
+from stillroom.task import Model
 
 
-class TextClassifier:
+class TextClassifier(Model):
     """A network that names the class of a text; what ``stillroom.load`` returns for one.
 
     classes: names in the order of the outputs. length: tokens of a text; longer ones are cut.
     """
+
+    does, usage = "sorts texts, it draws nothing", "stillroom.load(DIR).classify(texts)"
+    int8 = True
 
     def __init__(
         self, network: nn.Module, tokenizer: Any, classes: Sequence[str], length: int, sampler: Sampler | None = None
@@ -71,6 +75,12 @@ class TextClassifier:
         (folder / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
 
     @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """A model of transformers for sequence classification."""
+        kinds = read_json(folder / CONFIG).get("architectures") or [] if (folder / CONFIG).is_file() else []
+        return any(kind.endswith("ForSequenceClassification") for kind in kinds)
+
+    @classmethod
     def load(cls, folder: str | Path) -> TextClassifier:
         """Read a folder of transformers with a model for sequence classification and its tokenizer.
 
@@ -84,9 +94,3 @@ class TextClassifier:
         classes = [str(name) for _, name in sorted(config.id2label.items())]
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
         return cls(network, tokenizer, classes, side.get("length", min(int(tokenizer.model_max_length), 512)))
-
-
-def is_text_classifier(folder: Path) -> bool:
-    """Whether a model folder holds a text classifier of transformers."""
-    kinds = read_json(folder / CONFIG).get("architectures") or [] if (folder / CONFIG).is_file() else []
-    return any(kind.endswith("ForSequenceClassification") for kind in kinds)

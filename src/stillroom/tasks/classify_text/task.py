@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,48 @@ from stillroom.data.texts import NAMED, TextData, Texts, check_vocabularies, loa
 from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
-from stillroom.folders.text_networks import MINILM, load_text_network, load_tokenizer, make_encoder, minilm_folder
+from stillroom.folders.text_networks import (
+    ENCODERS,
+    MINILM,
+    load_text_network,
+    load_tokenizer,
+    make_encoder,
+    minilm_folder,
+)
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
 from stillroom.surgery.text_reader import token_table
-from stillroom.tasks.base import IN_MEMORY
+from stillroom.task import IN_MEMORY, NOTHING, Card, Model, Rows, model_home, task
 from stillroom.tasks.classify_text.model import TextClassifier
-from stillroom.tasks.recognition import Recognition, split_rows
+from stillroom.tasks.networks import Recognition, split_rows
+from stillroom.tasks.words import listed, made_from
 
 EXAMPLES = 24
 
 
+@task("classify-text")
 class TextClassification(Recognition):
     """Labelled texts, and texts without labels as the part ``general``. Every fifth labelled text trains nothing: it is
     the part ``heldout``. The test split is used for scores only.
 
-    ``teacher`` names the student's network and then the teachers': untrained encoders by name, ``minilm``, or folders
-    of transformers. All read with one tokenizer: that of the folders, or the glosses' own where none is a folder.
+    ``student`` is an untrained encoder by name or a folder of transformers, ``teacher`` names folders, or ``minilm``.
+    All read with one tokenizer: that of the folders, or the glosses' own where none is a folder.
     """
 
+    model = TextClassifier
     data: TextData
-    things, kind = "texts", "classify-text"
+    things = "texts"
 
-    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
-        source = load_texts(recipe.data, "train") if data is None else data
+    def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        source = given["data"] if "data" in given else load_texts(recipe.data, "train")
         if source.labels is None or len(source.classes) < 2:
             raise UserError(
                 f"data {recipe.data!r} have no classes to tell apart", cure="give each text a label, of two at least"
             )
         self.origin = source.origin
         ready = source.tokenizer if isinstance(source, TextData) else None
-        self._networks, tokenizers = self._find(recipe, teacher, len(source.classes), ready)
-        self.tokenizer = self._one_tokenizer(tokenizers, ready)
-        for name, network in zip(self.names, self._networks, strict=True):
+        self._read_with(recipe, given, source.classes, ready)
+        for name, network in self.everyone(recipe):
             self._check(name, network, source.classes)
         self.test = None
         training, held_out = split_rows(source.n)
@@ -53,7 +63,8 @@ class TextClassification(Recognition):
             self.data.parts = dict(source.parts)
             self.data.parts["heldout"] = source.take(held_out)
             return
-        self.length = min([64, *(limit for n in self._networks if (limit := positions(n)))])
+        limits = [limit for _, network in self.everyone(recipe) if (limit := positions(network))]
+        self.length = min([64, *limits])
         self.data = source.take(training).tokenised(self.tokenizer, self.length)
         self.data.parts["heldout"] = source.take(held_out).tokenised(self.tokenizer, self.length)
         if recipe.data != IN_MEMORY:
@@ -61,33 +72,46 @@ class TextClassification(Recognition):
             self.test = test.tokenised(self.tokenizer, self.length)
 
     # --- networks -----------------------------------------------------------------------------------------------------
-    def _find(self, recipe: Recipe, teacher: Any, classes: int, ready: Any) -> tuple[tuple[nn.Module, ...], dict]:
-        """The networks, and the tokenizers of those that have one, by name. Encoders by name are made last, for their
-        vocabulary is that of the tokenizer."""
-        if teacher is not None:
-            given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-            self.names = [f"network {i}" for i in range(len(given))]
-            found = [n.network if isinstance(n, TextClassifier) else n for n in given]
-            own = {name: n.tokenizer for name, n in zip(self.names, given) if isinstance(n, TextClassifier)}
-            return tuple(found), own
-        self.names = [name.strip() for name in recipe.teacher.split(",")]
-        networks: dict[int, nn.Module] = {}
+    def bare(self, given: Any) -> nn.Module:
+        return given.network if isinstance(given, TextClassifier) else given
+
+    def _read_with(self, recipe: Recipe, given: Mapping[str, Any], classes: list[str], ready: Any) -> None:
+        """The networks, and the one tokenizer that all read with: that of those that have one. An encoder by name is
+        made last, for its vocabulary is that of the tokenizer."""
         tokenizers: dict[str, Any] = {}
-        for place, name in enumerate(self.names):
+        self._classes = len(classes)
+        self._found: dict[tuple[str, int], nn.Module] = {}
+        if "teacher" in given:
+            objects = given["teacher"]
+            objects = list(objects) if isinstance(objects, list | tuple) else [objects]
+            tokenizers = {
+                f"teacher {i}": one.tokenizer for i, one in enumerate(objects, 1) if isinstance(one, TextClassifier)
+            }
+        places = [] if "teacher" in given else list(enumerate(listed(recipe.teacher), start=1))
+        if isinstance(begun := given.get("student"), TextClassifier):
+            tokenizers["the student"] = begun.tokenizer
+        elif recipe.student and begun is None:
+            places = [(0, recipe.student), *places]
+        for place, name in places:
             folder = minilm_folder() if name == MINILM else Path(name).expanduser()
             if folder.is_dir():
                 with torch.random.fork_rng():
                     torch.manual_seed(mix("network", recipe.engine.seed, place))
-                    networks[place], tokenizer = load_text_network(folder, classes)
+                    home = folder if name == MINILM else model_home(name)
+                    self._found[name, place], tokenizer = load_text_network(home, self._classes)
                 if tokenizer is not None:
                     tokenizers[name] = tokenizer
-        vocabulary = len(self._one_tokenizer(tokenizers, ready))
-        for place, name in enumerate(self.names):
-            if place not in networks:
-                with torch.random.fork_rng(), making():
-                    torch.manual_seed(mix("network", recipe.engine.seed, place))
-                    networks[place] = make_encoder(name, vocabulary, classes)
-        return tuple(networks[place] for place in range(len(self.names))), tokenizers
+        self.tokenizer = self._one_tokenizer(tokenizers, ready)
+        self.read_networks(recipe, given)
+        del self._found
+
+    def read(self, name: str, place: int, recipe: Recipe) -> nn.Module:
+        if (name, place) in self._found:
+            return self._found[name, place]
+        if place and (name in ENCODERS or name.endswith(".json")):
+            raise UserError(f"teacher {name!r} is an untrained network", cure=f"it can be the student: student={name}")
+        with making():
+            return make_encoder(name, len(self.tokenizer), self._classes)
 
     def _one_tokenizer(self, tokenizers: dict[str, Any], ready: Any) -> Any:
         """Raises UserError for two vocabularies: positions and tokens of student and teacher would not pair."""
@@ -126,29 +150,37 @@ class TextClassification(Recognition):
     def student(self, network: nn.Module, sampler: Sampler) -> TextClassifier:
         return TextClassifier(network, self.tokenizer, self.data.classes, self.length, sampler)
 
-    def rows(self, generator: TextClassifier, seed: int) -> tuple[list[str], None]:
+    def rows(self, model: Model, seed: int) -> Rows:
         """Texts have no pictures."""
-        return [], None
+        return Rows()
 
-    def ask(self, classifier: TextClassifier, data: TextData, rows: slice) -> Tensor:
+    def ask(self, classifier: Any, data: TextData, rows: slice) -> Tensor:
         return classifier.probabilities(data.texts[rows])
 
-    def copies(self, classifier: TextClassifier, batch: int) -> Tensor:
-        return classifier.probabilities([self.data.texts[0]] * batch)
+    def call(self, model: Any, batch: int) -> Tensor:
+        return model.probabilities([self.data.texts[0]] * batch)
 
-    def measure(self, recipe: Recipe, student: TextClassifier) -> dict[str, Any]:
-        """With ``examples``: held-out texts, their class, and what each network calls them."""
-        facts = super().measure(recipe, student)
+    def facts(self, recipe: Recipe, student: Model) -> dict[str, Any]:
+        """``examples``: held-out texts, their class, and what each network calls them."""
         held_out: Any = self.data.parts["heldout"]
         chosen = torch.randperm(held_out.n, generator=torch.Generator().manual_seed(recipe.evaluate.seed))[:EXAMPLES]
         texts = [held_out.texts[i] for i in chosen.tolist()]
-        answers = {who: c.classify(texts) for who, c in {"student": student, **self.teachers()}.items()}
-        facts["examples"] = [
+        everyone: dict[str, Any] = {"student": student, **self.teachers()}
+        answers = {who: classifier.classify(texts) for who, classifier in everyone.items()}
+        examples = [
             {"text": text, "class": self.data.classes[int(held_out.labels[i])]}
             | {who: answer[place] for who, answer in answers.items()}
             for place, (i, text) in enumerate(zip(chosen.tolist(), texts))
         ]
-        return facts
+        return {"examples": examples}
+
+    @classmethod
+    def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
+        taught = made_from(recipe.teacher)
+        began = f"A classifier of texts that began as {made_from(recipe.student) or taught}"
+        makes = began + (f", taught by {taught}" if recipe.student and taught else "")
+        use = "names = student.classify(texts)  # a list of strings"
+        return Card(makes, [use], library="transformers", tag="text-classification")
 
 
 def positions(network: nn.Module) -> int:

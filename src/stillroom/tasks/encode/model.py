@@ -19,11 +19,15 @@ from stillroom.networks.recognition import ForwardPass
 from stillroom.networks.vit import PROCESSOR, encoder_of
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
+from stillroom.task import Model
 
 
-class ImageEncoder:
+class ImageEncoder(Model):
     """A network that describes images; what ``stillroom.load`` returns for one. Images are float32 ``[N, C, H, W]`` in
     [-1, 1]."""
+
+    does, usage = "describes images, it draws none", "stillroom.load(DIR).features(images)"
+    int8 = True
 
     def __init__(self, network: nn.Module, sampler: Sampler | None = None) -> None:
         self.network, self.sampler = network.eval(), sampler or ForwardPass()
@@ -64,6 +68,11 @@ class ImageEncoder:
         (folder / SIDE_FILE).write_text(json.dumps({"sampler": self.sampler.to_dict(), **extra}, indent=2) + "\n")
 
     @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """One of :data:`ENCODERS`."""
+        return architecture(folder) in ENCODERS
+
+    @classmethod
     def load(cls, folder: str | Path) -> ImageEncoder:
         """Read a folder of transformers with one of :data:`ENCODERS`, weights in safetensors only. Mean and standard
         deviation of its pixels come from its ``preprocessor_config.json``.
@@ -85,8 +94,3 @@ class ImageEncoder:
             if processor.get("image_mean") is not None:
                 network.config.image_mean, network.config.image_std = processor["image_mean"], processor["image_std"]
         return cls(network)
-
-
-def is_encoder(folder: Path) -> bool:
-    """Whether a model folder holds an image encoder of transformers."""
-    return architecture(folder) in ENCODERS

@@ -3,8 +3,7 @@ scored by probes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +11,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.bench import find_bench, trained_teacher
 from stillroom.data.source import LABELS, ArrayData, load_data
 from stillroom.diffusion.sampling import Sampler
-from stillroom.engine.trainer import mix
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import ENCODERS, VISION_OF, architecture
 from stillroom.folders.processors import pixels_of
 from stillroom.networks.mae import ARCHITECTURES, make_encoder
 from stillroom.networks.vit import check_encoder, encoder_of
 from stillroom.recipe import Recipe
-from stillroom.surgery.modules import parameter_count
 from stillroom.surgery.skeleton import making
-from stillroom.tasks.base import COLUMNS, IN_MEMORY, Task, sampling_cost, say, teacher_names
+from stillroom.task import COLUMNS, NOTHING, Card, Model, Rows, model_home, task, trained_teacher
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.encode.model import ImageEncoder
+from stillroom.tasks.networks import NetworkTask
+from stillroom.tasks.words import made_from, teacher_names
 
 
-class Encoding(Task):
+@task("encode")
+class Encoding(NetworkTask):
     """Images, of which the student sees no labels, unless its method says so. Sets without classes are fit to train on
-    but give no scores."""
+    but give no scores. Teachers may also be those that a bench trains on first use, by name."""
 
+    model = ImageEncoder
     data: ArrayData
 
-    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
-        source = load_data(recipe.data, "train") if data is None else data
+    def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        source = given["data"] if "data" in given else load_data(recipe.data, "train")
         channels, height, width = source.shape
         if height != width:
             raise UserError(
                 f"data {recipe.data!r}: images are {width}x{height}, encoders take squares", cure="crop or scale them"
             )
         self.data, self.origin = source, source.origin
-        self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
-        if teacher is not None:
-            given = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-            self._networks = tuple(n.network if isinstance(n, ImageEncoder | ImageClassifier) else n for n in given)
-            self.names = [f"teacher-{i}" for i in range(1, len(given))]
-        else:
-            listed = [name.strip() for name in recipe.teacher.split(",")]
-            self._networks = tuple(self._read(name, recipe, place) for place, name in enumerate(listed))
-            self.names = teacher_names(listed[1:])
-        for name, network in zip((recipe.teacher.split(",")[0], *self.names), self._networks, strict=True):
+        self.read_networks(recipe, given)
+        for name, network in self.everyone(recipe):
             config = check_encoder(network, name).config
             theirs, mine = (config.num_channels, config.image_size), (channels, width)
             if theirs != mine:
                 raise UserError(
-                    f"an encoder of {recipe.teacher!r} takes {theirs[0]} channels of {theirs[1]} pixels, data "
-                    f"{recipe.data!r} have {mine[0]} of {mine[1]}",
+                    f"encoder {name!r} takes {theirs[0]} channels of {theirs[1]} pixels, data {recipe.data!r} have "
+                    f"{mine[0]} of {mine[1]}",
                     cure=f"choose an encoder of {mine[0]} channels and {mine[1]} pixels",
                 )
 
-    def _read(self, name: str, recipe: Recipe, place: int) -> nn.Module:
-        """An untrained network by name, a teacher of the bench by name, or a model folder."""
-        folder = Path(name).expanduser()
-        if folder.is_dir():
+    def bare(self, given: Any) -> nn.Module:
+        return given.network if isinstance(given, ImageEncoder | ImageClassifier) else given
+
+    def called(self, names: Sequence[str]) -> list[str]:
+        return teacher_names(names)
+
+    def read(self, name: str, place: int, recipe: Recipe) -> nn.Module:
+        """An untrained network by name, a teacher of a bench by name, or a model folder."""
+        if Path(name).expanduser().is_dir():
+            folder = model_home(name)
             named = architecture(folder)
             if named in (*ENCODERS, *VISION_OF) or "ImageClassification" not in named:
                 return ImageEncoder.load(folder).network
@@ -73,20 +71,15 @@ class Encoding(Task):
             if (pixels := pixels_of(network)) is not None:  # which its encoder alone would not pass
                 network.config.image_mean, network.config.image_std = list(pixels.mean), list(pixels.std)
             return network
-        if (trained := trained_teacher(name, recipe.data)) is not None:
-            return trained
+        if (found := trained_teacher(name, recipe.data)) is not None:
+            return found
         if place and name in ARCHITECTURES:
             raise UserError(f"teacher {name!r} is an untrained network", cure="give a trained one's folder")
-        with torch.random.fork_rng(), making():
-            torch.manual_seed(mix("network", recipe.engine.seed, place))
+        with making():
             return make_encoder(name, self.data.shape[0], self.data.shape[-1])
 
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The student's, then the teachers'."""
-        return self._networks
-
     def teachers(self) -> Mapping[str, ImageEncoder]:
-        return {n: ImageEncoder(encoder_of(t)) for n, t in zip(self.names, self._networks[1:], strict=True)}
+        return {who: ImageEncoder(encoder_of(network)) for who, network in (self.made or self.taught).items()}
 
     def student(self, network: nn.Module, sampler: Sampler) -> ImageEncoder | ImageClassifier:
         """An encoder, or a classifier where the method's last stage made one."""
@@ -94,11 +87,11 @@ class Encoding(Task):
             return ImageClassifier(network, self.data.classes, sampler)
         return ImageEncoder(network, sampler)
 
-    def rows(self, generator: ImageEncoder | ImageClassifier, seed: int) -> tuple[list[str], Tensor]:
+    def rows(self, model: Any, seed: int) -> Rows:
         """Training images, each before those that lie nearest to it, by the cosine of their features."""
         chosen = torch.randperm(self.data.n, generator=torch.Generator().manual_seed(seed))[:1000]
         images = self.data.images(chosen)
-        features = F.normalize(ImageEncoder(encoder_of(generator.network)).features(images), dim=-1)
+        features = F.normalize(encoder(model).features(images), dim=-1)
         asked = torch.arange(min(10, len(images)))
         names = [""] * len(asked)
         if LABELS in self.data.cond and self.data.classes:
@@ -106,28 +99,24 @@ class Encoding(Task):
             asked = torch.stack([torch.nonzero(labels == c)[0, 0] for c in torch.unique(labels)])
             names = [self.data.classes[int(labels[i])] for i in asked]
         nearest = (features[asked] @ features.T).topk(min(COLUMNS, len(images))).indices
-        return names, images[nearest]
+        return Rows(names, images[nearest])
 
-    def measure(self, recipe: Recipe, student: ImageEncoder | ImageClassifier) -> dict[str, Any]:
-        teachers = self.teachers()
-        everyone = {"student": ImageEncoder(encoder_of(student.network)), **teachers}
-        measured: dict[str, Any] = {
-            who: {"nfe": 1, "params": parameter_count(e.network)} for who, e in everyone.items()
-        }
-        kind = "classify" if isinstance(student, ImageClassifier) else "encode"
-        facts: dict[str, Any] = {"task": kind, **measured}
-        if recipe.evaluate.n == 0:
-            return facts
-        say("timing the encoders")
-        row = self.data.images(slice(1))
-        for who, encoder in everyone.items():
-            measured[who] |= sampling_cost(encoder, partial(_copies, encoder, row))
-        bench = find_bench("encode", recipe.data, self.data)
-        if bench is None:
-            return facts
-        found = bench.compare({"student": student, **teachers}, recipe.evaluate.n, recipe.evaluate.seed)
-        return facts | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
+    def call(self, model: Any, batch: int) -> Tensor:
+        return encoder(model).features(self.data.images(slice(1)).expand(batch, -1, -1, -1))
+
+    def facts(self, recipe: Recipe, student: Model) -> dict[str, Any]:
+        """A student that became a classifier is one in every table."""
+        return {"task": student.task}
+
+    @classmethod
+    def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
+        taught = made_from(recipe.teacher)
+        makes = f"An image encoder that began as {made_from(recipe.student) or taught}"
+        makes += f", a student of {taught}" if recipe.student and taught else ""
+        use = "x = student.features(images)  # [N, C, H, W] in [-1, 1] to [N, D]"
+        return Card(makes, [use], library="transformers", tag="image-feature-extraction")
 
 
-def _copies(encoder: ImageEncoder, row: Tensor, batch: int) -> Tensor:
-    return encoder.features(row.expand(batch, -1, -1, -1))
+def encoder(model: Any) -> ImageEncoder:
+    """The encoder of a model, a classifier's too."""
+    return ImageEncoder(encoder_of(model.network))

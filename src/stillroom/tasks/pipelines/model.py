@@ -35,11 +35,13 @@ from stillroom.folders.pipelines import (
     _unsafe,
     check_index,
     few_step_scheduler,
+    is_pipeline,
     save_lora,
     sized,
 )
 from stillroom.parsing import read_json
 from stillroom.surgery.lora import LoraDenoiser, plain_copy
+from stillroom.task import COLUMNS, Model, Rows
 
 TEACHER_STEPS = 25
 
@@ -63,13 +65,15 @@ class OwnScheduler(Sampler):
         raise UserError("a pipeline's own scheduler runs inside the pipeline only", cure="PipelineGenerator.sample")
 
 
-class PipelineGenerator:
+class PipelineGenerator(Model):
     """A text-to-image pipeline of diffusers, with its network as a :class:`Denoiser`.
 
     pipeline: any pipeline of a supported class. sampler: how it is run; a :class:`FewStepSampler` replaces the
     scheduler by one that asks at those times. size: (height, width) of a picture in pixels.
     Raises UserError for classes, parts and samplers that are not supported, naming them.
     """
+
+    does, usage, asked_by = "draws captions", "stillroom.load(DIR).sample(captions)", "captions"
 
     def __init__(
         self,
@@ -97,6 +101,17 @@ class PipelineGenerator:
             parts["scheduler"] = few_step_scheduler(self.sampler, denoiser.process, denoiser.prediction)
         self.pipeline.register_modules(**parts)
         self.pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def module(self) -> Denoiser:
+        return self.denoiser
+
+    def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
+        """``n`` samples for each prompt. Raises UserError without any."""
+        if not asked:
+            raise UserError("this model draws prompts", cure='give --captions "a red cat"')
+        images = self.sample([prompt for prompt in asked for _ in range(n)], seed=seed)
+        return Rows(list(asked), images.unflatten(0, (len(asked), n)))
 
     # --- sampling -------------------------------------------------------------------------------------------------
     @property
@@ -209,13 +224,18 @@ class PipelineGenerator:
         (folder / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, name: str | Path) -> PipelineGenerator:
+    def holds(cls, folder: Path) -> bool:
+        """A folder with diffusers' ``model_index.json``."""
+        return is_pipeline(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PipelineGenerator:
         """Read a pipeline's folder, or ``DIR@SIZE`` / ``DIR@HEIGHTxWIDTH`` for pictures of another size than its own.
 
         Only safetensors are read, nothing is downloaded, no code of the folder is run. Raises UserError for what is
         missing, damaged or not supported, naming it.
         """
-        folder, size = sized(name)
+        folder, size = sized(folder)
         index = check_index(folder)
         pipeline = _from_pretrained(index["_class_name"], folder)
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}

@@ -9,43 +9,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stillroom.bench import find_bench
 from stillroom.cache import cache_folder
 from stillroom.data.prompt_sources import FORMS, prompt_source
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Sampler
 from stillroom.errors import UserError
-from stillroom.folders.pipelines import few_step_scheduler, fingerprint, sized
+from stillroom.folders.pipelines import few_step_scheduler, fingerprint, is_pipeline, sized
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
-from stillroom.surgery.modules import parameter_count
 from stillroom.surgery.skeleton import NEED_VALUES
-from stillroom.tasks.base import Task, say
+from stillroom.task import NOTHING, Card, Model, Rows, Task, model_home, say, task
 from stillroom.tasks.pipelines.data import PromptedData, cache_key, encode_prompts
 from stillroom.tasks.pipelines.model import PipelineGenerator
+from stillroom.tasks.words import evaluations
 
 ROWS, COLUMNS = 4, 4
 """Of a grid of samples: prompts, and images of each."""
 
 
-class PromptedImages(Task):
-    """One pipeline, sampled by prompt. ``pipeline``: what loads or is the teacher."""
+@task("pipelines")
+class Pipelines(Task):
+    """One pipeline, sampled by prompt, where a method asks for a denoiser."""
 
+    serves = ("class-images",)
+    model = PipelineGenerator
     data: PromptedData
 
-    def load(self, recipe: Recipe, teacher: Any = None, data: Any = None) -> None:
+    @classmethod
+    def takes(cls, teacher: Any) -> bool:
+        """A pipeline, its folder, or what diffusers loads from one."""
+        if isinstance(teacher, str):
+            return is_pipeline(teacher)
+        return isinstance(teacher, PipelineGenerator) or hasattr(teacher, "register_modules")
+
+    def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         folder, size = None, None
-        if teacher is None:
+        if "teacher" not in given:
             folder, size = sized(recipe.teacher)
             self.teacher = PipelineGenerator.load(recipe.teacher)
         else:
-            self.teacher = teacher if isinstance(teacher, PipelineGenerator) else PipelineGenerator(teacher)
-        if data is not None:
-            if not isinstance(data, PromptedData):
+            one = given["teacher"]
+            self.teacher = one if isinstance(one, PipelineGenerator) else PipelineGenerator(one)
+        if "data" in given:
+            if not isinstance(given["data"], PromptedData):
                 raise UserError("a pipeline learns from prompts", cure=f"give {FORMS}")
-            self.data = data
+            self.data = given["data"]
         else:
             source = prompt_source(recipe.data)
             cache = None
@@ -55,6 +65,23 @@ class PromptedImages(Task):
             self.data = encode_prompts(source, self.teacher, cache, say)
         self.origin = self.data.origin
         self.teacher.denoiser.null = dict(self.data.null)
+        self._begin(recipe, given)
+
+    def _begin(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        """What the student begins as. Raises UserError for a pipeline of other latents."""
+        self.start = self.teacher.denoiser
+        if "student" not in given and not recipe.student:
+            return
+        one = given["student"] if "student" in given else PipelineGenerator.load(model_home(recipe.student))
+        begins: Denoiser = one.denoiser if isinstance(one, PipelineGenerator) else one
+        if tuple(begins.shape) != tuple(self.start.shape):
+            raise UserError(
+                f"student {recipe.student!r} works on latents {list(begins.shape)}, the teacher on "
+                f"{list(self.start.shape)}",
+                cure="choose a student of the teacher's family and size",
+            )
+        begins.null = dict(self.start.null)
+        self.start = begins
 
     def sketch(self, recipe: Recipe) -> None:
         """One picture with a prompt, as the pipeline's configs have it. The data are not looked at."""
@@ -75,6 +102,7 @@ class PromptedImages(Task):
         self.origin = "one prompt with a picture"
         self.data = PromptedData([shown], ["a"], null, self.origin)
         self.teacher.denoiser.null = dict(null)
+        self._begin(recipe)
 
     def check(self, method: Any) -> None:
         """Raises UserError where the method's sampler cannot be a scheduler of diffusers, or its discriminator would
@@ -90,8 +118,9 @@ class PromptedImages(Task):
                 cure="give images with captions, or options.gan_weight=0",
             )
 
-    def networks(self) -> tuple[Denoiser]:
-        return (self.teacher.denoiser,)
+    def given(self) -> Mapping[str, Any]:
+        teacher = self.teacher.denoiser
+        return {"teacher": teacher, "teachers": [teacher], "student": self.start, "classes": []}
 
     def teachers(self) -> Mapping[str, PipelineGenerator]:
         return {"teacher": self.teacher}
@@ -100,46 +129,86 @@ class PromptedImages(Task):
         assert isinstance(network, Denoiser)
         return self.teacher.student(network, sampler)
 
-    def rows(self, generator: PipelineGenerator, seed: int) -> tuple[list[str], Tensor]:
-        return prompt_rows(generator, list(dict.fromkeys(self.data.captions))[:ROWS], COLUMNS, seed)
+    def rows(self, model: Model, seed: int) -> Rows:
+        return model.rows(list(dict.fromkeys(self.data.captions))[:ROWS], COLUMNS, seed)
 
-    def measure(self, recipe: Recipe, student: PipelineGenerator) -> dict[str, Any]:
-        generators = {"student": student, "teacher": self.teacher}
-        measured: dict[str, Any] = {
-            who: {"nfe": generator.sampler.nfe, "params": parameter_count(generator.denoiser)}
-            for who, generator in generators.items()
-        }
-        measured["pipeline"] = facts(self.teacher, student)
-        if recipe.evaluate.n == 0:
-            return measured
-        say("timing student and teacher")
-        for who, generator in generators.items():
-            measured[who]["latency_ms"] = {"1": picture_time(generator, self.data.captions[0])}
-        bench = find_bench("pipelines", recipe.data, self.data)
-        found = bench.compare(generators, recipe.evaluate.n, recipe.evaluate.seed) if bench else {}
-        if not found:
-            return measured
-        return measured | found | {"score_names": {score["key"]: score["name"] for score in found["metrics"]}}
+    def call(self, model: Any, batch: int) -> Any:
+        return model.sample([self.data.captions[0]] * batch)
+
+    def cost(self, model: Model) -> dict[str, Any]:
+        """A picture's time alone: these models take minutes for a batch."""
+        return {"latency_ms": {"1": picture_time(lambda: self.call(model, 1))}}
+
+    def facts(self, recipe: Recipe, student: Any) -> dict[str, Any]:
+        return {"pipeline": facts(self.teacher, student)}
+
+    @classmethod
+    def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
+        return pipeline_card(recipe, result)
 
 
-def picture_time(generator: PipelineGenerator, prompt: str) -> float:
+def picture_time(draw: Any) -> float:
     """Milliseconds of one picture: the median of thirty calls after a first one, or of as many, at least three, as a
     minute holds."""
     taken: list[float] = []
-    generator.sample([prompt])
+    draw()
     while len(taken) < 3 or (len(taken) < 30 and sum(taken) < 60):
         began = time.perf_counter()
-        generator.sample([prompt])  # its answer lies on the CPU, so the device is done
+        draw()  # its answer lies on the CPU, so the device is done
         taken.append(time.perf_counter() - began)
     return round(1000 * statistics.median(taken), 3)
 
 
-def prompt_rows(generator: PipelineGenerator, prompts: list[str], n: int, seed: int) -> tuple[list[str], Tensor]:
-    """``n`` samples for each prompt, as ``(prompts, [rows, n, 3, H, W])``."""
-    if not prompts:
-        raise UserError("this model draws prompts", cure='give --captions "a red cat"')
-    images = generator.sample([prompt for prompt in prompts for _ in range(n)], seed=seed)
-    return prompts, images.unflatten(0, (len(prompts), n))
+def pipeline_card(recipe: Recipe, result: Mapping[str, Any]) -> Card:
+    """Of a student that diffusers loads by itself: teacher, use, scheduler, adapter, licence."""
+    about = result["pipeline"]
+    front: dict[str, Any] = {"license": about["licence"] or "other"}
+    if not about["licence"]:
+        front["license_name"] = "licence-of-the-teacher"
+    front["base_model"] = Path(recipe.teacher.rpartition("@")[0] or recipe.teacher).name
+    steps = f"{len(about['timesteps'])} step{'s' if len(about['timesteps']) > 1 else ''}"
+    asked = {"height": about["size"][0], "width": about["size"][1], **about["arguments"]}
+    times = ", ".join(f"{time:g}" for time in about["timesteps"])
+    folder = f"{Path(result['name'])}/student"
+    use = [
+        "import diffusers",
+        "",
+        f'pipeline = diffusers.DiffusionPipeline.from_pretrained("{folder}")',
+        f"image = pipeline('a red cat', {', '.join(f'{key}={value!r}' for key, value in asked.items())})[0][0]",
+    ]
+    lines = [
+        f"The scheduler in this folder, {about['scheduler']}, asks the network at the timesteps {times} when it is "
+        f"asked for {steps}. The student was trained for these and with the arguments above: with other numbers of "
+        "steps, or another guidance scale, it is another model.",
+        "",
+    ]
+    if about["random"]:
+        lines += [
+            "Between two steps this scheduler draws noise from torch's global generator: call `torch.manual_seed` "
+            "before the pipeline to get the same image again.",
+            "",
+        ]
+    if about["lora"]:
+        lines += [
+            "The network here has its adapter merged. `lora/` holds the adapter alone, for the teacher's own weights: "
+            "`pytorch_lora_weights.safetensors` (diffusers' `load_lora_weights`) and `adapter_model.safetensors` "
+            "(peft). Take the scheduler of this folder with it.",
+            "",
+        ]
+    said = f"whose card says `{about['licence']}`" if about["licence"] else "whose folder names none"
+    licence = [
+        "", "## Licence", "",
+        f"The weights derive from those of `{recipe.teacher}`, {said}; the teacher's licence, and that of the data, "
+        "bind this model too.",
+    ]  # fmt: skip
+    makes = (
+        f"A student of `{recipe.teacher}` ({about['family']}) that makes an image in "
+        f"{evaluations(result['student']['nfe'])} (the teacher takes {result['teacher']['nfe']})"
+    )
+    return Card(
+        makes, use, library="diffusers", tag="text-to-image", front=front, alone="diffusers is all that is needed:",
+        before_scores=lines, after_scores=licence,
+    )  # fmt: skip
 
 
 def facts(teacher: PipelineGenerator, student: PipelineGenerator) -> dict[str, Any]:

@@ -25,13 +25,23 @@ from stillroom.networks.text_encoder import CONDITIONS, TEXT_ENCODER
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
+from stillroom.task import COLUMNS, Model, Rows
 from stillroom.tasks.class_images.model import ImageGenerator
 
+EXAMPLES = {
+    "single": "a photo of a seven",
+    "two": "a two and a five",
+    "counting": "three fours",
+    "colours": "a red eight",
+    "position": "a three to the left of a nine",
+    "attribution": "a green one and a purple six",
+}
+"""One caption of each kind of the scenes world, for sample grids."""
 TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "encoder_hid_dim", "cross_attention_dim", "text_width")
 """Keys under which networks' configs state the width of the text features that they read, the most specific first."""
 
 
-class TextImageGenerator:
+class TextImageGenerator(Model):
     """A network on latents, how it is sampled, and the space that it lives in; what ``stillroom.load`` returns for a
     text-to-image model.
 
@@ -39,6 +49,8 @@ class TextImageGenerator:
     unconditional values of its own gets those of the empty caption.
     Raises UserError when network and space do not fit.
     """
+
+    does, usage, asked_by = "draws captions", "stillroom.load(DIR).sample(captions)", "captions"
 
     def __init__(self, network: nn.Module, sampler: Sampler, space: TextImageSpace) -> None:
         check_fit(network, space)
@@ -51,6 +63,12 @@ class TextImageGenerator:
         """(height, width) of its pictures, in pixels."""
         height, width = self.space.size
         return height, width
+
+    def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
+        """``n`` samples for each caption, by default one of each kind of the scenes world."""
+        chosen = list(asked) or list(EXAMPLES.values())
+        images = self.sample([caption for caption in chosen for _ in range(n)], seed=seed)
+        return Rows(chosen, images.unflatten(0, (len(chosen), n)))
 
     # --- sampling -------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -187,6 +205,13 @@ class TextImageGenerator:
             self.space.save_parts(folder)
 
     @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """A model that is asked in words, but no pipeline: it has a text encoder, or says where one lies."""
+        side = folder / SIDE_FILE
+        words = (folder / TEXT_ENCODER).is_dir() or (side.exists() and "components" in read_json(side))
+        return words and not (folder / "model_index.json").is_file()
+
+    @classmethod
     def load(cls, folder: str | Path) -> TextImageGenerator:
         """Read a folder written by :meth:`save`, or a diffusers pipeline of an ``AutoencoderKL``, a T5 encoder and a
         network that needs no other text encoder (then sampled by 25 Heun steps).
@@ -213,13 +238,6 @@ class TextImageGenerator:
         if size is None and isinstance(network, Denoiser):
             space.size = (network.shape[1] * space.codec.factor, network.shape[2] * space.codec.factor)
         return cls(network, sampler or (MaskedSampler() if isinstance(network, MAR) else ODESampler()), space)
-
-
-def is_text_model(folder: str | Path) -> bool:
-    """Whether a model folder is asked in words: it has a text encoder, or says where one lies."""
-    folder = Path(folder)
-    side = folder / SIDE_FILE
-    return (folder / TEXT_ENCODER).is_dir() or (side.exists() and "components" in read_json(side))
 
 
 def check_fit(network: nn.Module, space: TextImageSpace) -> None:

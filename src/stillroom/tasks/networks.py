@@ -1,0 +1,136 @@
+"""What tasks share whose student and teachers are plain networks: how these are named, how classifiers are scored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stillroom.data.source import HOLDOUT
+from stillroom.engine.trainer import mix
+from stillroom.errors import UserError
+from stillroom.evaluation.classifiers import ACCURACY, CLASSIFICATION, PAIR, classification_scores, pair_scores
+from stillroom.networks.recognition import ForwardPass
+from stillroom.recipe import Recipe
+from stillroom.task import NOTHING, Model, Task, say, told
+from stillroom.tasks.words import listed
+
+
+class NetworkTask(Task):
+    """A network is trained, beside any number of teachers. ``student`` names it, untrained or by folder; where it names
+    none, the student begins as a copy of the first teacher."""
+
+    data: Any
+    own: nn.Module
+    taught: dict[str, nn.Module]
+
+    def read(self, name: str, place: int, recipe: Recipe) -> nn.Module:
+        """The network of this name: the student's at ``place`` 0, else a teacher's. New weights are drawn from torch's
+        generator. Raises UserError."""
+        raise NotImplementedError
+
+    def bare(self, given: Any) -> nn.Module:
+        """The network of what was given as an object. Default: that itself."""
+        return given
+
+    def called(self, names: Sequence[str]) -> list[str]:
+        """What tables and files call teachers of these names."""
+        return [f"teacher-{i}" for i in range(1, len(names) + 1)]
+
+    def read_networks(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        """``own`` and ``taught`` from the recipe or from objects. Raises UserError for a student that nothing names."""
+        names = listed(recipe.teacher)
+        if "teacher" in given:
+            objects = given["teacher"]
+            networks = [self.bare(one) for one in (objects if isinstance(objects, list | tuple) else [objects])]
+            names = [recipe.teacher] * len(networks)
+        else:
+            networks = [self._read(name, place, recipe) for place, name in enumerate(names, start=1)]
+        self.taught = dict(zip(self.called(names), networks, strict=True))
+        self.names = dict(zip(self.taught, names, strict=True))  # as they were given, for messages
+        if "student" in given:
+            self.own = self.bare(given["student"])
+        elif recipe.student:
+            self.own = self._read(recipe.student, 0, recipe)
+        elif networks:
+            self.own = copy.deepcopy(networks[0])
+        else:
+            raise UserError(
+                f"method {recipe.method!r} has no network to train", cure="name one: student=NAME, or a model folder"
+            )
+
+    def _read(self, name: str, place: int, recipe: Recipe) -> nn.Module:
+        """With torch's random state set by the recipe's seed and the place, from which new weights follow."""
+        with torch.random.fork_rng():
+            torch.manual_seed(mix("network", recipe.engine.seed, place))
+            return self.read(name, place, recipe)
+
+    def everyone(self, recipe: Recipe) -> list[tuple[str, nn.Module]]:
+        """Student and teachers, each by what the recipe calls it."""
+        student = recipe.student or (recipe.teacher if self.taught else "(in memory)")
+        return [(student, self.own), *((self.names[who], network) for who, network in self.taught.items())]
+
+    def given(self) -> Mapping[str, Any]:
+        teachers = list(self.taught.values())
+        found = {"student": self.own, "teachers": teachers, "classes": list(self.data.classes)}
+        return found | ({"teacher": teachers[0]} if len(teachers) == 1 else {})
+
+    def teachers(self) -> Mapping[str, Model]:
+        """Those that were named, or those that the method has made instead."""
+        return {who: self.student(network, ForwardPass()) for who, network in (self.made or self.taught).items()}
+
+
+class Recognition(NetworkTask):
+    """What classifiers of images and of texts share: checks, costs and scores. The last teacher is the one that the
+    pair's scores compare the student with."""
+
+    test: Any
+    things: ClassVar[str]
+
+    def check_names(self, name: str, theirs: Sequence[str], mine: Sequence[str]) -> None:
+        """Raises UserError where a network calls its classes otherwise than the data, or in another order. The names
+        ``LABEL_0`` and so on are transformers' for none."""
+        if len(theirs) != len(mine) or list(theirs) == [f"LABEL_{i}" for i in range(len(theirs))]:
+            return
+        for place, (a, b) in enumerate(zip(theirs, mine, strict=True)):
+            if not same_name(a, b):
+                raise UserError(
+                    f"class {place} is {a!r} for network {name!r} and {b!r} for the data",
+                    cure="give the data the network's classes in the network's order",
+                )
+
+    def ask(self, classifier: Any, data: Any, rows: slice) -> Tensor:
+        """The classifier's probabilities on these rows of the data, ``[N, classes]``."""
+        raise NotImplementedError
+
+    def scores(self, recipe: Recipe, everyone: Mapping[str, Model], bench: Any = None) -> dict[str, Any]:
+        """On the test split; nothing where there is none."""
+        if self.test is None:
+            return {}
+        n = min(recipe.evaluate.n, self.test.n)
+        say(f"classifying {n:,} test {self.things}")
+        found = {who: self.ask(classifier, self.test, slice(n)) for who, classifier in everyone.items()}
+        values = {who: classification_scores(p, self.test.labels[:n]) for who, p in found.items()}
+        shown = (ACCURACY, *CLASSIFICATION)
+        if len(found) > 1:
+            values["student"] |= pair_scores(found["student"], found[list(found)[-1]])
+            shown += PAIR
+        return told(shown, values, n=n, reference=f"{n:,} test {self.things} ({self.test.origin})")
+
+
+def split_rows(n: int) -> tuple[Tensor, Tensor]:
+    """Row numbers that train, and those held out: every fifth."""
+    held_out = torch.arange(n) % HOLDOUT == HOLDOUT - 1
+    return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
+
+
+def same_name(a: str, b: str) -> bool:
+    """Whether two names mean one class: alike but for case and spaces, or one of several by commas (ImageNet's)."""
+
+    def ways(name: str) -> set[str]:
+        return {" ".join(part.replace("_", " ").replace("-", " ").lower().split()) for part in (*name.split(","), name)}
+
+    return bool(ways(a) & ways(b))
