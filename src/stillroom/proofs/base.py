@@ -23,6 +23,8 @@ class Arm:
     weights: controls that must fail; or the name of another teacher that the bench has.
     data: what the arm learns from, in the words of its bench; empty: the bench's own data.
     after: the arm whose finished student this one starts from, trained first at the same seed.
+    student: a finished model to go on from, by a name that the bench knows; empty: the bench's own student.
+    recorded: options under which results were recorded and which say today's ``student``: of the key alone.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Arm:
     sampler: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     after: Arm | None = None
+    student: str = ""
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     def with_(self, name: str, **changes: Any) -> Arm:
         """A variation: mappings (``options``, ``engine``, ...) are merged key by key, other fields replaced."""
@@ -51,9 +55,12 @@ class Arm:
         """All that determines the result, of the arm it starts from too; the name does not."""
         tree = asdict(self)
         del tree["name"]
-        for optional in ("data", "after"):  # left out where unused, so that older results keep their keys
-            if not tree[optional]:
-                del tree[optional]
+        if recorded := tree.pop("recorded"):
+            tree["options"] |= recorded
+            del tree["student"]
+        for optional in ("data", "after", "student"):  # left out where unused, so that older results keep their keys
+            if not tree.get(optional):
+                tree.pop(optional, None)
         if self.after is not None:
             tree["after"] = self.after.content()
         return tree

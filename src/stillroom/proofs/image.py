@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from stillroom.data.source import ASSETS
@@ -34,8 +34,9 @@ def recipe_arm(name: str) -> Arm:
         "offload",
     )
     engine = {key: value for key, value in engine.items() if key not in free}
-    later = {f.name: f.default for f in fields(get_method(recipe.method).Options) if f.metadata.get("later")}
-    options = {k: v for k, v in recipe.to_dict()["options"].items() if k not in later or v != later[k]}
+    cls = get_method(recipe.method).Options
+    later, usual = {f.name for f in fields(cls) if f.metadata.get("later")}, asdict(cls())
+    options = {k: v for k, v in recipe.to_dict()["options"].items() if k not in later or v != usual[k]}
     return Arm(name, recipe.method, options=options, engine=engine, lora=recipe.lora)
 
 

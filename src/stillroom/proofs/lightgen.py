@@ -211,8 +211,10 @@ MECHANISM = Proof(
 # --- images -----------------------------------------------------------------------------------------------------------
 PRETRAINED = recipe_arm("lightgen").with_(
     "pretrained",
-    options={"start": "lightgen", "pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
+    options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
     engine={"steps": 0},
+    student="lightgen",
+    recorded={"start": "lightgen"},
 )
 STEPS = 300
 
@@ -241,7 +243,7 @@ IMAGE = Proof(
         preferred("dpo-swapped", swap_labels=0.5),
         OWN,
         OWN.with_("dpo-own-swapped", options={"swap_labels": 0.5}),
-        PRETRAINED.with_("untouched", options={"start": ""}),
+        PRETRAINED.with_("untouched", student="", recorded={"start": ""}),
         Arm("scenes-sd3", sampler=card_sampler("scenes-sd3"), data={"teacher": "scenes-sd3"}),
     ),
     claims=(

@@ -79,6 +79,7 @@ def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any
         return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
     recipe = recipe_of(arm, bench.name, seed)
     chosen = {} if arm.teacher in CONTROLS else {"teacher": arm.teacher}
+    chosen |= {"student": arm.student} if arm.student else {}
     method = build_method(recipe, lambda: bench.given(**chosen))
     if arm.teacher == "untrained":
         forget(method, seed)

@@ -113,9 +113,11 @@ class ScenesBench(Bench):
     def space(self) -> TextImageSpace:
         return TextImageSpace.load(ASSETS / "scenes-space")
 
-    def given(self, **wanted: Any) -> Mapping[str, Any]:
+    def given(self, student: str = "", **wanted: Any) -> Mapping[str, Any]:
+        """student: a shipped model that the student goes on from."""
         only("teacher", wanted)
-        return {"space": self.space}
+        begun = TextImageGenerator.load(ASSETS / student).network if student else None
+        return {"space": self.space, "student": begun}
 
     def network(self, teacher: str = TEACHERS[0]) -> nn.Module:
         return TextImageGenerator.load(ASSETS / teacher).network

@@ -13,7 +13,7 @@ from torch import Tensor
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.errors import UserError, nearest, reading
-from stillroom.folders.denoisers import NETWORK_FOLDERS, SIDE_FILE, load_denoiser, save_denoiser
+from stillroom.folders.denoisers import EXPERTS, NETWORK_FOLDERS, SIDE_FILE, load_denoiser, save_denoiser
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
 from stillroom.task import COLUMNS, Model, Rows
@@ -96,10 +96,10 @@ class ImageGenerator(Model):
 
     @classmethod
     def holds(cls, folder: Path) -> bool:
-        """A network in diffusers' layout that reads no text."""
+        """A network in diffusers' layout, or several with a route between them, that read no text."""
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
         words = (folder / "text_encoder").is_dir() or (folder / "model_index.json").is_file() or "components" in side
-        return not words and any((folder / name).is_dir() for name in NETWORK_FOLDERS)
+        return not words and any((folder / name).is_dir() for name in (*NETWORK_FOLDERS, EXPERTS))
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageGenerator:
