@@ -332,3 +332,8 @@ def test_a_pipeline_is_planned_from_its_configs(tmp_path: Path, family: str) -> 
     found = plan(Recipe.load("sim", changes, teacher=f"{folder}@16", data="prompts.txt"))
     count = sum(p.numel() for p in made.transformer.parameters())
     assert {(turn.trained, turn.frozen) for turn in found.turns} == {(count, 2 * count)}
+
+
+def test_a_run_without_steps_has_nothing_to_plan() -> None:
+    with pytest.raises(UserError, match=r"engine\.steps is 0: there is no training to plan"):
+        plan(Recipe.load("dmd2", ["engine.steps=0"]))

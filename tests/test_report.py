@@ -15,12 +15,14 @@ import torch
 import yaml
 
 from stillroom.errors import UserError
+from stillroom.recipe import Recipe
 from stillroom.report import write_report
 from stillroom.report.doctor import examine
 from stillroom.report.images import CELL, GAP, save_grid
 from stillroom.report.log import read_metrics, series
 from stillroom.report.plots import curve, smooth
 from stillroom.report.rows import amount, duration, facts, milliseconds, number
+from stillroom.run import run
 
 STEPS = 2000
 Curve = Callable[[float], float]
@@ -284,3 +286,11 @@ def test_numbers_read_well() -> None:
     assert [amount(x) for x in (None, 12, 1_234_567, 2.5e9)] == ["–", "12", "1.23 M", "2.5 G"]
     assert [milliseconds(x) for x in (3.214, 2345.0)] == ["3.21 ms", "2.35 s"]
     assert [duration(x) for x in (59.4, 281.2, 3660)] == ["59 s", "4 min 41 s", "1 h 01 min"]
+
+
+def test_a_run_without_steps_says_so(tmp_path: Path) -> None:
+    recipe = Recipe.load("dmd2", ["engine.steps=0", "evaluate.n=0"])
+    result = run(recipe, tmp_path / "run")
+    assert result.cost == {"step": 0, "images": 0, "seconds": 0.0}
+    assert [finding.level for finding in examine(tmp_path / "run")] == ["well"]
+    assert "no step was trained" in (tmp_path / "run" / "report.html").read_text()

@@ -116,6 +116,8 @@ def plan(
     size = bytes_of(memory)
     if world < 1:
         raise UserError(f"--world must be at least 1, got {world}", cure="the number of processes")
+    if not recipe.engine.steps:
+        raise UserError("engine.steps is 0: there is no training to plan", cure="give the steps of the run")
     if recipe.options.get("stored"):
         raise UserError(
             "a plan does not ask the teacher, whose answers options.stored keeps", cure="plan with options.stored="

@@ -130,7 +130,7 @@ def training_cost(run_dir: Path) -> dict[str, Any]:
     from stillroom.report.log import read_metrics
 
     rows = read_metrics(run_dir)
-    last = rows[-1] if rows else {}
+    last = rows[-1] if rows else {"step": 0, "images": 0, "seconds": 0.0}
     return {key: last[key] for key in ("step", "images", "seconds") if key in last}
 
 

@@ -78,6 +78,9 @@ def _quarter(values: Sequence[float], number: int) -> list[float]:
 
 def _progress(patient: Patient) -> Iterator[Finding]:
     steps = int(patient.engine.get("steps", 0))
+    if patient.engine.get("steps") == 0:
+        yield Finding("well", "no step was trained, as engine.steps: 0 asks for: the student is as its method made it")
+        return
     if not patient.rows:
         yield Finding(
             "wrong", "there is no log yet: not one row in metrics.jsonl", "let it run, or look at what it printed"
@@ -175,6 +178,8 @@ def _spread(patient: Patient) -> Iterator[Finding]:
 
 def _average(patient: Patient) -> Iterator[Finding]:
     steps, batch = int(patient.engine.get("steps", 1)), int(patient.engine.get("batch", 1))
+    if not steps:
+        return
     for ema in patient.engine.get("ema", []):
         if "decay" in ema and 0 < ema["decay"] < 1:
             half = math.log(0.5) / math.log(ema["decay"])
