@@ -293,4 +293,4 @@ def test_a_run_without_steps_says_so(tmp_path: Path) -> None:
     result = run(recipe, tmp_path / "run")
     assert result.cost == {"step": 0, "images": 0, "seconds": 0.0}
     assert [finding.level for finding in examine(tmp_path / "run")] == ["well"]
-    assert "no step was trained" in (tmp_path / "run" / "report.html").read_text()
+    assert "No step was trained" in (tmp_path / "run" / "report.html").read_text()
