@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from stillroom.bench import Bench, benches
+from stillroom.bench.base import read_card
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand, process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler
@@ -74,8 +75,8 @@ class Denoising(Method):
 
     options: Options
 
-    def build(self, *teachers: Denoiser) -> None:
-        (self.student,) = teachers
+    def build(self, student: Denoiser) -> None:
+        self.student = student
 
     @turn(trains="student", optim=Optim(lr=1e-3))
     def denoise(self, batch: Batch) -> Terms:
@@ -177,7 +178,7 @@ def score_teacher(
     card = {
         "data": bench.train.origin,
         "recipe": dataclasses.asdict(recipe),
-        "cost": (cost or read_cost(folder)),
+        "cost": cost or read_card(folder).get("cost", {}),
         "parameters": parameter_count(teacher.denoiser.network),
         "macs": macs(lambda: teacher.denoiser(*example)),
         "n": n,
@@ -216,8 +217,3 @@ def score_samplers(
     assert best is not None
     teacher.sampler = best[1]
     return rows, {"sampler": best[1].to_dict(), metric: best[0]}
-
-
-def read_cost(folder: Path) -> dict[str, Any]:
-    card = folder / "card.json"
-    return json.loads(card.read_text())["cost"] if card.exists() else {}

@@ -87,7 +87,8 @@ def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any
     if arm.after is not None:
         network.load_state_dict(finished_weights(arm.after, bench))
         started = time.perf_counter()  # what it starts from is another arm's cost
-    if steps := int(arm.engine.get("steps", 0)):
+    steps = recipe.engine.steps
+    if steps or type(method).fit is not Method.fit:  # an untouched student is not calibrated either
         data = bench.data(**arm.data)
         if arm.teacher == "shuffled":
             data = bench.mislead(method, data)
@@ -101,10 +102,10 @@ def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any
 
 
 def recipe_of(arm: Arm, bench: str, seed: int) -> Recipe:
-    """What a run would be told to train as the arm does, checked as recipes are; an arm of no steps has one that is not
-    made. Its teacher and its data are the bench's, in place of what a recipe would name."""
-    steps = int(arm.engine.get("steps", 0)) or 1
-    engine = {**arm.engine, "steps": steps, "seed": seed, "checkpoint_every": steps, "keep": 1}
+    """What a run would be told to train as the arm does, checked as recipes are. Its teacher and its data are the
+    bench's, in place of what a recipe would name."""
+    steps = int(arm.engine.get("steps", 0))
+    engine = {**arm.engine, "steps": steps, "seed": seed, "checkpoint_every": max(steps, 1), "keep": 1}
     parts = {"options": dict(arm.options), "lora": {role: dict(v) for role, v in arm.lora.items()}, "engine": engine}
     return Recipe.from_dict({"method": arm.method, "teacher": bench, "data": bench, **parts})
 
@@ -133,7 +134,7 @@ def health_curves(path: Path) -> dict[str, list[float]]:
 
 
 def _second_half(path: Path) -> dict[str, list[float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     rows = rows[len(rows) // 2 :]
     names = sorted({key for row in rows for key in row if key.startswith(("health/", "grad_norm/"))})
     curves = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}

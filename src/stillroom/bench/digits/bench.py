@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,10 @@ from stillroom.bench.labels import CLASSES, FewLabelsBench, LabelledImagesBench,
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
-from stillroom.networks.kernel_self_distillation import KernelSelfDistillation
 from stillroom.networks.recognition import ForwardPass
+
+if TYPE_CHECKING:
+    from stillroom.networks.kernel_self_distillation import KernelSelfDistillation
 
 GAMMA = 0.0125
 """Of the radial kernel on digits with pixels in [-1, 1]; 0.05 on pixels in [0, 1]."""
@@ -50,6 +52,8 @@ class DigitsBench(LabelledImagesBench):
     def network(self, images: int = 400, clean: bool = False, **settings: Any) -> nn.Module:
         """Kernel self-distillation on the first ``images`` training images; ``settings`` are the estimator's. A weight
         chosen by validation sees the held-out images."""
+        from stillroom.networks.kernel_self_distillation import KernelSelfDistillation  # a second of imports
+
         source = (self.clean if clean else self.train).take(torch.arange(images))
         estimator = KernelSelfDistillation(gamma=GAMMA, **settings)
         held_out = rows(self.held_out) if estimator.gt_weight == "validation" else None

@@ -241,7 +241,7 @@ class Reader(nn.Module):
         return asked
 
 
-class Reading(Method):
+class CaptionReading(Method):
     """The text encoder learns features from which a linear head reads what the caption means."""
 
     slug, wing = "reading", "bench"
@@ -300,7 +300,7 @@ def teach_space(
 
     tokenizer = make_tokenizer(vocabulary(), length)
     torch.manual_seed(recipe["text"]["engine"]["seed"])
-    reading = Reading()
+    reading = CaptionReading()
     reading.build(T5EncoderModel(T5Config(vocab_size=len(tokenizer), **recipe["text"]["config"])))
     cost["text"] = fit("text", reading, words := CaptionTokens(tokenizer, length))
     reading.eval()
