@@ -94,7 +94,7 @@ def test_the_hash_is_of_what_determines_the_result() -> None:
         ("options.student_steps=1.5", "'options.student_steps' must be a whole number"),
         ("options.backward_simulation=1", "'options.backward_simulation' must be true or false"),
         ("options.critic_times.std=-1", "options.critic_times"),
-        ("engine.steps=0", "engine.steps"),
+        ("engine.steps=-1", "engine.steps"),
         ("engine.steps=-5", "engine.steps"),
         ("engine.steps=true", "'engine.steps' must be a whole number"),
         ("engine.precision=fp8", "fp32, bf16"),

@@ -33,21 +33,14 @@ DEFAULT = "lightgen-quick"
 
 SHIPPED = Path(__file__).parent / "recipes"
 
-_LIMITS: dict[str, tuple[float, float]] = {
-    "engine.seed": (0, 2**63 - 1),
-    "evaluate.n": (0, math.inf),
-    "evaluate.seed": (0, 2**63 - 1),
-}
-"""What the dataclasses do not check themselves."""
-
 
 @dataclass
 class Evaluate:
     """How the finished student is scored."""
 
-    n: int = 5000
+    n: int = field(default=5000, metadata={"min": 0})
     """Samples for the scores; 0 skips scoring."""
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**63 - 1})
     """Seed of those samples."""
 
 
@@ -295,9 +288,8 @@ def _construct(cls: type, tree: dict[str, Any], prefix: str, extra: Mapping[str,
             slug = str(tree.get("method", "")) if not prefix else ""
             raise _unknown(key, [prefix + f for f in fields], _keys_or_none(slug))
         values[name] = _convert(value, hints[name], key)
-        low, high = _LIMITS.get(
-            key, (fields[name].metadata.get("min", -math.inf), fields[name].metadata.get("max", math.inf))
-        )
+        limits = fields[name].metadata
+        low, high = limits.get("min", -math.inf), limits.get("max", math.inf)
         if (
             isinstance(values[name], int | float)
             and not isinstance(values[name], bool)

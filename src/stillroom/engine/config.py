@@ -44,7 +44,7 @@ class EngineConfig:
     steps: int = 1000  # 0: nothing is trained, the student is what the method has built
     batch: int = 128
     accumulate: int = 1  # micro-batches per process and step
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": 0, "max": 2**63 - 1})
     device: str = "auto"  # "auto": cuda where there is one, else cpu
     precision: str = "fp32"  # "bf16": networks run under autocast; weights, losses and optimizer state stay fp32
     compile: bool = False
