@@ -94,11 +94,11 @@ class Measured(Trainer):
         self.peaks: dict[tuple[str, str], int] = {}
         for span in self.spans:
             self.method.stage = span.stage
-            self._enter(span, resumed=False)
+            self.enter(span, resumed=False)
             cycle = math.lcm(*(player.period for player in self.players.values()))
             for step in (0, cycle, cycle + 1):
                 self.step = self.method.step = span.start + step
-                batches = [self._to_device(span.data.batch(0, self.step, self.config.batch, r)) for r in self._rows]
+                batches = [self.to_device(span.data.batch(0, self.step, self.config.batch, r)) for r in self.rows]
                 shared: list[dict[str, Any]] = [{} for _ in batches]
                 for player in self.players.values():
                     due = span.stage.turns is None or player.turn.name in span.stage.turns
@@ -116,10 +116,10 @@ class Measured(Trainer):
         averages = [value for average in self.averages.values() for value in average.values.values()]
         there = [*self.method.parameters(), *self.method.buffers(), *averages]
         there += [leaf for leaf in tree_leaves([states, batches, shared]) if isinstance(leaf, Tensor)]
-        held = () if self.offload is None else untrained(self.method) if self._sharded else self.offload.held
+        held = () if self.offload is None else untrained(self.method) if self.sharded else self.offload.held
         before = storage_bytes(map(_local, there)) - storage_bytes(map(_local, held)) + self.buckets
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            self._take_turn(player, batches, shared)
+            self.take_turn(player, batches, shared)
         now = most = 0
         for change in _changes(seen):
             now += change

@@ -238,7 +238,7 @@ def test_a_plan_counts_what_is_taken(denoiser: Any) -> None:
     for cost in away:
         counted.restart()
         with counted:
-            real._take_turn(real.players[cost.turn], data, shared)
+            real.take_turn(real.players[cost.turn], data, shared)
         assert cost.total == pytest.approx(counted.peak, rel=0.02)
 
 

@@ -120,11 +120,11 @@ class Measured(Trainer):
         peaks: dict[tuple[str, str], int] = {}
         for span in self.spans:
             self.method.stage = span.stage
-            self._enter(span, resumed=False)
+            self.enter(span, resumed=False)
             cycle = math.lcm(*(player.period for player in self.players.values()))
             for step in (0, cycle):
                 self.step = self.method.step = span.start + step
-                batches = [self._to_device(span.data.batch(0, self.step, self.config.batch, r)) for r in self._rows]
+                batches = [self.to_device(span.data.batch(0, self.step, self.config.batch, r)) for r in self.rows]
                 shared: list[dict[str, Any]] = [{} for _ in batches]
                 for player in self.players.values():
                     if span.stage.turns is None or player.turn.name in span.stage.turns:
@@ -133,7 +133,7 @@ class Measured(Trainer):
                         there += [x for x in tree_leaves([states, batches, shared]) if isinstance(x, Tensor)]
                         before = storage_bytes(there)
                         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-                            self._take_turn(player, batches, shared)
+                            self.take_turn(player, batches, shared)
                         key = (span.stage.name, player.turn.name)
                         peaks[key] = max(peaks.get(key, 0), before + _highest(seen))
         return peaks

@@ -104,7 +104,7 @@ def test_a_stage_with_a_schedule_of_its_own_warms_up_anew() -> None:
     method.build()
     config = EngineConfig(**{**SETTINGS, "ema": [], "export": "student"})
     run = Trainer(method, Parted(), config, show=False)
-    factors = [run._learning_rate_factor(step) for step in range(12)]
+    factors = [run.learning_rate_factor(step) for step in range(12)]
     assert factors[:6] == [learning_rate_factor(step, 12, 3, "cosine") for step in range(6)]
     assert factors[6:] == [0.5 * learning_rate_factor(step, 6, 3, "cosine") for step in range(6)]
 

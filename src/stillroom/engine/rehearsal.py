@@ -26,7 +26,7 @@ from stillroom.engine.offload import untrained
 from stillroom.engine.player import Player
 from stillroom.engine.precision import networks
 from stillroom.engine.stages import Span
-from stillroom.engine.trainer import Data, Trainer
+from stillroom.engine.stepper import Data, Stepper
 from stillroom.errors import UserError
 from stillroom.method import Method
 from stillroom.surgery.skeleton import NEED_VALUES, Answered
@@ -185,7 +185,7 @@ class _Whole:
     kept: int = 0
 
 
-class Rehearsal(Trainer):
+class Rehearsal(Stepper):
     """Goes once through each stage of a method whose tensors are fake, as the first of ``world`` processes.
 
     ``mode``: that of the fake tensors. Raises UserError for settings that do not fit, and for what cannot be known so.
@@ -202,12 +202,12 @@ class Rehearsal(Trainer):
         # the first of N processes sees the first of N times as many micro-batches
         alone = dataclasses.replace(config, accumulate=parts, device="cpu", compile=False, check_freezing=False)
         self.counted, self.mode, self.processes = Counted(), mode, world
-        super().__init__(method, data, alone, show=False)
+        super().__init__(method, data, alone)
         self.host = self.offload.held if self.offload else []
         self.counted.overlook(self.host)
         if config.draws == "per-rank":
             raise UserError("a plan knows engine.draws=global only", cure="leave engine.draws at its default")
-        self._rows = self._rows[: config.accumulate]
+        self.rows = self.rows[: config.accumulate]
         self._now = _Seen()
         if world > 1 and config.parallel == "fsdp":
             for unit, _ in owned(method):
@@ -219,11 +219,11 @@ class Rehearsal(Trainer):
             if not _asks((args, kwargs)):
                 self._now.first.add(id(unit))
 
-    def _seed(self, m: Method, step: int, turn: int, micro: int) -> None:
-        m.draw = PlacedDraws(self._generator, self._rows[micro], self.config.batch)
+    def seed(self, m: Method, step: int, turn: int, micro: int) -> None:
+        m.draw = PlacedDraws(self._generator, self.rows[micro], self.config.batch)
         m.draw.mode = self.mode
 
-    def _reference(self, player: Player) -> float:
+    def reference(self, player: Player) -> float:
         return 0.0  # fake weights have no size
 
     def turn_costs(self) -> list[TurnCost]:
@@ -253,7 +253,7 @@ class Rehearsal(Trainer):
         )
         del due[()]
         seen = {player.turn.name: _Seen() for player in players}
-        batches = [self._reading.batch(0, span.start, self.config.batch, rows) for rows in self._rows]
+        batches = [self.reading.batch(0, span.start, self.config.batch, rows) for rows in self.rows]
         for names, times in due.items():
             for place in PLACES:
                 PlacedDraws.place_in_range, PlacedDraws.asked = place, False
@@ -279,7 +279,7 @@ class Rehearsal(Trainer):
 
     def _enter_stage(self, span: Span, mode: Any) -> None:
         with mode, self.counted:
-            self._enter(span, resumed=False)
+            self.enter(span, resumed=False)
 
     def _step(
         self, players: list[Player], batches: list[Any], seen: Mapping[str, _Seen], times: int, mode: Any
@@ -289,11 +289,11 @@ class Rehearsal(Trainer):
             shown = [self._faked(batch) for batch in batches]
             shared: list[dict[str, Any]] = [{} for _ in shown]
             for player in players:
-                self._focus(player)
+                self.focus(player)
                 hooks = [p.register_post_accumulate_grad_hook(self.counted.is_gradient) for p in player.trained]
                 self.counted.restart()
                 self._now = seen[player.turn.name]
-                self._take_turn(player, shown, shared)
+                self.take_turn(player, shown, shared)
                 for hook in hooks:
                     hook.remove()
                 entry = self._now

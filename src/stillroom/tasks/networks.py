@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.data.source import HOLDOUT
-from stillroom.engine.trainer import mix
+from stillroom.draws import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import ACCURACY, CLASSIFICATION, PAIR, classification_scores, pair_scores
 from stillroom.networks.recognition import ForwardPass

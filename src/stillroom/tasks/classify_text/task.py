@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.data.texts import NAMED, TextData, Texts, check_vocabularies, load_texts
 from stillroom.diffusion.sampling import Sampler
-from stillroom.engine.trainer import mix
+from stillroom.draws import mix
 from stillroom.errors import UserError
 from stillroom.folders.text_networks import (
     ENCODERS,
