@@ -22,18 +22,14 @@ from stillroom.evaluation.cost import macs
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import parameter_count
 from stillroom.surgery.tabulated import tabulate
+from stillroom.task import load_generator
 from stillroom.tasks.class_images.model import ImageGenerator
 
 RUNS = {1: 31, 32: 11}
 LIMIT = 20.0
 
 
-def load_student(folder: Path) -> ImageGenerator:
-    """A student folder, or a run folder that holds one."""
-    return ImageGenerator.load(folder / "student" if (folder / "student").is_dir() else folder)
-
-
-def tabulated(model: ImageGenerator) -> ImageGenerator:
+def tabulated(model: Any) -> ImageGenerator:
     """The model, its conditioning as tables."""
     return ImageGenerator(tabulate(model.denoiser, model.sampler), model.sampler, model.classes)
 
@@ -44,7 +40,7 @@ def is_best(teacher: Path, sampler: dict[str, Any]) -> bool:
     return card.exists() and sampler_from_dict(read_json(card)["best"]["sampler"]) == sampler_from_dict(sampler)
 
 
-def seconds(model: ImageGenerator, labels: list[int]) -> float:
+def seconds(model: Any, labels: list[int]) -> float:
     began = time.perf_counter()
     model.sample(labels)
     return time.perf_counter() - began
@@ -56,9 +52,9 @@ def main() -> None:
     chosen: Path | None = parser.parse_args().student
     torch.set_num_threads(1)
     home = ClassImagesBench().teacher_dir
-    teacher = ImageGenerator.load(home)
+    teacher: Any = load_generator(home)
     if chosen:
-        student, name = load_student(chosen), f"student {chosen.name}"
+        student, name = load_generator(chosen), f"student {chosen.name}"
     else:
         student = ImageGenerator(teacher.denoiser, FewStepSampler((0.8,)), teacher.classes)
         name = "one step of the same network"

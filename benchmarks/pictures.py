@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from common import ROOT
-from latency import load_student
 from torch import Tensor
 
 from stillroom.bench.fashion.bench import ClassImagesBench
 from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.task import load_generator
 from stillroom.tasks.class_images.model import ImageGenerator
 
 PER_CLASS, GAP, SEED = 5, 2, 0
@@ -38,7 +39,7 @@ def mosaic(images: Tensor, columns: int) -> Tensor:
     return rows.permute(0, 2, 1, 3).reshape(len(rows) * ink.shape[1], columns * ink.shape[2])[:-GAP, :-GAP]
 
 
-def draw(blocks: list[tuple[str, ImageGenerator]], out: Path) -> None:
+def draw(blocks: list[tuple[str, Any]], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,10 +72,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "teacher-student.png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    teacher = ImageGenerator.load(ClassImagesBench().teacher_dir)
+    teacher: Any = load_generator(ClassImagesBench().teacher_dir)
     once = ImageGenerator(teacher.denoiser, FewStepSampler((1.0,)), teacher.classes)
     blocks = [("teacher, many steps", teacher), ("teacher, one step", once)]
-    blocks += [(f"student, {name_of(folder)}", load_student(folder)) for folder in arguments.students]
+    blocks += [(f"student, {name_of(folder)}", load_generator(folder)) for folder in arguments.students]
     draw(blocks, arguments.out)
     print(arguments.out)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -212,6 +213,25 @@ def test_the_source_distribution_names_what_there_is() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     included = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert [name for name in included if not (ROOT / name).exists()] == []
+
+
+# --- commands ask the task and the model -----------------------------------------------------------------------------
+ASKING = ("cli", "run", "planning", "auto", "report", "exports", "demo", "synthesis")
+
+
+def test_no_command_names_a_class_of_model() -> None:
+    from stillroom.task import tasks
+
+    known = re.compile("|".join(rf"\b{cls.model.__name__}\b" for cls in tasks().values()))
+    assert known.search("an ImageGenerator")
+    found = [
+        f"{path.relative_to(SOURCE)}:{number}: {line.strip()}"
+        for part in ASKING
+        for path in (sorted((SOURCE / part).rglob("*.py")) or [SOURCE / f"{part}.py"])
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if known.search(line)
+    ]
+    assert found == []
 
 
 # --- every method has its whole set -----------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,30 +26,33 @@ from torch import Tensor
 
 from browser import CHROMIUM, Browser
 from stillroom import cli
+from stillroom.bench.scenes import bench as scenes
 from stillroom.data.scenes.captions import vocabulary
 from stillroom.data.scenes.pictures import scene_set
 from stillroom.demo import server
 from stillroom.demo.cards import Entry, duration, filled, picture_uri, sheet
-from stillroom.demo.drawing import (
+from stillroom.demo.exhibits import (
     LONGEST_MESSAGE,
     Drawing,
+    Exhibit,
     Judge,
-    Model,
-    examples,
     hole_from_brush,
     image_from_file,
     message,
-    surprise,
 )
 from stillroom.demo.studio import SHELF, Shown, Studio
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
+from stillroom.folders.image_networks import make_classifier
 from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.task import PictureGenerator
 from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.text_images.model import TextImageGenerator
 from test_text_image import mar, noisy, sd3, tiny_codec, tiny_text
 from tiny import CLASSES, make_teacher
+from tiny_pipelines import make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 
@@ -81,7 +83,7 @@ def generators(space: TextImageSpace) -> dict[str, TextImageGenerator]:
 
 @pytest.fixture
 def studio(generators: dict[str, TextImageGenerator]) -> Studio:
-    student, *teachers = (Model(name, lambda g=g: g) for name, g in generators.items())
+    student, *teachers = (Exhibit(name, lambda g=g: g) for name, g in generators.items())
     return Studio(student, teachers)
 
 
@@ -90,44 +92,45 @@ def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_teacher(tmp_path_factory.mktemp("demo") / "by-class")
 
 
-class Painter:
+class Painter(PictureGenerator):
     """A generator that takes its time: the first call longest, as caches fill."""
+
+    asked_by = "captions"
 
     def __init__(self, first: float = 0.0, others: float = 0.0, fails: str = "") -> None:
         self.sampler, self.network = ODESampler("euler", 3), torch.nn.Linear(1, 1)
-        self.space = SimpleNamespace(text=SimpleNamespace(check=lambda caption: None), size=(SIDE, SIDE))
         self.first, self.others, self.fails, self.asked = first, others, fails, 0
 
-    def sample(self, captions: list[str], seed: int = 0, **changes: Any) -> Tensor:
+    def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
         if self.fails:
             raise RuntimeError(self.fails)
         time.sleep(self.others if self.asked else self.first)
         self.asked += 1
-        return torch.zeros(len(captions), 3, SIDE, SIDE)
+        return torch.zeros(n, 3, SIDE, SIDE)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 def test_a_model_draws_what_its_generator_samples(generators: dict[str, TextImageGenerator]) -> None:
     little = generators["little"]
-    model = Model("little", lambda: little)
-    drawing = model.draw(CAPTION, 3, seed=5, guidance=3.0, steps=1, temperature=0.5)
+    exhibit = Exhibit("little", lambda: little)
+    drawing = exhibit.draw(CAPTION, 3, seed=5, guidance=3.0, steps=1, temperature=0.5)
     torch.testing.assert_close(
         drawing.images, little.sample([CAPTION] * 3, seed=5, guidance=3.0, steps=1, temperature=0.5)
     )
-    assert not drawing.images.equal(model.draw(CAPTION, 3, seed=5).images)
+    assert not drawing.images.equal(exhibit.draw(CAPTION, 3, seed=5).images)
     assert drawing.verdicts == [None] * 3
-    assert model.settings == {"guidance": 2.0, "steps": 2, "temperature": 1.0}
-    assert (model.size, model.cell, model.fills, model.by_class) == ((SIDE, SIDE), CELL, True, False)
+    assert little.settings == {"guidance": 2.0, "steps": 2, "temperature": 1.0}
+    assert (little.image_size, little.cell, little.fills, exhibit.by_class) == ((SIDE, SIDE), CELL, True, False)
 
 
 def test_settings_that_a_sampler_lacks_are_left_out(generators: dict[str, TextImageGenerator]) -> None:
     big = generators["big"]
-    model = Model("big", lambda: big)
-    assert model.settings == {"guidance": 2.0, "steps": 3}
-    assert not model.fills
-    drawing = model.draw(CAPTION, 2, seed=1, temperature=0.1, guidance=None)  # type: ignore[arg-type]
+    exhibit = Exhibit("big", lambda: big)
+    assert big.settings == {"guidance": 2.0, "steps": 3}
+    assert not big.fills
+    drawing = exhibit.draw(CAPTION, 2, seed=1, temperature=0.1, guidance=None)  # type: ignore[arg-type]
     torch.testing.assert_close(drawing.images, big.sample([CAPTION] * 2, seed=1))
-    assert model.facts(steps=7)[1:] == ("euler", "7 steps", "guidance 2")
+    assert exhibit.facts(steps=7)[1:] == ("euler", "7 steps", "guidance 2")
 
 
 def test_loading_and_the_first_call_are_not_in_the_time() -> None:
@@ -138,40 +141,41 @@ def test_loading_and_the_first_call_are_not_in_the_time() -> None:
         time.sleep(0.2)
         return Painter(first=0.3, others=0.01)
 
-    model = Model("slow to start", load)
+    exhibit = Exhibit("slow to start", load)
     assert loads == []
-    drawing = model.draw(CAPTION, 2, seed=0)
+    drawing = exhibit.draw(CAPTION, 2, seed=0)
     assert 0.01 <= drawing.seconds < 0.1
     assert drawing.milliseconds == pytest.approx(500 * drawing.seconds)
-    model.draw(CAPTION, 2, seed=0)
-    assert (loads, model.generator.asked) == ([1], 3)
+    exhibit.draw(CAPTION, 2, seed=0)
+    painter: Any = exhibit.model
+    assert (loads, painter.asked) == ([1], 3)
 
 
 def test_a_model_that_is_asked_by_class(class_folder: Path) -> None:
     generator = ImageGenerator.load(class_folder)
-    model = Model("by class", lambda: generator)
-    assert (model.classes, model.size, model.fills) == (list(CLASSES), (SIDE, SIDE), False)
-    torch.testing.assert_close(model.draw("dot", 2, seed=4).images, generator.sample([2, 2], seed=4))
-    assert not model.draw("dot", 2, seed=4, guidance=3.0).images.equal(generator.sample([2, 2], seed=4))
-    assert examples(model) == list(CLASSES)
-    assert surprise(model) in CLASSES
+    exhibit = Exhibit("by class", lambda: generator)
+    assert (exhibit.by_class, generator.image_size, generator.fills) == (True, (SIDE, SIDE), False)
+    torch.testing.assert_close(exhibit.draw("dot", 2, seed=4).images, generator.sample([2, 2], seed=4))
+    assert not exhibit.draw("dot", 2, seed=4, guidance=3.0).images.equal(generator.sample([2, 2], seed=4))
+    assert generator.examples() == list(CLASSES)
+    assert exhibit.surprise() in CLASSES
     with pytest.raises(UserError, match="no class 'cat'"):
-        model.check("cat")
+        generator.check("cat")
 
 
 def test_surprises_and_examples_hold_known_words_only(studio: Studio, generators: dict[str, Any]) -> None:
-    assert len(examples(studio.student)) == 6
+    assert len(studio.student.model.examples()) == 6
     for _ in range(20):
-        studio.student.check(surprise(studio.student))
+        studio.student.model.check(studio.student.surprise())
     few = TextImageSpace(
         tiny_text(words=("a", "red", "eight", "green", "one", "and", "purple", "six")), tiny_codec(), (8, 8)
     )
-    narrow = Model("narrow", lambda: tiny_student(few))
-    assert examples(narrow) == ["a red eight", "a green one and a purple six"]
+    narrow = Exhibit("narrow", lambda: tiny_student(few))
+    assert narrow.model.examples() == ["a red eight", "a green one and a purple six"]
     for _ in range(20):
-        narrow.check(surprise(narrow))
+        narrow.model.check(narrow.surprise())
     mute = TextImageSpace(tiny_text(words=("nothing",)), tiny_codec(), (8, 8))
-    assert surprise(Model("mute", lambda: tiny_student(mute))) == ""
+    assert Exhibit("mute", lambda: tiny_student(mute)).surprise() == ""
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
@@ -186,12 +190,15 @@ def test_the_judge_tells_obedient_pictures_from_others() -> None:
     assert judge.verdicts(with_marks, scaled[:1]) == judge.verdicts(captions[0].text, scaled[:1]) == [True]
 
 
-def test_the_judge_is_silent_where_it_cannot_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_judge_is_silent_where_it_cannot_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = torch.zeros(2, 3, 32, 32)
     assert Judge().verdicts("seven is a purple number", images) == [None, None]
     assert Judge().verdicts(CAPTION, torch.zeros(1, 3, 16, 16)) == [None]
-    assert Judge(None).verdicts(CAPTION, images) == [None, None]
-    lost = Judge(tmp_path)
+    assert Judge(()).verdicts(CAPTION, images) == [None, None]
+    monkeypatch.setattr(scenes, "PARSER_DIR", tmp_path)
+    lost = Judge()
     assert lost.verdicts(CAPTION, images) == lost.verdicts(CAPTION, images) == [None, None]
     assert capsys.readouterr().err.count("pictures are not judged") == 1
 
@@ -263,7 +270,7 @@ def test_drawing_shows_the_student_first_then_each_teacher(studio: Studio) -> No
     shelf = shown[1].shelf or []
     torch.testing.assert_close(
         torch.stack([picture.image for picture in shelf]),
-        studio.student.generator.sample([CAPTION] * 2, seed=7, guidance=3.0),
+        studio.student.model.sample([CAPTION] * 2, seed=7, guidance=3.0),
     )
     assert shown[1].choose == shelf[0].id
 
@@ -299,10 +306,9 @@ def test_one_failing_model_does_not_stop_the_others(capsys: pytest.CaptureFixtur
     def lost() -> Any:
         raise UserError("teacher folder x does not exist", cure="give another")
 
-    models = [Model(name, load) for name, load in (("well", Painter), ("ill", lambda: Painter(fails="<b>broken</b>")))]
-    last = list(
-        Studio(models[0], [models[1], Model("lost", lost), Model("also well", Painter)]).draw("x", 0, 1, {}, [])
-    )[-1]
+    loads = {"ill": lambda: Painter(fails="<b>broken</b>"), "lost": lost, "also well": Painter}
+    teachers = [Exhibit(name, load) for name, load in loads.items()]
+    last = list(Studio(Exhibit("well", Painter), teachers).draw("x", 0, 1, {}, []))[-1]
     cards = last.cards or ""
     assert cards.count("<img") == 2
     assert "RuntimeError: &lt;b&gt;broken&lt;/b&gt;" in cards
@@ -439,6 +445,7 @@ def place(
     for name in ("little", "big"):
         generators[name].save(tmp_path / name)
     (tmp_path / "by-class").symlink_to(class_folder)
+    ImageClassifier(make_classifier("resnet-small", 1, len(CLASSES)), CLASSES).save(tmp_path / "classifier")
     return tmp_path
 
 
@@ -449,17 +456,38 @@ def test_a_run_brings_its_own_teachers(place: Path) -> None:
     shutil.copytree(place / "by-class", run / "student")
     studio = server.open_studio(str(run))
     assert studio.student.name == "mine"
-    assert [(model.name, model.classes) for model in studio.teachers] == [("by-class", list(CLASSES))]
+    assert [(teacher.name, teacher.model.choices) for teacher in studio.teachers] == [("by-class", list(CLASSES))]
     shown = list(studio.draw("dot", 0, 2, {}, []))[-1]
     assert (shown.cards or "").count("<img") == 4
     assert cli._model("mine") == "runs/mine"
 
 
+def test_a_runs_several_teachers_come_from_its_recipe(place: Path) -> None:
+    run = place / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("method: dmd2\nteacher: ./big, ./little\n")
+    shutil.copytree(place / "little", run / "student")
+    assert [teacher.name for teacher in server.open_studio(str(run)).teachers] == ["big", "little"]
+
+
+def test_a_diffusers_pipeline_is_shown(place: Path) -> None:
+    pytest.importorskip("diffusers")
+    make_pipeline("sd").save_pretrained(place / "pipe")
+    studio = server.open_studio("./pipe@16", ["little"])
+    exhibit = studio.student
+    assert (exhibit.by_class, exhibit.model.examples(), exhibit.surprise()) == (False, [], "")
+    assert exhibit.model.settings["steps"] == 25
+    last = list(studio.draw("a cat", 0, 2, {"steps": 1}, []))[-1].cards or ""
+    assert "1 step<" in last
+    assert last.count("<img") == 2
+    assert "the caption is empty" in next(studio.draw(" ", 0, 2, {}, [])).notice.lower()
+
+
 def test_a_folder_is_shown_with_the_teachers_named(place: Path) -> None:
     assert server.open_studio("little").teachers == []
     studio = server.open_studio("little", ["big", "little"])  # a model is not its own teacher
-    assert [model.name for model in studio.teachers] == ["big"]
-    assert studio.student.fills
+    assert [teacher.name for teacher in studio.teachers] == ["big"]
+    assert studio.student.model.fills
 
 
 @pytest.mark.parametrize(
@@ -470,6 +498,8 @@ def test_a_folder_is_shown_with_the_teachers_named(place: Path) -> None:
         ("little", ["./nowhere"], "nowhere does not exist"),
         ("little", ["by-class"], "asked in words, teacher 'by-class' by class"),
         ("by-class", ["little"], "asked by class, teacher 'little' in words"),
+        ("classifier", [], "this model recognises images, it draws none; stillroom.load"),
+        ("little", ["classifier"], "asked in words, teacher 'classifier' recognises images"),
     ],
 )
 def test_models_that_cannot_be_shown(place: Path, student: str, teachers: list[str], told: str) -> None:
@@ -528,7 +558,7 @@ def address(generators: dict[str, TextImageGenerator], reached: list[str]) -> It
     pytest.importorskip("gradio")
     import uvicorn
 
-    student, *teachers = (Model(name, lambda g=g: g) for name, g in generators.items())
+    student, *teachers = (Exhibit(name, lambda g=g: g) for name, g in generators.items())
     connect, lookup = socket.socket.connect, socket.getaddrinfo
 
     def watched_connect(self: socket.socket, where: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import json
@@ -22,20 +23,21 @@ from stillroom.data.scenes.captions import vocabulary
 from stillroom.data.source import load_data
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.process import EDM
+from stillroom.diffusion.routed import ByNoise, RoutedDenoiser
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
-from stillroom.exports import Exported, export_model, formats, work
-from stillroom.exports.masked import masked_parts
-from stillroom.exports.parts import NetworkCall, Part
+from stillroom.exports import Exported, export_model, formats, writing
 from stillroom.folders.image_networks import make_classifier
 from stillroom.networks.dual_head import exchange
 from stillroom.networks.recognition import TwoHeadPass
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.recipe import Recipe
+from stillroom.task import Part
 from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.classify_text.model import TextClassifier
 from stillroom.tasks.encode.model import ImageEncoder
+from stillroom.tasks.parts import NetworkCall, sampling_steps
 from stillroom.tasks.pipelines.model import PipelineGenerator
 from stillroom.tasks.text_images.model import TextImageGenerator
 from test_text_image import tiny_codec, tiny_text
@@ -154,7 +156,7 @@ def test_the_steps_in_the_facts_are_the_samplers(tmp_path: Path, prediction: str
         model.denoiser.process = EDM()
     noise, labels = torch.randn(4, 1, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
     x0: Any = 0.0
-    for step in work.sampling_steps(model.sampler, model.denoiser):
+    for step in sampling_steps(model.sampler, model.denoiser):
         x = step["alpha"] * x0 + step["sigma"] * noise
         call = NetworkCall(model.denoiser, ("label",))
         output = call(step["scale"] * x, torch.full((4,), step["timestep"]), labels)
@@ -230,7 +232,7 @@ def test_the_pages_loop_draws_what_the_masked_student_draws(
 @torch.no_grad()
 def test_the_masked_network_is_the_models_own_for_any_number_of_known_tokens() -> None:
     """None, some and all but one; and what unknown tokens hold does not matter."""
-    part = masked_parts(masked())["transformer"]
+    part = masked().parts()["transformer"]
     tokens, _, text = part.example(3, torch.Generator().manual_seed(0))
     order = torch.rand(tokens.shape[:2]).argsort(1)
     for count in (0, 1, 9, 15):
@@ -294,7 +296,7 @@ def test_the_pages_openvino_code_reads_the_texts_file(tmp_path: Path, monkeypatc
 def test_the_pages_torch_code_reads_the_classifiers_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = classifier()
-    monkeypatch.setattr(work, "_data", lambda *_: (None, type("Test", (), {"shape": (1, 28, 28)})))
+    monkeypatch.setattr(writing, "_data", lambda *_: (None, type("Test", (), {"shape": (1, 28, 28)})))
     export_model(model, "torch", "exports/meal-v2-torch", **BRIEF)
     names: dict[str, Any] = {}
     exec(block("torch"), names)
@@ -350,7 +352,7 @@ def test_a_runs_student_is_exported_by_the_runs_name(
     monkeypatch.chdir(tmp_path)
     student(tmp_path).save("runs/a/student")
     Path("runs/a/recipe.yaml").write_text(Recipe.load("dmd2").to_yaml())
-    monkeypatch.setattr(work, "ROUNDS", 3)
+    monkeypatch.setattr(writing, "ROUNDS", 3)
     assert cli.main(["export", "a", "--to", "torch", "--whole"]) == 0
     out = capsys.readouterr().out
     assert "max abs error" in out
@@ -396,7 +398,7 @@ def test_a_failure_leaves_nothing_and_keeps_the_older_export(
         raise RuntimeError("a dark reason\nwith details")
 
     if moment in ("capture", "place"):
-        monkeypatch.setattr(work, {"capture": "capture", "place": "_put"}[moment], fail)
+        monkeypatch.setattr(writing, {"capture": "capture", "place": "_put"}[moment], fail)
     else:
         usual = formats.FORMATS["torch"]
         changed = {"write": usual.write, "open": usual.open} | {moment: fail}
@@ -423,7 +425,7 @@ def test_a_file_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: p
 
 def test_nan_counts_as_another_answer() -> None:
     part = Part(torch.nn.Identity(), ("x",), ("y",), lambda batch, generator: (torch.ones(batch, 2),))
-    found = work.compare(part, lambda x: (x * float("nan"),))
+    found = writing.compare(part, lambda x: (x * float("nan"),))
     assert found["max_abs_error"] == float("inf")
 
 
@@ -447,6 +449,16 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path: Path, monkeypa
     refused(tmp_path, "no texts at 'nothing'", text_classifier(), "torch", data="nothing")
     monkeypatch.setattr(formats.Format, "check", lambda *_: None)
     refused(tmp_path, "int8 is for classifiers and encoders", "fashion", "onnx", int8=True)
+
+
+def test_of_several_experts_each_folder_is_exported(tmp_path: Path) -> None:
+    one = student(tmp_path)
+    experts = RoutedDenoiser({"early": one.denoiser, "late": copy.deepcopy(one.denoiser)}, ByNoise((0.5,)))
+    model = ImageGenerator(experts, one.sampler, one.classes)
+    refused(tmp_path, "2 experts is no single file; export each expert's folder: experts/early", model, "torch")
+    model.save(tmp_path / "routed")
+    made = export_model(tmp_path / "routed" / "experts" / "late", "torch", tmp_path / "out", **BRIEF)
+    assert list(made.facts["files"]) == ["model.pt2"]
 
 
 @pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("openvino", "openvino")])

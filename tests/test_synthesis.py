@@ -341,13 +341,13 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, straight: Path) -> No
 def test_ranks_share_the_shards_evenly(tmp_path: Path) -> None:
     """Each rank draws only its own: the first rank's call, alone, leaves the others' shards undone."""
     from stillroom.engine.distributed import World
-    from stillroom.synthesis import work
+    from stillroom.synthesis import execution
 
     plan = make_plan({"t": Teacher("t", Samplewise())}, CAPTIONS, shard_size=10)
     for rank, numbers in ((0, {0, 2}), (1, {1, 3})):
         out = tmp_path / str(rank)
         (out / ".synthesis").mkdir(parents=True)
-        assert work._make_shards(plan, out, World(rank, 2), progress=False) == 20
+        assert execution._make_shards(plan, out, World(rank, 2), progress=False) == 20
         assert {path.name for path in out.glob("*.tar")} == {f"shard-{n:05d}.tar" for n in numbers}
 
 

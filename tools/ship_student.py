@@ -22,8 +22,7 @@ from stillroom.evaluation.cost import macs
 from stillroom.folders.shipped import ASSETS
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import parameter_count
-from stillroom.task import load_model
-from stillroom.tasks.text_images.model import TextImageGenerator
+from stillroom.task import load_generator
 
 SEED = 1234
 
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=600, help="captions that SceneEval is taken over")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
     chosen = parser.parse_args()
-    student: TextImageGenerator = load_model(chosen.run)
+    student: Any = load_generator(chosen.run)
     bench, own = ScenesBench(), student.sampler
     assert isinstance(own, MaskedSampler)
     captions = bench.captions(chosen.n)

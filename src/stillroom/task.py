@@ -11,11 +11,11 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,15 @@ IN_MEMORY = "(in memory)"
 """Stands in a recipe for a teacher, a student or data that were given as objects."""
 COLUMNS = 8
 """Samples in a row of a sample grid."""
+ADJUSTABLE = ("guidance", "steps", "temperature")
+"""Numbers of a sampler that may be changed from one drawing to the next."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 ENTRY_POINT_GROUP = "stillroom.tasks"
 SIDE_FILE = "stillroom.json"
+Runner = Callable[..., tuple[Tensor, ...]]
+"""An exported file as its own runtime opens it: tensors in by position, tensors out."""
+FileJudge = Callable[[Runner], dict[str, float]]
+"""A file's scores by key."""
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -165,9 +171,97 @@ class Model:
     def export_extras(self, folder: Path) -> None:
         """Write what the exported files need beside them (a tokenizer)."""
 
-    def judge(self, data: str, test: Any) -> Callable[[Callable[..., Any]], dict[str, float]] | None:
-        """Scores of an exported file, as a function of its runner, on labelled data; None where there are none."""
+    def test_data(self, name: str) -> Any:
+        """The labelled test split of this data set, which :meth:`judge` takes; None for models that no labels judge.
+        Raises UserError where it cannot be read."""
         return None
+
+    def judge(self, data: str, test: Any) -> FileJudge:
+        """What scores an exported file on labelled data. data: the name that :meth:`test_data` was given. test: what it
+        gave."""
+        raise NotImplementedError
+
+
+class PictureGenerator(Model):
+    """A finished model that draws pictures, with a ``sample`` of its own: of classes (``asked_by`` is ``labels``) or of
+    captions. Here it is asked by *wishes*: a class by its name, a caption, or nothing where it draws at random."""
+
+    does = "draws pictures"
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All networks that take part in a drawing, by name."""
+        return {"network": self.module}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its pictures, in pixels."""
+        raise NotImplementedError
+
+    # --- wishes ---------------------------------------------------------------------------------------------------
+    @property
+    def choices(self) -> list[str]:
+        """Names, else numbers, of the classes that can be asked for; empty for a model without classes."""
+        return []
+
+    def examples(self) -> list[str]:
+        """A few wishes, to choose from."""
+        return self.choices
+
+    def surprise(self, generator: torch.Generator) -> str:
+        """A wish at random; nothing where the model knows none."""
+        wishes = self.examples()
+        return wishes[int(torch.randint(len(wishes), (), generator=generator))] if wishes else ""
+
+    def check(self, wish: str) -> None:
+        """Raises UserError for a wish that cannot be drawn."""
+        if self.choices and wish not in self.choices:
+            raise UserError(f"no class {wish!r}", cure=f"choose one of: {', '.join(self.choices)}")
+
+    # --- drawing --------------------------------------------------------------------------------------------------
+    @property
+    def settings(self) -> dict[str, float]:
+        """Those numbers of its sampler that may be changed for one drawing: of :data:`ADJUSTABLE`, as they are."""
+        return {name: getattr(self.sampler, name) for name in ADJUSTABLE if hasattr(self.sampler, name)}
+
+    def changed(self, **changes: Any) -> Sampler:
+        """The sampler with other settings. Raises UserError for those that it does not have."""
+        known = [field.name for field in fields(self.sampler)]  # type: ignore[arg-type]
+        for name in changes:
+            if name not in known:
+                raise UserError(
+                    f"sampler {self.sampler.name!r} has no setting {name!r}{nearest(name, known)}",
+                    cure=f"its settings: {', '.join(known)}",
+                )
+        return replace(self.sampler, **changes) if changes else self.sampler  # type: ignore[type-var]
+
+    sample: Callable[..., Tensor]
+    """Pictures ``[N, C, H, W]`` in [-1, 1], on the CPU: of labels; or of captions, by ``(captions, seed, batch,
+    **changes)``, with one seed for all or one for each, and settings of the sampler to change."""
+
+    def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
+        """``n`` pictures ``[N, C, H, W]`` in [-1, 1] of one wish, on the CPU. changes: of the sampler."""
+        raise NotImplementedError
+
+    @property
+    def fills(self) -> bool:
+        """Whether it can draw a part of a picture anew (:meth:`fill`)."""
+        return False
+
+    @property
+    def cell(self) -> int:
+        """Side in pixels of the squares that holes are made of: what the network draws at once."""
+        return 1
+
+    def fill(self, wish: str, image: Tensor, hole: Tensor, n: int, seed: int, **changes: Any) -> Tensor:
+        """``n`` ways to draw the ``hole`` (bool ``[H, W]``) of ``image [C, H, W]`` anew, so that it fits the wish."""
+        raise UserError("this model fills no holes", cure="give a masked generator")
+
+    def to(self, device: torch.device | str) -> Self:
+        """On another device, in place."""
+        for network in self.networks.values():
+            network.to(device)
+        return self
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -359,16 +453,20 @@ def model_home(name: str | Path) -> Path:
     return folder / "student"
 
 
-def model_class(folder: Path) -> type[Model]:
-    """The class of the model in a folder: of whichever task its ``stillroom.json`` names, or else its files show.
-    Raises UserError where there is none."""
+def find_model_class(folder: Path) -> type[Model] | None:
+    """The class of the model in a folder: of whichever task its ``stillroom.json`` names, or else its files show. None
+    where there is no model."""
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
     known = tasks()
     if (named := side.get("task")) in known:
         return known[str(named)].model
-    for cls in known.values():
-        if cls.model.holds(folder):
-            return cls.model
+    return next((cls.model for cls in known.values() if cls.model.holds(folder)), None)
+
+
+def model_class(folder: Path) -> type[Model]:
+    """As :func:`find_model_class`. Raises UserError where there is no model."""
+    if (found := find_model_class(folder)) is not None:
+        return found
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist", cure="give a folder in diffusers layout")
     raise UserError(f"{folder} holds no model", cure="give a folder that diffusers or transformers loads")
@@ -378,6 +476,14 @@ def load_model(name: str | Path) -> Model:
     """The finished model of a run, in a model folder, or a shipped one by name. Raises UserError."""
     folder = model_home(name)
     return model_class(folder).load(folder)
+
+
+def load_generator(name: str | Path) -> PictureGenerator:
+    """As :func:`load_model`. Raises UserError for a model that draws no pictures, saying what it does."""
+    model = load_model(name)
+    if not isinstance(model, PictureGenerator):
+        raise UserError(f"this model {model.does}", cure=model.usage)
+    return model
 
 
 def sample_rows(model: Model, labels: Sequence[str], captions: Sequence[str], n: int, seed: int) -> Rows:

@@ -67,20 +67,17 @@ def pair_table(families: dict[str, Any], library: str) -> str:
 
 
 def block_api(sources: Sources, page: Page) -> str:
-    """The public functions, and the classes of what ``load`` gives back with the methods that they add."""
+    """The public functions; what every finished model has; and the class of each task's models, with the methods that
+    it explains itself."""
     import stillroom
-    from stillroom.tasks.class_images.model import ImageGenerator
-    from stillroom.tasks.classify.model import ImageClassifier
-    from stillroom.tasks.classify_text.model import TextClassifier
-    from stillroom.tasks.encode.model import ImageEncoder
-    from stillroom.tasks.pipelines.model import PipelineGenerator
-    from stillroom.tasks.text_images.model import TextImageGenerator
+    from stillroom.task import Model, PictureGenerator, tasks
 
-    kinds = (ImageGenerator, TextImageGenerator, PipelineGenerator, ImageClassifier, TextClassifier, ImageEncoder)
+    kinds = (Model, PictureGenerator, *(task.model for task in tasks().values()))
     parts = [described(f"stillroom.{f.__name__}", f, "##") for f in (stillroom.distill, stillroom.load)]
     parts.append("## stillroom.methods()\n\nThe class of every method, by slug; also the package that they lie in.")
     for kind in kinds:
-        own = [(name, f) for name, f in vars(kind).items() if inspect.isfunction(f) and not name.startswith("_")]
+        functions = ((name, f) for name, f in vars(kind).items() if inspect.isfunction(f))
+        own = [(name, f) for name, f in functions if f.__doc__ and not name.startswith("_")]
         parts.append(f"## {kind.__name__}\n\n{plain(kind.__doc__)}")
         parts += [described(name, function, "###") for name, function in own]
     errors = (stillroom.UserError, stillroom.TrainingDiverged)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.evaluation.scores import Score
@@ -108,6 +108,12 @@ class Bench:
         scores that lie there, or were measured earlier, are not measured again, and ``bench["earlier"]`` names them.
         """
         raise NotImplementedError
+
+    # --- what the demo asks ---------------------------------------------------------------------------------------
+    def verdicts(self, wish: str, images: Tensor) -> Sequence[bool | None] | None:
+        """Whether each of ``images [N, C, H, W]`` in [-1, 1] shows what was asked for; None where the bench cannot
+        tell. Raises UserError where its judge cannot be read."""
+        return None
 
     # --- what it can make -----------------------------------------------------------------------------------------
     @classmethod

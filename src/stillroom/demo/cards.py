@@ -11,7 +11,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from stillroom.demo.drawing import Drawing
+from stillroom.demo.exhibits import Drawing
 from stillroom.evaluation.metrics import to_uint8
 
 SHOWN = 256
@@ -151,5 +151,5 @@ def _mark(verdict: bool | None) -> str:
     if verdict is None:
         return ""
     told = "✓ obeys" if verdict else "✗ does not"
-    title = "read by the scenes parser: exactly what the caption asks for" + ("" if verdict else " was not found")
+    title = "a judge has read the picture: exactly what the caption asks for" + ("" if verdict else " was not found")
     return f'<figcaption class="{"sr-yes" if verdict else "sr-no"}" title="{title}">{told}</figcaption>'

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillroom.demo.drawing import MOST_IMAGES, examples, surprise
+from stillroom.demo.exhibits import MOST_IMAGES
 from stillroom.demo.studio import LARGEST_SEED, Shown, Studio
 from stillroom.errors import UserError
 
@@ -42,14 +42,13 @@ def import_gradio() -> Any:
 def layout(studio: Studio) -> gradio.Blocks:
     """The whole page."""
     gr = import_gradio()
-    student = studio.student
     with gr.Blocks(title="stillroom demo", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(_header(studio))
         shelf = gr.State([])
         with gr.Tabs():
             with gr.Tab("Draw"):
                 drawn = _draw_tab(gr, studio)
-            if student.fills:
+            if studio.student.model.fills:
                 with gr.Tab("Fill in"):
                     _fill_tab(gr, studio, shelf, drawn)
             else:
@@ -69,10 +68,10 @@ def _header(studio: Studio) -> str:
 
 
 def _draw_tab(gr: Any, studio: Studio) -> dict[str, Any]:
-    student, wishes = studio.student, examples(studio.student)
+    by_class, wishes = studio.student.by_class, studio.student.model.examples()
     parts: dict[str, Any] = {}
     with gr.Row(elem_classes="sr-ask"):
-        if student.by_class:
+        if by_class:
             parts["wish"] = gr.Dropdown(
                 wishes,
                 value=wishes[0] if wishes else None,
@@ -91,7 +90,7 @@ def _draw_tab(gr: Any, studio: Studio) -> dict[str, Any]:
         parts["again"] = gr.Button("New seed", min_width=90, elem_id="sr-again")
         parts["surprise"] = gr.Button("Surprise me", min_width=110, visible=bool(wishes), elem_id="sr-surprise")
     parts["chips"] = {}
-    if wishes and not student.by_class:
+    if wishes and not by_class:
         with gr.Row(elem_classes="sr-chips"):
             parts["chips"] = {wish: gr.Button(wish, size="sm") for wish in wishes}
     parts["seed"], parts["n"], parts["settings"] = _settings(gr, studio, "teachers keep their own")
@@ -107,7 +106,7 @@ def _settings(gr: Any, studio: Studio, remark: str = "") -> tuple[Any, Any, dict
     with gr.Accordion(title, open=False, elem_classes="sr-settings"), gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120)
         n = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", min_width=150, buttons=[])
-        for name, value in studio.student.settings.items():
+        for name, value in studio.student.model.settings.items():
             low, high, step = RANGES[name]
             high = max(high, value)
             sliders[name] = gr.Slider(
@@ -134,7 +133,7 @@ def _on_draw(gr: Any, studio: Studio, shelf: Any, parts: dict[str, Any], more: l
     first: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for button, change, changed in (
         (parts["again"], lambda: random.randint(0, 99_999), parts["seed"]),
-        (parts["surprise"], lambda: surprise(studio.student), parts["wish"]),
+        (parts["surprise"], studio.student.surprise, parts["wish"]),
         *((chip, lambda wish=wish: wish, parts["wish"]) for wish, chip in parts["chips"].items()),
     ):
         button.click(change, None, changed, **first).then(

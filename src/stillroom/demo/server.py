@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stillroom.demo.drawing import Judge, Model
+from stillroom.demo.exhibits import Exhibit, Judge
 from stillroom.demo.page import dressed, import_gradio, layout
 from stillroom.demo.studio import Studio
 from stillroom.errors import UserError
-from stillroom.folders.denoisers import network_folder
 from stillroom.folders.shipped import model_folder
 from stillroom.recipe import Recipe
-from stillroom.task import IN_MEMORY, load_model, model_class
+from stillroom.task import IN_MEMORY, load_generator, model_class, model_home
+from stillroom.tasks.words import listed
 
 HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 7860, 40
@@ -27,34 +27,30 @@ POLICY = (
 """What the browser may fetch: nothing from any other machine."""
 
 
+ASKED = {"captions": "in words", "labels": "by class"}
+
+
 def open_studio(student: str, teachers: Sequence[str] | None = None) -> Studio:
     """The models by run, folder or shipped name. The student is read at once, teachers when they first draw.
 
     teachers: by default those of the student's run; a model folder says nothing of them.
-    Raises UserError for a folder that is missing or holds no model, and for teachers that are asked otherwise than the
-    student.
+    Raises UserError for a folder that is missing or holds no model, for a model that draws nothing, and for teachers
+    that are asked otherwise than the student.
     """
     judge = Judge()
-    first = Model(_name(student), lambda: load_model(student), judge)
-    by_class = first.by_class
+    first = Exhibit(_name(student), lambda: load_generator(student), judge)
+    asked = first.model.asked_by
     names = _teachers_of(student) if teachers is None else list(teachers)
-    names = [name for name in names if _home(name) != _home(student)]
+    names = [name for name in names if model_home(name) != model_home(student)]
     for name in names:
-        folder = _home(name)
-        network_folder(folder)
-        if (model_class(folder).asked_by == "captions") == by_class:
-            asked = ("in words", "by class")
+        kind = model_class(model_home(name))
+        if kind.asked_by != asked:
+            theirs = ASKED.get(kind.asked_by, kind.does)
             raise UserError(
-                f"student {student!r} is asked {asked[by_class]}, teacher {name!r} {asked[not by_class]}",
+                f"student {student!r} is asked {ASKED[asked]}, teacher {name!r} {theirs}",
                 cure="give teachers of the same kind: --teachers a,b",
             )
-    return Studio(first, [Model(_name(name), lambda name=name: load_model(name), judge) for name in names])
-
-
-def _home(name: str) -> Path:
-    """Where the network of a run, model folder or shipped model lies."""
-    folder = model_folder(name)
-    return folder / "student" if (folder / "recipe.yaml").is_file() else folder
+    return Studio(first, [Exhibit(_name(name), lambda name=name: load_generator(name), judge) for name in names])
 
 
 def _name(name: str) -> str:
@@ -63,10 +59,9 @@ def _name(name: str) -> str:
 
 def _teachers_of(student: str) -> list[str]:
     folder = model_folder(student)
-    if (folder / "recipe.yaml").is_file():
-        named = Recipe.load(folder).teacher
-        return [] if named == IN_MEMORY else [name.strip() for name in named.split(",")]
-    return []
+    if not (folder / "recipe.yaml").is_file():
+        return []
+    return [name for name in listed(Recipe.load(folder).teacher) if name != IN_MEMORY]
 
 
 def application(studio: Studio) -> Any:

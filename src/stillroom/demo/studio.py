@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from stillroom.demo.cards import Entry, filled, notice, picture_uri, sheet
-from stillroom.demo.drawing import MOST_IMAGES, Drawing, Model, hole_from_brush, image_from_file, message, whole_number
+from stillroom.demo.exhibits import (
+    MOST_IMAGES,
+    Drawing,
+    Exhibit,
+    hole_from_brush,
+    image_from_file,
+    message,
+    whole_number,
+)
 from stillroom.errors import UserError
 
 LARGEST_SEED = 2**31 - 1
@@ -42,8 +50,8 @@ class Shown:
 class Studio:
     """The models of the page. Teachers draw at their own settings, the student at the visitor's."""
 
-    student: Model
-    teachers: Sequence[Model]
+    student: Exhibit
+    teachers: Sequence[Exhibit]
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -58,19 +66,19 @@ class Studio:
         try:
             wish = str(wish or "").strip()
             seed, n = whole_number(seed, "the seed", 0, LARGEST_SEED), whole_number(n, "images", 1, MOST_IMAGES)
-            self.student.check(wish)
+            self.student.model.check(wish)
         except Exception as problem:  # what a visitor types must never break the page
             yield Shown(notice(message(problem)))
             return
-        models = {self.role: [self.student], "teacher": list(self.teachers)}
-        entries = [Entry(model.name, role) for role, group in models.items() for model in group]
+        exhibits = {self.role: [self.student], "teacher": list(self.teachers)}
+        entries = [Entry(exhibit.name, role) for role, group in exhibits.items() for exhibit in group]
         yield Shown(cards=sheet(wish, seed, n, entries))
-        for i, model in enumerate(itertools.chain(*models.values())):
+        for i, exhibit in enumerate(itertools.chain(*exhibits.values())):
             changes = settings if i == 0 else {}
-            entries[i] = self._entry(entries[i], model, changes, lambda m, c: m.draw(wish, n, seed, **c))
+            entries[i] = self._entry(entries[i], exhibit, changes, lambda e, c: e.draw(wish, n, seed, **c))
             shown = Shown(cards=sheet(wish, seed, n, entries))
             drawing = entries[0].drawing
-            if i == 0 and drawing is not None and self.student.fills:
+            if i == 0 and drawing is not None and self.student.model.fills:
                 new = self._pictures(drawing.images)
                 shown = Shown(cards=shown.cards, shelf=[*new, *shelf][:SHELF], choose=new[0].id)
             yield shown
@@ -86,14 +94,14 @@ class Studio:
             wish = str(wish or "").strip()
             seed, n = whole_number(seed, "the seed", 0, LARGEST_SEED), whole_number(n, "images", 1, MOST_IMAGES)
             picture, hole = self._painted(painted, shelf)
-            self.student.check(wish)
+            self.student.model.check(wish)
         except Exception as problem:  # as above
             return Shown(notice(message(problem)))
         entry = self._entry(
             Entry(self.student.name, self.role),
             self.student,
             settings,
-            lambda m, c: m.fill(wish, picture.image, hole, n, seed, **c),
+            lambda e, c: e.fill(wish, picture.image, hole, n, seed, **c),
         )
         if entry.drawing is None:
             return Shown(notice(entry.problem))
@@ -106,16 +114,16 @@ class Studio:
         if path is None:
             return Shown()
         try:
-            (new,) = self._pictures([image_from_file(path, self.student.size)])
+            (new,) = self._pictures([image_from_file(path, self.student.model.image_size)])
         except Exception as problem:  # as above
             return Shown(notice(message(problem)))
         return Shown(shelf=[new, *shelf][:SHELF], choose=new.id)
 
     def easel(self, shown: Shown) -> str:
         """JSON for the brush's canvas: the pictures to paint on, and which of them to take up."""
-        height, width = self.student.size
+        height, width = self.student.model.image_size
         pictures = [{"id": picture.id, "src": picture_uri(picture.image)} for picture in shown.shelf or ()]
-        sizes = {"height": height, "width": width, "cell": self.student.cell}
+        sizes = {"height": height, "width": width, "cell": self.student.model.cell}
         return json.dumps({"pictures": pictures, "choose": shown.choose or 0, **sizes})
 
     def _pictures(self, images: Any) -> list[Picture]:
@@ -131,13 +139,13 @@ class Studio:
         if picture is None:
             raise UserError("there is no picture under the brush", cure="draw one first, or upload one")
         height, width = picture.image.shape[1:]
-        return picture, hole_from_brush(strokes or "0" * (height * width), (height, width), self.student.cell)
+        return picture, hole_from_brush(strokes or "0" * (height * width), (height, width), self.student.model.cell)
 
     @staticmethod
-    def _entry(entry: Entry, model: Model, settings: Mapping[str, Any], draw: Any) -> Entry:
-        """``entry`` with what the model drew, or with why it could not; the others draw on."""
+    def _entry(entry: Entry, exhibit: Exhibit, settings: Mapping[str, Any], draw: Any) -> Entry:
+        """``entry`` with what was drawn, or with why it could not; the others draw on."""
         try:
-            drawing: Drawing = draw(model, dict(settings))
-            return Entry(entry.name, entry.role, drawing, model.facts(**settings))
+            drawing: Drawing = draw(exhibit, dict(settings))
+            return Entry(entry.name, entry.role, drawing, exhibit.facts(**settings))
         except Exception as problem:  # as above
             return Entry(entry.name, entry.role, problem=message(problem))

@@ -1,5 +1,5 @@
 """Finished models as files of other runtimes: torch.export, ONNX and OpenVINO, checked and timed against eager."""
 
-from stillroom.exports.work import Exported, export_model
+from stillroom.exports.writing import Exported, export_model
 
 __all__ = ["Exported", "export_model"]

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from stillroom.errors import UserError
-from stillroom.exports.parts import Part
+from stillroom.task import Part, Runner
 
-Runner = Callable[..., tuple[Tensor, ...]]
-"""Tensors in by position, tensors out."""
 ONE_FILE = 1_500_000_000
 """Bytes of weights above which ONNX keeps them in a file beside the graph: protobuf ends at 2 GB."""
 

@@ -2,9 +2,9 @@
 
 from stillroom.data.captioned_folders import FolderTeacher, read_captions
 from stillroom.evaluation.filters import Filter, filters, register_filter
+from stillroom.synthesis.execution import Synthesis, plan_hash, synthesize
 from stillroom.synthesis.plan import ROUTES, Plan, make_plan
 from stillroom.synthesis.teachers import PipelineTeacher, Teacher
-from stillroom.synthesis.work import Synthesis, plan_hash, synthesize
 
 __all__ = [
     "ROUTES", "Filter", "FolderTeacher", "PipelineTeacher", "Plan", "Synthesis", "Teacher", "filters", "make_plan",

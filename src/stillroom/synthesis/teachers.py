@@ -8,21 +8,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.data.captioned_folders import FolderTeacher, centre_square
 from stillroom.errors import UserError, nearest
-from stillroom.files import stay_inside
-from stillroom.folders.denoisers import NETWORK_FOLDERS
-from stillroom.folders.pipelines import check_parts
-from stillroom.folders.shipped import SHIPPED, model_folder
+from stillroom.folders.pipelines import check_parts, is_pipeline
+from stillroom.folders.shipped import SHIPPED
 from stillroom.surgery.modules import weights_hash
-
-if TYPE_CHECKING:
-    from stillroom.tasks.text_images.model import TextImageGenerator
+from stillroom.task import SIDE_FILE, PictureGenerator, find_model_class, load_generator, model_home
 
 SEEDS = 2**32
 
@@ -134,16 +130,16 @@ def hash_weights(modules: Mapping[str, nn.Module]) -> str:
 
 
 class ModelTeacher:
-    """A ``TextImageGenerator`` as a teacher. changed: sampler settings other than its own, e.g. ``guidance``."""
+    """A finished model that draws captions as a teacher. changed: sampler settings other than its own, e.g.
+    ``guidance``."""
 
-    def __init__(self, generator: TextImageGenerator, **changed: Any) -> None:
+    def __init__(self, generator: PictureGenerator, **changed: Any) -> None:
         self.generator, self.changed = generator, changed
         self.settings = generator.changed(**changed).to_dict()
-        parts = {"network": generator.network, "text": generator.space.text, "codec": generator.space.codec}
-        self.fingerprint = hash_weights(parts)
+        self.fingerprint = hash_weights(generator.networks)
 
     def check(self, caption: str) -> None:
-        self.generator.space.text.check(caption)
+        self.generator.check(caption)
 
     def sample_each(self, captions: list[str], seeds: list[int]) -> Tensor:
         return self.generator.sample(captions, seed=seeds, batch=len(captions), **self.changed)
@@ -199,27 +195,24 @@ def as_teachers(
             one = _from_folder(str(one), size, settings, device)
         elif isinstance(one, FolderTeacher):
             one = FolderTeacher(one.folder, size) if size not in (0, one.size) else one
-        elif callable(getattr(one, "sample", None)) and hasattr(one, "space"):
+        elif isinstance(one, PictureGenerator) and one.asked_by == "captions":
             one = ModelTeacher(one, **settings)
         found[name] = Teacher(name, one, size)
     return found
 
 
 def _from_folder(source: str, size: int, settings: Mapping[str, Any], device: torch.device | None) -> Any:
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and source in SHIPPED:
-        folder = model_folder(source)
-    if not folder.is_dir():
+    if not Path(source).expanduser().is_dir() and source not in SHIPPED:
         raise UserError(
             f"no teacher {source!r}{nearest(source, SHIPPED)}",
             cure=f"give a model's folder, a folder of images with captions, or one of: {', '.join(SHIPPED)}",
         )
-    stay_inside(folder)
-    if (folder / "model_index.json").is_file():
+    folder = model_home(source)
+    if is_pipeline(folder) and not (folder / SIDE_FILE).is_file():  # any of diffusers', also of classes unknown here
         return PipelineTeacher.load(folder, device, **settings)
-    if any((folder / part).is_dir() for part in NETWORK_FOLDERS):
-        from stillroom.tasks.text_images.model import TextImageGenerator
-
-        generator = TextImageGenerator.load(folder)
-        return ModelTeacher(generator.to(device or "cpu"), **settings)
-    return FolderTeacher(folder, size)
+    kind = find_model_class(folder)
+    if kind is None:
+        return FolderTeacher(folder, size)
+    if kind.asked_by != "captions":
+        raise UserError(f"teacher {source!r} {kind.does}", cure="give a model that draws captions")
+    return ModelTeacher(load_generator(folder).to(device or "cpu"), **settings)

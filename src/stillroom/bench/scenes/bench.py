@@ -14,6 +14,7 @@ distance's name. N = 1,200 is the standard: 200 captions of each of six categori
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ from stillroom.data.scenes.captions import (
     distinct_captions,
     mirror_breaks,
     parse_caption,
+    satisfied,
     seeded,
     spoken,
 )
@@ -142,7 +144,7 @@ class ScenesBench(Bench):
     def _few_captions(self, captions: int, each: int) -> Path:
         """Several drawings of each of the first distinct captions, made once and kept in the cache."""
         texts = [caption.text for caption in distinct_captions(captions)]
-        name = f"{captions}-captions-{each}-each-{code_of(synthesize)[:8]}"
+        name = f"{captions}-captions-{each}-each-{code_of(synthesize, TextImageGenerator)[:8]}"
         folder = cache_folder() / "scenes" / name
         with locked(folder.with_suffix(".lock")):  # another worker may be at it
             teachers = {name: str(ASSETS / name) for name in TEACHERS}
@@ -206,6 +208,16 @@ class ScenesBench(Bench):
     def parser(self) -> SceneParser:
         """The shipped parser (see :func:`~stillroom.bench.scenes.teach.teach_parser`)."""
         return load_parser(PARSER_DIR)
+
+    def verdicts(self, wish: str, images: Tensor) -> list[bool | None] | None:
+        """Of pictures of the scenes' size, for captions of their grammar; punctuation is not read."""
+        if tuple(images.shape[1:]) != SHAPE:
+            return None
+        try:
+            wanted = parse_caption(re.sub(r"[.,;:!?]", " ", wish))
+        except UserError:
+            return None
+        return [satisfied(wanted, scene) for scene in self.parser.read(metrics.to_uint8(images)).scenes()]
 
     # --- protocol -----------------------------------------------------------------------------------------------------
     def captions(self, n: int = STANDARD_N, seed: int = 0, split: str = "train") -> list[Caption]:

@@ -16,13 +16,13 @@ from stillroom.errors import UserError, nearest, reading
 from stillroom.folders.denoisers import EXPERTS, NETWORK_FOLDERS, SIDE_FILE, load_denoiser, save_denoiser
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
-from stillroom.task import COLUMNS, Model, Rows
+from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
 
 ROWS = 10
 """Rows of a sample grid: classes, or rows of unconditional samples."""
 
 
-class ImageGenerator(Model):
+class ImageGenerator(PictureGenerator):
     """A denoiser and the sampler it is run with; what ``stillroom.load`` returns.
 
     classes: names of the condition's classes in label order (may be empty).
@@ -74,6 +74,14 @@ class ImageGenerator(Model):
             out.append(self.sampler.sample(self.denoiser, noise, part, generator).float().cpu())
         return torch.cat(out)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.denoiser.shape[1], self.denoiser.shape[2]
+
+    def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
+        generator = ImageGenerator(self.denoiser, self.changed(**changes), self.classes)
+        return generator.sample([self.choices.index(wish)] * n if self.choices else n, seed=seed)
+
     def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
         """``n`` samples for each of the chosen classes, by number or name (default: all, at most ten). A model without
         classes gives ten rows without names."""
@@ -86,6 +94,18 @@ class ImageGenerator(Model):
         images = self.sample([index for index in chosen for _ in range(n)], seed=seed)
         return Rows([classes[index] for index in chosen], images.unflatten(0, (len(chosen), n)))
 
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        from stillroom.tasks.class_images import export
+
+        return export.parts(self, whole)
+
+    def export_facts(self) -> dict[str, Any]:
+        from stillroom.tasks.class_images import export
+
+        return export.facts(self)
+
+    # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
         """Write the folder; ``extra`` entries are added to ``stillroom.json``. ``dtype``: of the weights in the file
         (default: as they are)."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.data.source import load_data
 from stillroom.diffusion.sampling import Sampler, sampler_from_dict
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
@@ -23,7 +24,7 @@ from stillroom.networks.prompt_classifier import is_text_image_model
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
-from stillroom.task import Model
+from stillroom.task import FileJudge, Model, Part
 
 
 class ImageClassifier(Model):
@@ -56,6 +57,24 @@ class ImageClassifier(Model):
         """The name of the most probable class of each image."""
         return [self.classes[i] for i in self.probabilities(images, batch).argmax(-1).tolist()]
 
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        from stillroom.tasks.classify import export
+
+        return export.parts(self, whole, size)
+
+    def export_facts(self) -> dict[str, Any]:
+        return {"classes": self.classes} if self.classes else {}
+
+    def test_data(self, name: str) -> Any:
+        return load_data(name, "test")
+
+    def judge(self, data: str, test: Any) -> FileJudge:
+        from stillroom.tasks.classify import export
+
+        return export.judge(test)
+
+    # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, **extra: Any) -> None:
         """Write the folder as ``save_pretrained`` does, the processor's settings too; ``extra`` entries go into
         ``stillroom.json`` beside it."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.data.texts import load_texts
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
@@ -17,7 +18,7 @@ from stillroom.folders.text_networks import CONFIG, load_text_network
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
-from stillroom.task import Model
+from stillroom.task import FileJudge, Model, Part
 
 
 class TextClassifier(Model):
@@ -56,6 +57,24 @@ class TextClassifier(Model):
         """The name of the most probable class of each text."""
         return [self.classes[i] for i in self.probabilities(texts, batch).argmax(-1).tolist()]
 
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        from stillroom.tasks.classify_text import export
+
+        return export.parts(self, whole)
+
+    def export_facts(self) -> dict[str, Any]:
+        return {"classes": self.classes, "length": self.length}
+
+    def test_data(self, name: str) -> Any:
+        return load_texts(name, "test", self.classes)
+
+    def judge(self, data: str, test: Any) -> FileJudge:
+        from stillroom.tasks.classify_text import export
+
+        return export.judge(self, test)
+
+    # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, **extra: Any) -> None:
         """Write network and tokenizer as ``save_pretrained`` does; ``extra`` entries go into ``stillroom.json``. Of a
         module that transformers does not know, the weights alone are written."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.data.source import load_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
@@ -19,7 +20,7 @@ from stillroom.networks.recognition import ForwardPass
 from stillroom.networks.vit import PROCESSOR, encoder_of
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
-from stillroom.task import Model
+from stillroom.task import FileJudge, Model, Part
 
 
 class ImageEncoder(Model):
@@ -51,6 +52,21 @@ class ImageEncoder(Model):
         """The mean token of each image, ``[N, D]``."""
         return torch.cat([self.tokens(part, batch).mean(1) for part in images.split(batch)])
 
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        from stillroom.tasks.encode import export
+
+        return export.parts(self, whole)
+
+    def test_data(self, name: str) -> Any:
+        return load_data(name, "test")
+
+    def judge(self, data: str, test: Any) -> FileJudge:
+        from stillroom.tasks.encode import export
+
+        return export.judge(data, test)
+
+    # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, **extra: Any) -> None:
         """Write the folder as ``save_pretrained`` does, the processor's settings too; ``extra`` entries go into
         ``stillroom.json`` beside it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ from stillroom.folders.pipelines import (
 )
 from stillroom.parsing import read_json
 from stillroom.surgery.lora import LoraDenoiser, plain_copy
-from stillroom.task import COLUMNS, Model, Rows
+from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
 
 TEACHER_STEPS = 25
 
@@ -65,7 +65,7 @@ class OwnScheduler(Sampler):
         raise UserError("a pipeline's own scheduler runs inside the pipeline only", cure="PipelineGenerator.sample")
 
 
-class PipelineGenerator(Model):
+class PipelineGenerator(PictureGenerator):
     """A text-to-image pipeline of diffusers, with its network as a :class:`Denoiser`.
 
     pipeline: any pipeline of a supported class. sampler: how it is run; a :class:`FewStepSampler` replaces the
@@ -113,6 +113,37 @@ class PipelineGenerator(Model):
         images = self.sample([prompt for prompt in asked for _ in range(n)], seed=seed)
         return Rows(list(asked), images.unflatten(0, (len(asked), n)))
 
+    # --- wishes ---------------------------------------------------------------------------------------------------
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def image_size(self) -> Size:
+        return self.size
+
+    def check(self, wish: str) -> None:
+        if not wish.strip():
+            raise UserError("the caption is empty", cure="say what the image is to show")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        return super().settings | ({"steps": self.steps} if hasattr(self.sampler, "steps") else {})
+
+    def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
+        return self.sample([wish] * n, seed=seed, **changes)
+
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        from stillroom.tasks.pipelines import export
+
+        return export.parts(self, whole)
+
+    def export_facts(self) -> dict[str, Any]:
+        from stillroom.tasks.pipelines import export
+
+        return export.facts(self)
+
     # --- sampling -------------------------------------------------------------------------------------------------
     @property
     def arguments(self) -> dict[str, Any]:
@@ -139,9 +170,14 @@ class PipelineGenerator(Model):
         """Images ``[N, 3, H, W]`` float32 in [-1, 1], one per caption, drawn by the pipeline itself, on the CPU.
 
         seed: of the whole call, or one for each caption. Image i starts from noise of its own; of the schedulers, those
-        of rectified flows draw the noise between steps for a batch at a time. changes: arguments of the pipeline's own
-        call, e.g. ``guidance_scale``. Raises UserError without captions.
+        of rectified flows draw the noise between steps for a batch at a time. changes: settings of the sampler, e.g.
+        ``guidance=3``, or arguments of the pipeline's own call, e.g. ``guidance_scale``. Raises UserError without
+        captions.
         """
+        own = {field.name for field in fields(self.sampler)}  # type: ignore[arg-type]
+        if settings := {name: value for name, value in changes.items() if name in own}:
+            others = {name: value for name, value in changes.items() if name not in own}
+            return self.student(self.denoiser, self.changed(**settings)).sample(captions, seed, batch, **others)
         texts = [captions] if isinstance(captions, str) else list(captions)
         if not texts:
             raise UserError("no samples were asked for", cure="give at least one caption")

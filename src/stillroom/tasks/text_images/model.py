@@ -3,9 +3,8 @@ layout of diffusers' pipelines."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.data.scenes.captions import sample_captions
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.masking import TEXT, MaskedSampler
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.draws import mix
-from stillroom.errors import UserError, nearest
+from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, load_denoiser, load_network, network_folder, save_network
 from stillroom.folders.diffusers_networks import accepts
 from stillroom.networks.mar import MAR
@@ -25,7 +25,7 @@ from stillroom.networks.text_encoder import CONDITIONS, TEXT_ENCODER
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
-from stillroom.task import COLUMNS, Model, Rows
+from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
 from stillroom.tasks.class_images.model import ImageGenerator
 
 EXAMPLES = {
@@ -41,7 +41,7 @@ TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "encoder_hid_dim", "cr
 """Keys under which networks' configs state the width of the text features that they read, the most specific first."""
 
 
-class TextImageGenerator(Model):
+class TextImageGenerator(PictureGenerator):
     """A network on latents, how it is sampled, and the space that it lives in; what ``stillroom.load`` returns for a
     text-to-image model.
 
@@ -158,17 +158,6 @@ class TextImageGenerator(Model):
         names = tuple(self.network.null) if isinstance(self.network, Denoiser) else (TEXT,)
         return {name: features[name].to(device) for name in names}
 
-    def changed(self, **changes: Any) -> Sampler:
-        """The sampler with other settings. Raises UserError for those that it does not have."""
-        known = [field.name for field in dataclasses.fields(self.sampler)]  # type: ignore[arg-type]
-        for name in changes:
-            if name not in known:
-                raise UserError(
-                    f"sampler {self.sampler.name!r} has no setting {name!r}{nearest(name, known)}",
-                    cure=f"its settings: {', '.join(known)}",
-                )
-        return dataclasses.replace(self.sampler, **changes) if changes else self.sampler  # type: ignore[type-var]
-
     def _check_patches(self, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
         network = self.network.network if isinstance(self.network, Denoiser) else self.network
         config: Any = getattr(network, "config", {})
@@ -180,10 +169,66 @@ class TextImageGenerator(Model):
                 cure=f"choose multiples of {patch * self.space.codec.factor} pixels",
             )
 
-    def to(self, device: torch.device | str) -> TextImageGenerator:
-        self.network.to(device)
-        self.space.to(device)
-        return self
+    # --- wishes ---------------------------------------------------------------------------------------------------
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {"network": self.network, "text": self.space.text, "codec": self.space.codec}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.space.size
+
+    def check(self, wish: str) -> None:
+        self.space.text.check(wish)
+
+    def knows(self, caption: str) -> bool:
+        """Whether the text encoder has seen all of its words."""
+        try:
+            self.check(caption)
+        except UserError:
+            return False
+        return True
+
+    def examples(self) -> list[str]:
+        """Those of :data:`EXAMPLES` of which it knows every word."""
+        return [caption for caption in EXAMPLES.values() if self.knows(caption)]
+
+    def surprise(self, generator: torch.Generator) -> str:
+        """Any caption of the scenes world, combinations that were held out included."""
+        split = ("train", "train", "heldout")[int(torch.randint(3, (), generator=generator))]
+        caption = sample_captions(1, generator, split)[0].text
+        return caption if self.examples() and self.knows(caption) else super().surprise(generator)
+
+    def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
+        return self.sample([wish] * n, seed=seed, **changes)
+
+    @property
+    def fills(self) -> bool:
+        return isinstance(self.network, MAR)
+
+    @property
+    def cell(self) -> int:
+        config: Any = getattr(self.network, "config", {})
+        return self.space.codec.factor * int(config.get("patch", 1))
+
+    def fill(self, wish: str, image: Tensor, hole: Tensor, n: int, seed: int, **changes: Any) -> Tensor:
+        return self.inpaint([wish] * n, image.expand(n, *image.shape), hole, seed=seed, **changes)
+
+    # --- other runtimes -------------------------------------------------------------------------------------------
+    def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
+        from stillroom.tasks.text_images import export
+
+        return export.parts(self, whole)
+
+    def export_facts(self) -> dict[str, Any]:
+        from stillroom.tasks.text_images import export
+
+        return export.facts(self)
+
+    def export_extras(self, folder: Path) -> None:
+        from stillroom.tasks.text_images import export
+
+        export.extras(self, folder)
 
     # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, components: str = "", dtype: torch.dtype | None = None, **extra: Any) -> None:

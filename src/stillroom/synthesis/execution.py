@@ -113,8 +113,9 @@ def synthesize(
     """Let teachers draw captions into the store ``out``. Under torchrun every process calls this: shard s is made by
     the process of rank ``s % world size``, and the result is that of one process, byte for byte.
 
-    teachers: name -> a model's folder (or a shipped one by name), a ``TextImageGenerator``, a folder of images with
-    captions (or a ``FolderTeacher``), a folder with a diffusers pipeline, or anything that :class:`Teacher` takes.
+    teachers: name -> a model's folder, a run, or a shipped model by name; a finished model that draws captions; a
+    folder of images with captions (or a ``FolderTeacher``); a folder with a diffusers pipeline; or anything that
+    :class:`Teacher` takes.
     captions: what :func:`~stillroom.data.captioned_folders.read_captions` reads or has read, or texts; None: those of
     the folders.
     seeds: each caption is drawn once per seed. What is drawn depends on seed, caption and teacher.

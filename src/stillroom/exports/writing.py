@@ -18,21 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.data.source import load_data
-from stillroom.data.texts import load_texts
 from stillroom.errors import UserError, nearest
-from stillroom.evaluation.probes import linear_probe, nearest_neighbours
-from stillroom.exports.formats import FORMATS, Runner, capture, quantize
-from stillroom.exports.masked import is_masked, masked_facts, masked_parts
-from stillroom.exports.parts import Part, denoiser_of, parts_of, sampling_steps
+from stillroom.exports.formats import FORMATS, capture, quantize
 from stillroom.files import digest, writing
 from stillroom.folders.shipped import model_folder
-from stillroom.networks.text_encoder import TOKENIZER
 from stillroom.recipe import Recipe
-from stillroom.task import IN_MEMORY, load_model
-from stillroom.tasks.classify.model import ImageClassifier
-from stillroom.tasks.classify_text.model import TextClassifier
-from stillroom.tasks.encode.model import ImageEncoder
+from stillroom.task import IN_MEMORY, FileJudge, Model, Part, Runner, load_model
 
 FACTS = "export.json"
 COMPARED = (1, 2, 5)
@@ -43,8 +34,6 @@ TOLERANCE, ROUNDING = 1e-3, 1e-6
 ROUNDS, SECONDS, LONGEST = 31, 6.0, 60.0
 """Calls of each side per batch size; fewer where they would take longer than so many seconds; no batch is timed that
 would take the longest time for one call."""
-ROWS, PROBE = 5000, 3000
-"""Test rows for scores, and labelled training rows for an encoder's probe."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +71,25 @@ def export_model(
     FORMATS[to].check(to)
     if int8 and to != "onnx":
         raise UserError(f"int8 is made by onnxruntime, not for {to}", cure="export with --to onnx")
-    source = str(model) if isinstance(model, str | Path) else type(model).__name__
-    recipe = None
+    recipe, source, name = None, type(model).__name__, type(model).__name__
     if isinstance(model, str | Path):
-        name, recipe = _home(model)
+        source, (name, recipe) = str(model), _home(model)
         model = load_model(model)
-    else:
-        name = source
+    elif not isinstance(model, Model):
+        raise UserError(f"a {source} cannot be exported", cure="give a student of stillroom, or its folder")
     out = Path(out) if out is not None else Path("exports") / f"{name}-{to}"
     _check_place(out, force)
-    if int8 and not isinstance(model, ImageClassifier | ImageEncoder | TextClassifier):
+    if int8 and not model.int8:
         raise UserError("int8 is for classifiers and encoders", cure="leave --int8 out")
     data, test = _data(data, recipe, model)
-    shape = test.shape[-2:] if isinstance(model, ImageClassifier) and test is not None else None
-    parts = masked_parts(model, whole) if is_masked(model) else parts_of(model, whole, shape)
-    judge = _judge(model, data, test) if int8 and data is not None else None
+    shape = getattr(test, "shape", ())  # of images
+    parts = model.parts(whole, (shape[-2], shape[-1]) if shape else None)
+    judge = model.judge(data, test) if int8 and data is not None else None
     facts: dict[str, Any] = {
         "source": source, "kind": type(model).__name__, "format": to, "versions": FORMATS[to].versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, 1 thread used", "files": {},
     }  # fmt: skip
-    facts |= _facts(model)
+    facts |= model.export_facts()
     if int8:
         facts["scores_on"] = test.origin if judge else None
     try:
@@ -113,8 +101,7 @@ def export_model(
         with writing(out, full_disk_only=True):
             for stem, part in parts.items():
                 facts["files"] |= _write(aside, stem, part, to, seconds, int8, judge)
-            if is_masked(model):
-                model.space.text.tokenizer.save_pretrained(aside / TOKENIZER)
+            model.export_extras(aside)
             (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             aside.chmod(0o755)
             _put(aside, out)
@@ -124,7 +111,7 @@ def export_model(
 
 
 def _write(
-    folder: Path, stem: str, part: Part, to: str, seconds: float, int8: bool, judge: Judge | None
+    folder: Path, stem: str, part: Part, to: str, seconds: float, int8: bool, judge: FileJudge | None
 ) -> dict[str, Any]:
     """Write one part, and its quantised twin, and say of each file what it is and how it does."""
     form = FORMATS[to]
@@ -225,40 +212,6 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-Judge = Callable[[Runner], dict[str, float]]
-
-
-def _judge(model: Any, data: str, test: Any) -> Judge:
-    """What scores a runner on the test split: a classifier's accuracy; an encoder's linear probe and neighbours."""
-    rows = slice(min(ROWS, test.n))
-    if isinstance(model, TextClassifier):
-        read = test.tokenised(model.tokenizer, model.length)
-        inputs: tuple[Tensor, ...] = (read.array[rows], read.mask[rows].long())
-    else:
-        inputs = (test.images(rows),)
-    labels = test.labels[rows]
-
-    def answers(runner: Runner, given: tuple[Tensor, ...], output: int) -> Tensor:
-        return torch.cat([runner(*part)[output] for part in zip(*(x.split(250) for x in given), strict=True)])
-
-    if not isinstance(model, ImageEncoder):
-        return lambda runner: {"accuracy": _share(answers(runner, inputs, 0).argmax(-1), labels), "n": len(labels)}
-    train = load_data(data, "train", test.shape)
-    seen, known = (train.images(slice(PROBE)),), train.labels[:PROBE]
-
-    def probe(runner: Runner) -> dict[str, float]:
-        learned, asked = answers(runner, seen, 1), answers(runner, inputs, 1)
-        (found,) = linear_probe(learned, known, asked)
-        near = nearest_neighbours(learned, known, asked)
-        return {"probe": _share(found, labels), "knn": _share(near, labels), "n": len(labels)}
-
-    return probe
-
-
-def _share(found: Tensor, labels: Tensor) -> float:
-    return float((found == labels).float().mean())
-
-
 # --- what is known of a model -----------------------------------------------------------------------------------------
 def _home(name: str | Path) -> tuple[str, Recipe | None]:
     """What the model is called, and the recipe of its run if it has one."""
@@ -270,40 +223,18 @@ def _home(name: str | Path) -> tuple[str, Recipe | None]:
     return Path(path).resolve().name, None
 
 
-def _data(named: str | None, recipe: Recipe | None, model: Any) -> tuple[str | None, Any]:
+def _data(named: str | None, recipe: Recipe | None, model: Model) -> tuple[str | None, Any]:
     """``(name, test split)`` of labelled data: those named, or the run's where they can still be read; else nothing."""
-    if not isinstance(model, ImageClassifier | ImageEncoder | TextClassifier):
-        return None, None
     name = named or (recipe.data if recipe is not None else IN_MEMORY)
     if name == IN_MEMORY:
         return None, None
     try:
-        texts = isinstance(model, TextClassifier)
-        return name, load_texts(name, "test", model.classes) if texts else load_data(name, "test")
+        test = model.test_data(name)
     except UserError:
         if named is not None:
             raise
         return None, None
-
-
-def _facts(model: Any) -> dict[str, Any]:
-    """What a user of the file needs besides its inputs."""
-    found: dict[str, Any] = {}
-    if classes := getattr(model, "classes", None):
-        found["classes"] = list(classes)
-    if isinstance(model, TextClassifier):
-        found["length"] = model.length
-    if is_masked(model):
-        found |= masked_facts(model)
-    elif not isinstance(model, ImageClassifier | ImageEncoder | TextClassifier):
-        denoiser = denoiser_of(model)
-        found |= {
-            "process": denoiser.process.to_dict(), "prediction": denoiser.prediction,
-            "sampler": model.sampler.to_dict(),
-            "null": {key: value for key, value in denoiser.null.items() if not isinstance(value, Tensor)},
-            "steps": sampling_steps(model.sampler, denoiser),
-        }  # fmt: skip
-    return found
+    return (name, test) if test is not None else (None, None)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

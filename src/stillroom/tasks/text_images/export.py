@@ -1,32 +1,64 @@
-"""A masked generator in parts: its sampler is a loop whose steps differ in shape, so the loop stays outside the files,
-and each file takes all tokens under a mask."""
+"""A text-to-image generator for other runtimes: a denoiser's call, or a masked generator's four parts.
+
+A masked generator's sampler is a loop whose steps differ in shape, so the loop stays outside the files, and each file
+takes all tokens under a mask.
+"""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.masking import MaskedSampler, token_counts
 from stillroom.errors import UserError
-from stillroom.exports.parts import Decode, Part, token_ids
 from stillroom.networks.mar import MAR
-from stillroom.networks.text_encoder import TextEncoder
+from stillroom.networks.text_encoder import TOKENIZER, TextEncoder
 from stillroom.networks.token_head import TokenDiffusionHead, respaced, time_features
+from stillroom.task import Part
+from stillroom.tasks.parts import (
+    Decode,
+    denoiser_facts,
+    denoiser_parts,
+    exported_denoiser,
+    text_features,
+    token_ids,
+    with_parts,
+)
 from stillroom.tasks.text_images.model import TextImageGenerator
 
 
-def is_masked(model: Any) -> TypeGuard[TextImageGenerator]:
-    return isinstance(model, TextImageGenerator) and isinstance(model.network, MAR)
+def parts(model: TextImageGenerator, whole: bool) -> dict[str, Part]:
+    """Of a masked generator :func:`masked_parts`; of a denoiser ``model``, and ``generator`` for the ``whole``."""
+    if not isinstance(model.network, Denoiser):
+        return masked_parts(model, whole)
+    denoiser = exported_denoiser(model.network)
+    names, features = tuple(denoiser.null), text_features(model.cond([""]))
+    return denoiser_parts(denoiser, model.sampler, names, features, whole, model.space.codec)
 
 
+def facts(model: TextImageGenerator) -> dict[str, Any]:
+    if not isinstance(model.network, Denoiser):
+        return masked_facts(model)
+    return denoiser_facts(exported_denoiser(model.network), model.sampler)
+
+
+def extras(model: TextImageGenerator, folder: Path) -> None:
+    """The tokenizer, for a masked generator's ``text_encoder``."""
+    if not isinstance(model.network, Denoiser):
+        model.space.text.tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+# --- a masked generator -----------------------------------------------------------------------------------------------
 class TextStates(nn.Module):
     """Ids and mask of captions ``[B, L]`` to the states ``[B, L, W]`` that the masked network reads."""
 
     def __init__(self, text: TextEncoder, mar: MAR) -> None:
         super().__init__()
-        self.network, self.mar = text.network, mar
+        self.network, self.mar = text.network, with_parts(mar, "align_in", "align_blocks", "align_norm")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states = self.network(input_ids=input_ids, attention_mask=attention_mask.bool()).last_hidden_state.float()
@@ -48,7 +80,10 @@ class Conditions(nn.Module):
 
     def __init__(self, mar: MAR, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.network, self.grid = mar, grid
+        self.network = with_parts(
+            mar, "encoder_in", "encoder_in_norm", "encoder_blocks", "encoder_norm", "mask_token", "decoder_in",
+            "decoder_blocks", "decoder_norm", "cross_in", "cross_blocks", "cross_norm", "null_text",
+        )  # fmt: skip
         for name in ("encoder_positions", "decoder_positions", "cross_positions"):
             self.register_buffer(name, mar.positions(getattr(mar, name), grid).detach().clone())
         self.register_buffer("itself", torch.eye(grid[0] * grid[1], dtype=torch.bool))
@@ -69,17 +104,20 @@ class Conditions(nn.Module):
 
     def _cross(self, x: Tensor, text: Tensor) -> Tensor:
         for block in self.network.cross_blocks:
-            x = block(x, *block.remember(text))  # type: ignore[operator]
+            x = block(x, *block.remember(text))
         return self.network.cross_norm(x)
 
-    def as_the_model(self, tokens: Tensor, known: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by the model's own way, which gathers the known tokens: equally many in each row."""
-        mar, grid = self.network, self.grid
-        visible = known.long().argsort(dim=1, descending=True)[:, : int(known[0].sum())]
-        everywhere = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-        memory = mar.keys_and_values(torch.cat([text, mar.null_text.expand_as(text)]))
-        given, null = mar.cross(mar.decode(tokens, visible, grid), everywhere, memory, grid).chunk(2)
-        return given, null
+
+def models_conditions(
+    mar: MAR, grid: tuple[int, int], tokens: Tensor, known: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same as :class:`Conditions` by the model's own way, which gathers the known tokens: equally many in each
+    row."""
+    visible = known.long().argsort(dim=1, descending=True)[:, : int(known[0].sum())]
+    everywhere = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    memory = mar.keys_and_values(torch.cat([text, mar.null_text.expand_as(text)]))
+    given, null = mar.cross(mar.decode(tokens, visible, grid), everywhere, memory, grid).chunk(2)
+    return given, null
 
 
 class TokenHead(nn.Module):
@@ -107,7 +145,7 @@ class DecodeTokens(nn.Module):
 
     def __init__(self, mar: MAR, grid: tuple[int, int], decode: Decode) -> None:
         super().__init__()
-        self.mar, self.grid, self.network = mar, grid, decode
+        self.mar, self.grid, self.network = with_parts(mar), grid, decode
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.network(self.mar.latents(tokens, self.grid))
@@ -117,10 +155,9 @@ def masked_parts(model: TextImageGenerator, whole: bool = False) -> dict[str, Pa
     """``text_encoder``, ``transformer``, ``head``, ``decoder``. Raises UserError where the ``whole`` is asked for."""
     if whole:
         raise UserError("a masked generator is exported in parts, with a loop around them", cure="leave --whole out")
-    mar, text, codec, grid = model.network, model.space.text, model.space.codec, grid_of(model)
-    assert isinstance(mar, MAR)
+    text, codec, (mar, grid) = model.space.text, model.space.codec, masked_network(model)
     places, dim, length = grid[0] * grid[1], mar.token_dim, text.length
-    conditions, head = Conditions(mar, grid), TokenHead(mar.head)
+    head = TokenHead(mar.head)
 
     def masked(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         count = int(torch.randint(places, (), generator=generator))
@@ -136,6 +173,9 @@ def masked_parts(model: TextImageGenerator, whole: bool = False) -> dict[str, Pa
     def drawn(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn(batch, places, dim, generator=generator),)
 
+    def conditions(tokens: Tensor, known: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return models_conditions(mar, grid, tokens, known, text)
+
     def pictures(tokens: Tensor) -> Tensor:
         return codec.decode(mar.latents(tokens, grid))
 
@@ -144,8 +184,8 @@ def masked_parts(model: TextImageGenerator, whole: bool = False) -> dict[str, Pa
             TextStates(text, mar), ("input_ids", "attention_mask"), ("text",), token_ids(text.tokenizer, length)
         ),
         "transformer": Part(
-            conditions, ("tokens", "known", "text"), ("conditions", "unconditional"), masked,
-            reference=conditions.as_the_model,
+            Conditions(mar, grid), ("tokens", "known", "text"), ("conditions", "unconditional"), masked,
+            reference=conditions,
         ),
         "head": Part(
             head, ("noisy", "time", "conditions"), ("output", "between"), noisy, reference=head.as_the_model
@@ -156,10 +196,11 @@ def masked_parts(model: TextImageGenerator, whole: bool = False) -> dict[str, Pa
     }  # fmt: skip
 
 
-def grid_of(model: TextImageGenerator) -> tuple[int, int]:
-    """Rows and columns of tokens of a picture."""
-    assert isinstance(model.network, MAR)
-    return model.network.grid_of(torch.empty(1, *model.space.shape, device="meta"))
+def masked_network(model: TextImageGenerator) -> tuple[MAR, tuple[int, int]]:
+    """The network, and rows and columns of tokens of a picture."""
+    mar = model.network
+    assert isinstance(mar, MAR)
+    return mar, mar.grid_of(torch.empty(1, *model.space.shape, device="meta"))
 
 
 def masked_facts(model: TextImageGenerator) -> dict[str, Any]:
@@ -168,9 +209,8 @@ def masked_facts(model: TextImageGenerator) -> dict[str, Any]:
     ``left`` to how many are left ``after``; and the ``head``'s own steps, the noisiest first
     (:class:`~stillroom.networks.token_head.Respaced`), each with how its answer becomes a clean token: ``x0_of_sample
     noisy + x0_of_output output``."""
-    sampler, mar, (rows, columns) = model.sampler, model.network, grid_of(model)
+    sampler, (mar, (rows, columns)) = model.sampler, masked_network(model)
     assert isinstance(sampler, MaskedSampler)
-    assert isinstance(mar, MAR)
     counts, table = token_counts(rows * columns, sampler.steps), respaced(mar.head.process, sampler.head_steps)
     x0 = (table.signal, -table.noise) if mar.head.prediction == "v" else (1 / table.signal, -table.noise / table.signal)
     every = vars(table) | {"x0_of_sample": x0[0], "x0_of_output": x0[1]}

@@ -1,9 +1,10 @@
-"""What of a model is exported: a module of tensors only, its inputs by name, and examples of them."""
+"""What rooms share that say which parts of a model are exported: modules of tensors only, random inputs for them, and
+what a file's answers are worth on labelled data."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,54 +12,36 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.process import EDM
+from stillroom.diffusion.routed import RoutedDenoiser
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler
 from stillroom.errors import UserError
-from stillroom.folders.image_networks import config_of
+from stillroom.folders.denoisers import EXPERTS
 from stillroom.losses.soft_labels import mix_heads
-from stillroom.networks.mae import encode
 from stillroom.networks.recognition import TwoHeadPass, class_logits
-from stillroom.networks.vit import encoder_of
 from stillroom.surgery.lora import LoraDenoiser
-from stillroom.tasks.class_images.model import ImageGenerator
-from stillroom.tasks.classify.model import ImageClassifier
-from stillroom.tasks.classify_text.model import TextClassifier
-from stillroom.tasks.encode.model import ImageEncoder
-from stillroom.tasks.pipelines.model import PipelineGenerator
-from stillroom.tasks.text_images.model import TextImageGenerator
+from stillroom.task import FileJudge, Part, Runner
 
 Example = Callable[[int, torch.Generator], tuple[Tensor, ...]]
-TOKENS = 12
-"""Length of the random texts that text classifiers are exported and timed with."""
+ROWS, BATCH = 5000, 250
+"""Test rows for scores, and how many of them are asked about at once."""
 
 
-@dataclass
-class Part:
-    """One file to write. module: called with tensors by position. inputs, outputs: their names, in order. example:
-    ``(batch, generator)`` to random inputs. axes: input -> {axis: name} of axes of any length besides the first.
-    reference: what the file must answer as, where that is not ``module`` itself."""
-
-    module: nn.Module
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    example: Example
-    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    reference: Callable[..., Any] | None = None
-
-    @property
-    def kind(self) -> str:
-        """Class of the network inside."""
-        network = self.module
-        while isinstance(inner := getattr(network, "network", None), nn.Module):
-            network = inner
-        return type(network).__name__
-
-    @torch.no_grad()
-    def eager(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the model itself answers."""
-        output = (self.reference or self.module)(*inputs)
-        return (output,) if isinstance(output, Tensor) else tuple(output)
+def only_drawings_are_whole(whole: bool) -> None:
+    """Raises UserError where the ``whole`` of a model is asked for that draws nothing."""
+    if whole:
+        raise UserError("only image generators have a whole to export", cure="leave --whole out")
 
 
+def with_parts(module: nn.Module, *names: str) -> Any:
+    """A copy of ``module`` that shares its parts and parameters of these names and holds no others, so that a file does
+    not hold what it does not use."""
+    found = copy.copy(module)
+    found._modules = {name: part for name, part in module._modules.items() if name in names}
+    found._parameters = {name: value for name, value in module._parameters.items() if name in names}
+    return found
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
 class NetworkCall(nn.Module):
     """One network evaluation of a denoiser, in the network's own output space: ``(sample [B, ...], timestep [B] as the
     network is fed it, conditions ...)`` to ``[B, ...]``. No guidance and no preconditioning."""
@@ -76,7 +59,8 @@ class Decode(nn.Module):
 
     def __init__(self, codec: Any) -> None:
         super().__init__()
-        self.network, self.scale, self.shift = codec.network, codec.scale, codec.shift
+        self.network = with_parts(codec.network, "decoder", "post_quant_conv")
+        self.scale, self.shift = codec.scale, codec.shift
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.network.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
@@ -115,61 +99,30 @@ class Logits(nn.Module):
         return mixed.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-class Features(nn.Module):
-    """An image encoder: images ``[B, C, H, W]`` in [-1, 1] to patch tokens ``[B, patches, D]`` and their mean."""
+# --- denoisers --------------------------------------------------------------------------------------------------------
+def exported_denoiser(denoiser: Denoiser) -> Denoiser:
+    """The denoiser in eval mode, a LoRA merged. Raises UserError for one of several experts."""
+    if isinstance(denoiser, RoutedDenoiser):
+        raise UserError(
+            f"a generator of {len(denoiser.experts)} experts is no single file",
+            cure=f"export each expert's folder: {', '.join(f'{EXPERTS}/{name}' for name in denoiser.experts)}",
+        )
+    return (denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser).eval()
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = encoder_of(network)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = encode(self.network, images)[:, 1:].float()
-        return tokens, tokens.mean(1)
+def denoiser_parts(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    names: tuple[str, ...],
+    conditions: Example,
+    whole: bool = False,
+    codec: Any = None,
+) -> dict[str, Part]:
+    """``model``, the network's call; and ``generator``, where the ``whole`` of a one-step generator is asked for.
 
-
-# --- which parts a model has ------------------------------------------------------------------------------------------
-def parts_of(model: Any, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
-    """File stem -> part: ``model``, and ``generator`` where the ``whole`` of a one-step generator is asked for.
-
-    size: (height, width) of images, for classifiers whose config does not say. Raises UserError for models and wishes
-    that cannot be exported.
+    names: of the conditions; conditions: examples of them. codec: of a generator of latents. Raises UserError for the
+    whole of what takes more than one evaluation.
     """
-    if isinstance(model, ImageGenerator | TextImageGenerator | PipelineGenerator):
-        return _generator(model, whole)
-    if whole:
-        raise UserError("only image generators have a whole to export", cure="leave --whole out")
-    if isinstance(model, ImageClassifier):
-        return {"model": _classifier(model, size)}
-    if isinstance(model, ImageEncoder):
-        config: Any = encoder_of(model.network).config
-        shape = (config.num_channels, config.image_size, config.image_size)
-        return {"model": Part(Features(model.network), ("images",), ("tokens", "features"), _pixels(shape))}
-    if isinstance(model, TextClassifier):
-        names = ("input_ids", "attention_mask")
-        axes = {name: {1: "length"} for name in names}
-        example = token_ids(model.tokenizer, min(TOKENS, model.length))
-        return {"model": Part(Logits(model.network, model.sampler, names), names, ("logits",), example, axes)}
-    raise UserError(f"a {type(model).__name__} cannot be exported", cure="give a student of stillroom, or its folder")
-
-
-def denoiser_of(model: Any) -> Denoiser:
-    """The denoiser of an image generator that is no masked one, a LoRA merged."""
-    found = model.network if isinstance(model, TextImageGenerator) else model.denoiser
-    assert isinstance(found, Denoiser)
-    return found.merged() if isinstance(found, LoraDenoiser) else found
-
-
-def _generator(model: Any, whole: bool) -> dict[str, Part]:
-    denoiser = denoiser_of(model).eval()
-    if isinstance(model, ImageGenerator):
-        names = tuple(denoiser.null) or (("label",) if model.classes else ())
-        conditions = _labels(model, names)
-    elif isinstance(model, TextImageGenerator):
-        names = tuple(denoiser.null)
-        conditions = _words(model.cond([""]))
-    else:
-        given = model.conditions(["a red cat on a chair"])[0]
-        names, conditions = tuple(given), _words(given)
     shape, call = denoiser.shape, NetworkCall(denoiser, names)
     times = [denoiser.process.network_time(torch.tensor(u * denoiser.process.t_max)).item() for u in (0.05, 0.95)]
 
@@ -181,26 +134,31 @@ def _generator(model: Any, whole: bool) -> dict[str, Part]:
     def noise(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         return torch.randn(batch, *shape, generator=generator), *conditions(batch, generator)
 
+    def drawn(noise: Tensor, *given: Tensor) -> Tensor:
+        made = sampler.sample(denoiser, noise, dict(zip(names, given, strict=True)))
+        return made if codec is None else codec.decode(made)
+
     parts = {"model": Part(call, ("sample", "timestep", *names), ("output",), example)}
     if whole:
-        steps = sampling_steps(model.sampler, denoiser)
-        if isinstance(model, PipelineGenerator):
-            raise UserError("a diffusers pipeline stays whole as its folder", cure="leave --whole out")
-        if len(steps) != 1 or getattr(model.sampler, "guidance", 1.0) != 1.0:
+        steps = sampling_steps(sampler, denoiser)
+        if len(steps) != 1 or getattr(sampler, "guidance", 1.0) != 1.0:
             raise UserError(
-                f"the model's sampler {model.sampler.name!r} takes {model.sampler.nfe} network evaluations; only a "
-                "one-step student without guidance can be exported whole",
+                f"the model's sampler {sampler.name!r} takes {sampler.nfe} network evaluations; only a one-step "
+                "student without guidance can be exported whole",
                 cure="leave --whole out, and repeat the exported network's call",
             )
-        codec = model.space.codec if isinstance(model, TextImageGenerator) else None
-
-        def drawn(noise: Tensor, *given: Tensor) -> Tensor:
-            made = model.sampler.sample(denoiser, noise, dict(zip(names, given, strict=True)))
-            return made if codec is None else codec.decode(made)
-
         step = OneStep(call, steps[0], None if codec is None else Decode(codec))
         parts["generator"] = Part(step, ("noise", *names), ("images",), noise, reference=drawn)
     return parts
+
+
+def denoiser_facts(denoiser: Denoiser, sampler: Sampler) -> dict[str, Any]:
+    """How an exported network is asked, and how its answer becomes an image."""
+    return {
+        "process": denoiser.process.to_dict(), "prediction": denoiser.prediction, "sampler": sampler.to_dict(),
+        "null": {key: value for key, value in denoiser.null.items() if not isinstance(value, Tensor)},
+        "steps": sampling_steps(sampler, denoiser),
+    }  # fmt: skip
 
 
 def sampling_steps(sampler: Sampler, denoiser: Denoiser) -> list[dict[str, float]]:
@@ -231,33 +189,13 @@ def sampling_steps(sampler: Sampler, denoiser: Denoiser) -> list[dict[str, float
     return found
 
 
-def _classifier(model: ImageClassifier, size: tuple[int, int] | None) -> Part:
-    config = config_of(model.network)
-    own = getattr(config, "image_size", None)
-    if own is not None:
-        size = (own, own) if isinstance(own, int) else tuple(own)
-    if size is None:
-        raise UserError(
-            "the classifier's config does not say how large its images are", cure="give --data, for example fashion"
-        )
-    shape = (config.num_channels, *size)
-    return Part(Logits(model.network, model.sampler), ("images",), ("logits",), _pixels(shape))
-
-
 # --- examples ---------------------------------------------------------------------------------------------------------
-def _pixels(shape: tuple[int, ...]) -> Example:
+def pixels(shape: tuple[int, ...]) -> Example:
+    """Random images ``[B, *shape]`` in [-1, 1]."""
     return lambda batch, generator: (torch.rand(batch, *shape, generator=generator) * 2 - 1,)
 
 
-def _labels(model: ImageGenerator, names: tuple[str, ...]) -> Example:
-    unknown = [name for name in names if name != "label"]
-    if unknown:
-        raise UserError(f"the network reads the condition {unknown[0]!r}", cure="export a model of classes or captions")
-    classes = len(model.classes) or int(model.denoiser.null.get("label", 0)) or 1
-    return lambda batch, generator: tuple(torch.randint(classes, (batch,), generator=generator) for _ in names)
-
-
-def _words(given: Mapping[str, Tensor]) -> Example:
+def text_features(given: Mapping[str, Tensor]) -> Example:
     """Random text features and masks of random lengths, of the shapes of one row's; other conditions as they are."""
 
     def example(batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -287,3 +225,18 @@ def token_ids(tokenizer: Any, length: int) -> Example:
         return torch.where(mask, ids, pad), mask.long()
 
     return example
+
+
+# --- scores of a file -------------------------------------------------------------------------------------------------
+def answers(runner: Runner, inputs: tuple[Tensor, ...], output: int = 0) -> Tensor:
+    """One of the outputs for all rows of the inputs."""
+    return torch.cat([runner(*part)[output] for part in zip(*(x.split(BATCH) for x in inputs), strict=True)])
+
+
+def share_right(found: Tensor, labels: Tensor) -> float:
+    return float((found == labels).float().mean())
+
+
+def accuracy_of(inputs: tuple[Tensor, ...], labels: Tensor) -> FileJudge:
+    """A classifier's file to its accuracy on labelled inputs."""
+    return lambda runner: {"accuracy": share_right(answers(runner, inputs).argmax(-1), labels), "n": len(labels)}
