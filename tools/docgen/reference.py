@@ -70,16 +70,23 @@ def block_api(sources: Sources, page: Page) -> str:
     """The public functions; what every finished model has; and the class of each task's models, with the methods that
     it explains itself."""
     import stillroom
-    from stillroom.task import Model, PictureGenerator, tasks
+    from stillroom.task import tasks
 
-    kinds = (Model, PictureGenerator, *(task.model for task in tasks().values()))
-    parts = [described(f"stillroom.{f.__name__}", f, "##") for f in (stillroom.distill, stillroom.load)]
+    functions = (stillroom.distill, stillroom.load, stillroom.export, stillroom.plan)
+    parts = [described(f"stillroom.{function.__name__}", function, "##") for function in functions]
     parts.append("## stillroom.methods()\n\nThe class of every method, by slug; also the package that they lie in.")
-    for kind in kinds:
-        functions = ((name, f) for name, f in vars(kind).items() if inspect.isfunction(f))
-        own = [(name, f) for name, f in functions if f.__doc__ and not name.startswith("_")]
-        parts.append(f"## {kind.__name__}\n\n{plain(kind.__doc__)}")
-        parts += [described(name, function, "###") for name, function in own]
+    parts.append(
+        "## Finished models\n\nWhat `distill` and `load` give back is of one of these classes. All have "
+        "`save(folder)`, `parameters` (how many the network has) and `nfe` (network calls for one answer)."
+    )
+    for kind in dict.fromkeys(found.model for found in tasks().values()):
+        own = [
+            (name, f)
+            for name, f in vars(kind).items()
+            if inspect.isfunction(f) and not name.startswith("_") and not any(name in vars(b) for b in kind.__mro__[1:])
+        ]
+        parts.append(f"### {kind.__name__}\n\n{plain(kind.__doc__)}")
+        parts += [described(name, function, "####") for name, function in own]
     errors = (stillroom.UserError, stillroom.TrainingDiverged)
     parts += [f"## stillroom.{error.__name__}\n\n{plain(error.__doc__)}" for error in errors]
     return "\n\n".join(parts)
