@@ -175,9 +175,6 @@ EXECUTED: dict[tuple[str, str], Any] = {
 PARTS = {
     ("README.md", 'sr.distill("dmd2"'): "a training",
     ("README.md", 'sr.load("scenes-sd3")'): "loads a teacher, and goes on from the block above it",
-    ("adding-a-method.md", "class DenoisingStudent"): "run by tests/test_docs.py",
-    ("adding-a-method.md", "PROOFS = ("): "run by tests/test_docs.py",
-    ("adding-a-method.md", "def test_a_teacher_of_one_step"): "run by tests/test_docs.py",
     ("architecture.md", "def critic("): "methods of a class that is not shown",
     ("classifiers.md", "student.classify(images)"): "reads the student of a run",
     ("data.md", "scene_set("): "draws a thousand pictures",
@@ -210,7 +207,9 @@ def kind_of(block: Block) -> tuple[str, str]:
 
 OF_METHODS = [block for block in blocks("python") if block.page.startswith("methods/")]
 """Short uses on the methods' pages: a training, or the student of a run."""
-OTHERS_IN_PYTHON = [block for block in blocks("python") if block not in OF_METHODS]
+FILES = [block for block in blocks("python") if re.match(r"# \S+\.py\n", block.text)]
+"""Files of the worked examples, which tests/test_docs.py and tests/test_adding_a_task.py run."""
+OTHERS_IN_PYTHON = [block for block in blocks("python") if block not in [*OF_METHODS, *FILES]]
 
 
 def test_every_listed_block_is_there() -> None:
@@ -239,12 +238,20 @@ def test_a_short_use_of_a_method_calls_what_there_is(block: Block) -> None:
 
 @of(OTHERS_IN_PYTHON)
 def test_a_python_block_holds(block: Block, place: Path) -> None:
-    tree = ast.parse(block.text)
-    key = kind_of(block)
-    if key in EXECUTED:
-        exec(compile(tree, f"{block.page}:{block.line}", "exec"), EXECUTED[key]())
-        return
-    for node in ast.walk(tree):
+    if (key := kind_of(block)) in EXECUTED:
+        exec(compile(block.text, f"{block.page}:{block.line}", "exec"), EXECUTED[key]())
+    else:
+        check_names(block)
+
+
+@of(FILES)
+def test_a_file_of_an_example_imports_what_there_is(block: Block) -> None:
+    check_names(block)
+
+
+def check_names(block: Block) -> None:
+    """Grammar, imports from ``stillroom``, and what is asked of ``sr``."""
+    for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stillroom"):
             module = importlib.import_module(node.module or "")
             missing = [name.name for name in node.names if not hasattr(module, name.name)]
@@ -260,7 +267,7 @@ def test_a_yaml_block_is_a_recipe_or_a_part_of_one(block: Block) -> None:
     tree = parse_yaml(block.text, f"{block.page}:{block.line}")
     if block.page.startswith("methods/"):
         tree = {"method": Path(block.page).stem, **tree}
-    if block.page != "adding-a-method.md":  # of a method that tests/test_docs.py makes
+    if block.page not in ("adding-a-method.md", "adding-a-task.md"):  # of methods that other tests make
         Recipe.from_dict(tree)
 
 
