@@ -136,7 +136,7 @@ def test_a_wrong_command_is_refused(
         (["engine.stepps=3"], "did you mean 'engine.steps'"),
         (["options.gan_wieght=3"], "did you mean 'options.gan_weight'"),
         (["options.renoise=new"], "one of fresh, fixed, ddim"),
-        (["engine.steps=0"], "engine.steps"),
+        (["engine.steps=-1"], "engine.steps"),
         (["--steps", "-3"], "engine.steps"),
         (["engine.batch=0"], "engine.batch"),
         (["engine.batch=5", "engine.accumulate=2"], "engine.accumulate"),
