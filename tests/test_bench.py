@@ -19,7 +19,7 @@ from stillroom.data import source
 from stillroom.data.source import ASSETS, LABELS, ArrayData
 from stillroom.diffusion.process import EDM, RectifiedFlow, TrigFlow
 from stillroom.errors import UserError
-from stillroom.evaluation.extractor import load_extractor, save_extractor, train_extractor
+from stillroom.evaluation.extractor import load_extractor, train_extractor
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -203,7 +203,7 @@ def test_training_an_extractor_learns_repeats_and_round_trips(tmp_path: Path) ->
     assert first.card.accuracy > 0.9
     assert first.name == second.name
     assert torch.equal(torch.random.get_rng_state(), state)
-    save_extractor(first, tmp_path / "e")
+    first.save(tmp_path / "e")
     assert torch.equal(load_extractor(tmp_path / "e")(images), first(images))
     assert json.loads((tmp_path / "e" / "config.json").read_text())["classes"] == ["top", "middle", "bottom"]
 

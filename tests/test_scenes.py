@@ -30,7 +30,7 @@ from stillroom.data.scenes.pictures import PAINT, SHAPE, mirrored, render, scene
 from stillroom.errors import UserError
 from stillroom.evaluation import scene_parser
 from stillroom.evaluation.metrics import to_uint8
-from stillroom.evaluation.scene_parser import Reading, SceneParser, load_parser, save_parser, worsened
+from stillroom.evaluation.scene_parser import Reading, SceneParser, load_parser, worsened
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -207,7 +207,7 @@ def test_the_parser_knows_held_out_combinations(parser: SceneParser) -> None:
 
 def test_the_parser_is_named_by_its_weights_and_refuses_others(parser: SceneParser, tmp_path: Path) -> None:
     assert parser.name == f"scenes@{parser.card.sha256[:8]}"
-    save_parser(parser, tmp_path)
+    parser.save(tmp_path)
     assert load_parser(tmp_path).card == parser.card
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
     weights[-1] ^= 1

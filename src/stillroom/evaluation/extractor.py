@@ -161,13 +161,8 @@ def _shifted(images: Tensor, reach: int = 2) -> Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
-def save_extractor(extractor: Extractor, folder: Path) -> None:
-    """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
-    extractor.save(folder)
-
-
 def load_extractor(folder: Path) -> Extractor:
-    """The frozen extractor of :func:`save_extractor`, after its SHA-256 was checked against the card."""
+    """The frozen extractor that was saved in ``folder``, after its SHA-256 was checked against the card."""
     card, weights = load_judge(folder, ExtractorCard, "extractor")
     net = _Net(card.shape, len(card.classes))
     net.load_state_dict(weights)

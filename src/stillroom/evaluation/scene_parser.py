@@ -275,13 +275,8 @@ def _blurred(images: Tensor) -> Tensor:
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
-def save_parser(parser: SceneParser, folder: Path) -> None:
-    """``model.safetensors`` and ``config.json`` (the card) in ``folder``."""
-    parser.save(folder)
-
-
 def load_parser(folder: Path) -> SceneParser:
-    """The frozen parser of :func:`save_parser`, after its SHA-256 was checked against the card."""
+    """The frozen parser that was saved in ``folder``, after its SHA-256 was checked against the card."""
     card, weights = load_judge(folder, ParserCard, PARSER)
     net = _Net()
     net.load_state_dict(weights)

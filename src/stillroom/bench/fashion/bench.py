@@ -24,7 +24,7 @@ from stillroom.cache import cache_folder, code_of, kept, kept_json
 from stillroom.data.source import ArrayData, load_data
 from stillroom.errors import UserError
 from stillroom.evaluation import metrics
-from stillroom.evaluation.extractor import Extractor, load_extractor, save_extractor, train_extractor
+from stillroom.evaluation.extractor import Extractor, load_extractor, train_extractor
 from stillroom.evaluation.scores import Score, named
 from stillroom.files import digest
 from stillroom.folders.shipped import ASSETS
@@ -124,8 +124,8 @@ class ClassImagesBench(ClassBench):
         epochs = min(max(round(EXTRACTOR_IMAGES / self.train.n), 4), 40)
         extractor = train_extractor(self.train, self.test, epochs=epochs, report=self.report)
         try:
-            save_extractor(extractor, folder)
-        except OSError:  # a cache that cannot be written costs time, not results
+            extractor.save(folder)
+        except (OSError, UserError):  # a cache that cannot be written costs time, not results
             self.report(f"The cache {folder} cannot be written: the extractor will be trained again next time")
         return extractor
 

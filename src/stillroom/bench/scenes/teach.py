@@ -44,7 +44,7 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.evaluation.cost import macs
-from stillroom.evaluation.scene_parser import SceneParser, save_parser, train_scene_parser
+from stillroom.evaluation.scene_parser import SceneParser, train_scene_parser
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.method import Batch, Method, Optim, Terms, turn
 from stillroom.networks.codec import LatentCodec
@@ -68,7 +68,7 @@ def teach_parser(
     ``stillroom teach scenes-parser``. ``training``: further arguments of
     :func:`~stillroom.evaluation.scene_parser.train_scene_parser`. Every score then bears another parser's name."""
     parser = train_scene_parser(seed=seed, report=report, **training)
-    save_parser(parser, Path(out) if out else PARSER_DIR)
+    parser.save(Path(out) if out else PARSER_DIR)
     return parser
 
 
