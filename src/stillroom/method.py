@@ -137,6 +137,7 @@ class Method(nn.Module):
     slug: ClassVar[str]
     paper: ClassVar[Paper]
     wing: ClassVar[str]
+    health: ClassVar[Mapping[str, str]] = {}  # what each number that it notes is, with its formula
     task: ClassVar[str] = "class-images"  # what a run reads, gives to build() and scores: a name of tasks/
 
     @dataclass
@@ -219,7 +220,8 @@ class Method(nn.Module):
         return mean * self.weights[name] if name in self.weights else mean
 
     def note(self, name: str, value: Tensor) -> None:
-        """Record a health number (detached scalar) for the log; it does not enter the loss."""
+        """Record a health number (detached scalar) for the log, one of those that ``health`` defines; it does not enter
+        the loss."""
         self.notes[name] = value.detach()
 
     def clone(self, teacher: Denoiser, role: str) -> Denoiser:

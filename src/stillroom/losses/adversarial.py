@@ -8,6 +8,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from stillroom.errors import UserError
 
+HEALTH = {
+    "real_logit": "mean logit of the discriminator on noised real data: log odds of being real, 0 where it cannot tell",
+    "fake_logit": "the same on noised samples of the student; far below real_logit where the discriminator wins",
+}
+"""What methods with a discriminator of real and generated data note in a run."""
+
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """``softplus(-l_fake)`` per sample ``[B]``, averaged over its logits."""

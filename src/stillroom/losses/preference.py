@@ -13,14 +13,18 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+HEALTH = {
+    "preference_accuracy": "share of pairs with L_theta(w) - L_ref(w) < L_theta(l) - L_ref(l); ties count half",
+    "winner_drift": "mean of L_theta(w) - L_ref(w): above 0 the student gets worse at winners too; stop, or lower the "
+    "learning rate",
+    "loser_drift": "mean of L_theta(l) - L_ref(l)",
+    "margin": "mean of -beta/2 Delta, the logit: 1 to 3 after some hundred steps where beta fits",
+}
+"""What :func:`dpo_loss` tells of a step beside its terms."""
+
 
 class Preference(NamedTuple):
-    """What to minimise and what tells how it goes, all scalars.
-
-    terms: ``dpo`` and, with an anchor, ``anchor``. health: ``preference_accuracy``, the share of pairs whose winner has
-    gained more on the reference than the loser (ties count half); ``winner_drift`` and ``loser_drift``, the means of
-    L_theta - L_ref (a winner_drift above 0: the student gets worse at winners too; stop, or lower the learning rate);
-    ``margin``, the mean logit (1 to 3 after some hundred steps is a fitting beta)."""
+    """What to minimise, ``dpo`` and, with an anchor, ``anchor``; and the numbers of ``HEALTH``. All scalars."""
 
     terms: dict[str, Tensor]
     health: dict[str, Tensor]

@@ -21,6 +21,15 @@ from stillroom.diffusion.process import EDM, Process, expand
 
 Psi = Callable[[Tensor], Tensor]
 
+HEALTH = {
+    "fake_error": "the fake score's denoising loss on the student's samples, of the kind that fake_loss names: how "
+    "well it follows the student",
+    "score_gap": "mean of (D_f - D_r)^2 over elements and batch, D_f and D_r the fake score's and the teacher's "
+    "x0-predictions at x_t: 0 where the student's distribution is the teacher's",
+    "sample_std": "standard deviation of all elements of a batch of the student's samples: falls where they collapse",
+}
+"""What methods of this kind note in a run."""
+
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product per sample, ``[B]``."""

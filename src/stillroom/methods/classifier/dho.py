@@ -38,14 +38,31 @@ class DHO(Method):
     ones. The two often contradict each other, so each has a head of its own; how far to trust which is chosen after the
     training, on held-out images (``parts["heldout"]``).
 
-    The networks are the student's and then the teacher's: a text-image model, or any classifier. Each step reads
-    ``engine.batch`` unlabelled images and as many labelled ones; both sets are cycled, so there is nothing to be said
-    of whose epochs count. Which images keep their labels follows from the seed; data with a part ``labelled`` bring
-    their own, and are unlabelled otherwise.
+    With x_l, y the labelled and x_u the unlabelled images of a step, h_CE and h_KD the two heads' logits,
+    p = sg softmax(teacher / eta) and q = softmax(h_KD / eta):
 
-    Departures from the authors' code: labelled and unlabelled images are one batch, so that batch normalisation treats
-    them alike, and the mixture is never chosen on the test split.
+        L_CE = mean CE(h_CE(x_l), y)
+        L_KD = eta^2 [mean KL(p || q)(x_l) + mean KL(p || q)(x_u)]            a sum of two means
+        L    = lambda L_CE + (1 - lambda) L_KD
+        answer = alpha softmax(h_CE) + (1 - alpha) softmax(h_KD / beta)       alpha, beta: chosen on held-out images
+
+    Both losses reach the backbone, each its own head alone; nothing reaches the teacher.
+
+    The teacher is a text-image model or any classifier. Each step reads ``engine.batch`` unlabelled images and as many
+    labelled ones; both sets are cycled. Which images keep their labels follows from the seed; data with a part
+    ``labelled`` bring their own, and are unlabelled otherwise.
+
+    Departures (from the authors' code): labelled and unlabelled images are one batch, so that batch normalisation
+    treats them alike; the mixture is never chosen on the test split.
     """
+
+    health = {
+        "label_accuracy": "share of the labelled images of a batch that h_CE gets right",
+        "teacher_accuracy": "the same of the teacher",
+        "teacher_agreement": "share of all images of a batch for which h_KD and the teacher have the same first class",
+        "gradient_cosine": "cosine of the gradients of L_CE and L_KD with respect to the backbone: below 0 the labels "
+        "and the teacher pull it apart; the last that was measured, every conflict_every steps",
+    }
 
     task = "classify"
 
@@ -114,8 +131,8 @@ class DHO(Method):
 
     # --- data -----------------------------------------------------------------------------------------------------
     def prepare(self, data: Any) -> None:
-        """0. D_l and D_u: K images of each class, and all others without their labels; what the teacher says of both,
-        where it is to be stored."""
+        """Labelled and unlabelled data: some images of each class, and all others without their labels; what the
+        teacher says of both, where it is to be stored."""
         if "labelled" not in data.parts:
             few = self._few(data.labels)
             data.parts["labelled"] = data.take(torch.nonzero(few)[:, 0])
@@ -173,9 +190,8 @@ class DHO(Method):
         return (adapt, distil) if self.options.adapted else (distil,)
 
     def streams(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1. As many labelled images as the batch has unlabelled ones: augmented images ``[2 B, ...]``, labelled first,
-        their ids and the numbers of their views ``[2 B]``, and the labels ``[B]``. Each image is augmented once, for
-        student and teacher alike."""
+        """Both streams as one: augmented images ``[2 B, ...]``, labelled first, their ids and the numbers of their
+        views ``[2 B]``, and the labels ``[B]``. Each image is augmented once, for student and teacher alike."""
         few, many = batch["few"], batch["unlabelled"]
         images, ids, numbers = zip(*(self._viewed(s["image"], s["id"].cpu()) for s in (few, many)), strict=True)
         return torch.cat(images), torch.cat(ids), torch.cat(numbers), few["cond"]["label"]
@@ -196,14 +212,14 @@ class DHO(Method):
 
     @turn(trains="cache", optim=Optim(lr=1e-3, weight_decay=1e-2, eps=1e-4), when="adapted")
     def adapt(self, batch: Batch) -> Terms:
-        """The few-shot teacher learns its keys from the labelled images."""
+        """Tip-Adapter-F (arXiv 2111.03930): the few-shot teacher learns its keys from the labelled images."""
         images = self._viewed(batch["image"], batch["id"].cpu())[0]
         return {"label": F.cross_entropy(self.teacher(images, self.cache), batch["cond"]["label"])}
 
     # --- losses ---------------------------------------------------------------------------------------------------
     @turn(trains="student", optim=Optim(lr=1e-3, weight_decay=1e-2))
     def distil(self, batch: Batch) -> Terms:
-        """2.-6. lambda CE(h_CE, y) + (1 - lambda) eta^2 [KL_labelled + KL_unlabelled](p || h_KD)."""
+        """``lambda L_CE + (1 - lambda) L_KD``."""
         o = self.options
         images, ids, numbers, label = self.streams(batch)
         taught = self.taught(images, ids, numbers)
@@ -223,8 +239,8 @@ class DHO(Method):
         return {"label": o.gt_weight * truth, "teacher": (1 - o.gt_weight) * distillation}
 
     def _watch(self, truth: Tensor, distillation: Tensor) -> None:
-        """7. The cosine of the two losses' gradients with respect to the backbone. Not for sharded weights, whose
-        gradients are never in one place."""
+        """``cos(grad L_CE, grad L_KD)`` with respect to the backbone. Not for sharded weights, whose gradients are
+        never in one place."""
         every = self.options.conflict_every
         backbone = [p for name, p in self.student.named_parameters() if not name.startswith(self.head + ".")]
         if every and (self.step + 1) % every == 0 and not any(hasattr(p, "full_tensor") for p in backbone):
@@ -235,7 +251,7 @@ class DHO(Method):
     # --- the mixture ----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def finish(self, network: nn.Module) -> None:
-        """8. alpha and beta on held-out images, from logits that are computed once."""
+        """alpha and beta of the best accuracy on held-out images, from logits that are computed once."""
         o = self.options
         if o.heads == "one" or o.mixture == "fixed":
             return

@@ -35,14 +35,29 @@ class GTSelfDistill(Method):
     classifier's probabilities. Without labels the regularisation of the rounds adds up until the fit collapses; with
     them it stays bounded.
 
+    In round t, with p the student's softmax, q that of round t - 1's student, y one-hot and g the weight of the labels
+    (``gt_weight``, the paper's alpha), mse a mean over the batch and the classes:
+
+        L_1 = mse(p, y) + c sum_W |W|                                    W: weight tensors; their norms, not squared
+        L_t = g mse(p, y) + (1 - g) mse(p, sg q) + c sum_W |W|           t = 2, 3, ...
+        g   = <Y - P_0, P_1 - P_0> / |P_1 - P_0|^2, clipped to [0, 1]    ``gt_weight: estimate``
+
+    P_1 and P_0 are held-out probabilities of round 1's student and of a probe, a student of round t that learns from
+    the teacher alone. For a model linear in its targets that g has the least held-out error.
+
     :class:`~stillroom.networks.kernel_self_distillation.KernelSelfDistillation` is the paper's theory as an estimator:
     for kernel ridge regression every round, its limit and the best weight are exact, and no round is computed by
     fitting.
 
-    Reconstructed where the paper's recipe is silent: an ``estimate`` of the weight trains one student of each round on
-    the teacher alone and takes the closed form of the linear case on held-out data (``parts["heldout"]``), with the
-    first round as the student of the labels alone. The teacher is kept in evaluation mode.
+    Departures: how the weight is estimated for deep networks is reconstructed (``parts["heldout"]`` is read); the
+    teacher is kept in evaluation mode.
     """
+
+    health = {
+        "accuracy": "share of a batch for which argmax p is the label",
+        "teacher_agreement": "share of a batch for which argmax p is argmax q",
+        "gt_weight": "g in this stage: 1 in round 1, 0 in a probe",
+    }
 
     task = "classify"
 
@@ -90,8 +105,8 @@ class GTSelfDistill(Method):
         self.register_buffer("by_truth", self.heldout_probabilities())
 
     def stages(self) -> tuple[Stage, ...]:
-        """1. Rounds of equal length, each with a schedule and an optimizer of its own; before each but the first, if
-        the weight is to be estimated, a probe that is taught by the teacher alone."""
+        """Rounds of equal length, each with a schedule and an optimizer of its own; before each but the first, if the
+        weight is to be estimated, a probe that is taught by the teacher alone."""
         kinds = ("probe", "round") if self.options.gt_weight == "estimate" else ("round",)
         plan = [("round", 1), *((kind, number) for number in range(2, self.options.rounds + 1) for kind in kinds)]
         return tuple(
@@ -101,7 +116,7 @@ class GTSelfDistill(Method):
 
     @torch.no_grad()
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
-        """2. Teacher <- student, student <- new weights; the weight of the labels in this stage."""
+        """Teacher <- student, student <- new weights; g of this stage."""
         if resumed or stage.round == 1:
             return
         estimate = self.options.gt_weight == "estimate"
@@ -113,7 +128,6 @@ class GTSelfDistill(Method):
         if stage.kind == "probe":
             weight = 0.0
         elif estimate:
-            # 3. The closed form of the linear case: the probe is the student of weight 0, round 1 that of weight 1.
             truth = F.one_hot(self.heldout.labels, self.by_truth.shape[1]).to(self.by_truth)
             weight = least_squares_mix(self.heldout_probabilities(), self.by_truth, truth)
         else:
@@ -133,8 +147,7 @@ class GTSelfDistill(Method):
 
     @turn(trains="student", optim=Optim(lr=1e-3, name="adam"))
     def match(self, batch: Batch) -> Terms:
-        """4. alpha mse(p, y) + (1 - alpha) mse(p, t) + penalty sum |W|, with p and t softmax outputs at temperature 1
-        and y one-hot."""
+        """``L_t``, all softmax outputs at temperature 1."""
         o, label = self.options, batch["cond"]["label"]
         images = moved_and_flipped(batch["image"], self.draw, o.shift, o.flip)
         p = class_logits(self.student, images).softmax(-1)

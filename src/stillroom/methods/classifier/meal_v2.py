@@ -39,16 +39,29 @@ class MEALV2(Method):
     A small discriminator between the student's logits and the teachers' mean logits regularises it: student and
     discriminator descend the same loss, there is no game.
 
-    The networks are the student's (trained on labels, or ``init_share`` trains it) and then the teachers'. Without
-    teachers, ``teachers`` copies of the student's architecture are trained on labels first (``teach_share``).
+    With S(x) the student's logits and T_k(x) those of K teachers, and D the discriminator's two logits:
 
-    Departures from the paper's code: the discriminator has a learning rate of its own (there the student's overwrites
+        p_e   = sg 1/K sum_k softmax(T_k(x)),    m = sg 1/K sum_k T_k(x)       probabilities for S, logits for D
+        L_sim = -mean sum_c p_e,c log softmax(S(x))_c                          no labels
+        L_D   = mean BCE(D(u), v) over rows u of S(x), v = (1, 0), and of m, v = (0, 1)
+        L     = L_sim + L_D                                                    minimised by S and D alike
+
+    In L_D the student's logits keep their gradient, and its sign is not turned.
+
+    The student is trained on labels already, or ``init_share`` trains it. Without teachers, ``teachers`` copies of the
+    student's architecture are trained on labels first (``teach_share``). With ``stored`` (the authors' later, faster
+    variant, FKD) the teachers are asked once, about ``views`` of every image, and training reads their answers; a batch
+    that CutMix mixes is then labelled by the mixture of its targets.
+
+    Departures (from the paper's code): the discriminator has a learning rate of its own (there the student's overwrites
     it) and no ReLU after its last layer (``final_relu`` puts it back; the loss then cannot fall below 0.347); it is at
     least 16 wide.
-
-    With ``stored`` (the paper's later, faster variant) the teachers are asked once, about ``views`` of every image, and
-    training reads their answers; a batch that CutMix mixes is then labelled by the mixture of its targets.
     """
+
+    health = {
+        "teacher_agreement": "share of a batch for which argmax S(x) is argmax p_e",
+        "target_entropy": "mean of -sum_c p_e,c log p_e,c in nats: the least that L_sim can reach",
+    }
 
     task = "classify"
 
@@ -127,7 +140,7 @@ class MEALV2(Method):
 
     # --- labels -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        """1. Moved and mirrored; student and teachers see the same."""
+        """Moved and mirrored; student and teachers see the same."""
         return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
     @turn(trains="ensemble", optim=Optim(lr=0.05, **OPTIM), when=("untaught", "teach_share"))
@@ -149,8 +162,8 @@ class MEALV2(Method):
 
     @torch.no_grad()
     def taught(self, images: Tensor, key: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """2. The target, the mean of the teachers' PROBABILITIES; and, for the discriminator, of their logits. 7. From
-        the store, by image and view (``key``), where there is one."""
+        """``p_e``, the mean of the teachers' PROBABILITIES, and ``m``, of their logits, ``[B, classes]`` each. From the
+        store, by image and view (``key``), where there is one."""
         if self.options.stored and key is not None:
             logits = self.store.read(*key)["logits"].to(images.device).unbind(1)
             if self.options.ensemble == "random":
@@ -172,8 +185,7 @@ class MEALV2(Method):
 
     @turn(trains="student", optim=Optim(lr=0.01, **OPTIM), when="distil_share")
     def distil(self, batch: Batch) -> Terms:
-        """3. - sum_c p_c log softmax(S)_c, no labels; 4. plus the discriminator's loss: student rows are (1, 0),
-        teacher rows (0, 1), and the sign is not turned."""
+        """``L_sim + L_D`` for the student."""
         o, label = self.options, batch["cond"]["label"]
         views, key = self.viewed(batch)
         images, taken = cutmix_shares(views, self.draw, o.cutmix)
@@ -194,7 +206,7 @@ class MEALV2(Method):
 
     @turn(trains="discriminator", optim=Optim(lr=0.001, **OPTIM), when=("discriminator", "distil_share"))
     def judge(self, batch: Batch) -> Terms:
-        """5. The same step for the discriminator, from the logits that the student had."""
+        """``L_D`` for the discriminator, in the same step, from the logits that the student had."""
         return {"discriminator": logit_discrimination(self.discriminator, *self.shared["judged"])}
 
     def sampler(self) -> ForwardPass:

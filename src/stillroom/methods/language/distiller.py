@@ -51,13 +51,31 @@ class Distiller(Method):
     """A student learns a fine-tuned teacher's states by way of mutual information or a distance, its answers, and the
     labels. Student and critics climb the same bound: there is no game between them.
 
-    The networks are the student's and the teacher's.
+    With H_i^T and H_j^S the states of teacher layer i and student layer j, z the logits, and m_ij the layer map (fixed,
+    or the optimal transport plan for the costs l_ij, without gradients):
 
-    The critic's layout, the weights and the values of alpha are not in the paper's public text. Here the critic is
-    separable, and it and the baseline are small transformers, as the paper prefers; the anchor is the student. Of the
-    paper's augmentations back-translation is left out. A synonym is one of the eight tokens nearest in the teacher's
-    embeddings.
+        L = b_inter sum_ij m_ij l(sg H_i^T, H_j^S) + b_pred l_pred(sg z_T, z_S) + b_hard CE(y, softmax(z_S))
+
+    and without its last term on an augmented copy of the batch. One choice of l is minus MI-alpha, the bound of Poole
+    et al. (arXiv 1905.06922, sec. 2.3), for critic scores s_ij = f(x_i, y_j) and a log-baseline b_j = log q(y_j) over
+    the B texts of a batch:
+
+        I_alpha = 1 + mean_j (s_jj - D_j(all i)) - mean_j exp(log mean_(i != j) e^s_ij - D_j(i != j))
+        D_j(I)  = log(alpha mean_(i in I) e^s_ij + (1 - alpha) e^b_j)
+
+    alpha = 1 is InfoNCE, alpha = 0 is TUBA. Student, critics and baselines all raise it, in one step.
+
+    Departures: the critic's layout, the weights and the values of alpha are not in the paper's public text. Here the
+    critic is separable, and it and the baseline are small transformers, which the paper finds better than MLPs (app.,
+    Table 4); the anchor y is the student. Of the paper's augmentations back-translation is left out. A synonym is one
+    of the eight tokens nearest in the teacher's embeddings.
     """
+
+    health = {
+        "teacher_agreement": "share of a batch for which argmax z_S is argmax z_T",
+        "mutual_information": "I_alpha in nats, averaged over pairs of layers by the layer map; at most about "
+        "1 + log(B / alpha) for a batch of B",
+    }
 
     task = "classify-text"
 
@@ -169,8 +187,7 @@ class Distiller(Method):
     # --- the student --------------------------------------------------------------------------------------------------
     @turn(trains=("student", "adapters", "critics"), optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
     def distil(self, batch: Batch) -> Terms:
-        """``beta_inter sum_ij m_ij l_inter(H_i^T, H_j^S) + beta_pred l_pred + beta_hard CE``, and the same without
-        labels on an augmented copy. 7. One step for student, adapters and critics, which all raise the same bound."""
+        """``L``, and the same without labels on an augmented copy: one step for student, adapters and critics."""
         o = self.options
         seen = self.look(batch)
         terms = self.compare(seen, "tokens")
@@ -209,8 +226,8 @@ class Distiller(Method):
         return found
 
     def augmented(self, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor] | None]:
-        """6. Replacement in context, random edits, or mixup: each row's embeddings mixed with those of the row before
-        it. A batch, and mixup's row order and weights."""
+        """Replacement in context, random edits, or mixup: each row's embeddings mixed with those of the row before it.
+        A batch, and mixup's row order and weights."""
         ids, keep = batch["input_ids"], batch["attention_mask"].bool()
         if self.masked_lm is not None:
             ids = contextual_replacement(
@@ -247,8 +264,7 @@ class Distiller(Method):
 
     # --- intermediate states ------------------------------------------------------------------------------------------
     def intermediate(self, seen: Pass) -> Tensor:
-        """1. ``sum_ij m_ij l_ij``; m is the fixed map, or the optimal transport plan for the costs of this batch,
-        without gradients."""
+        """``sum_ij m_ij l_ij``; m is the fixed map, or the optimal transport plan for the costs of this batch."""
         losses = self.losses(seen)
         plan = self.plan(losses)
         total = mapped_loss(plan, losses)
@@ -261,14 +277,14 @@ class Distiller(Method):
         return emd(losses - losses.min()) if self.fixed is None else self.fixed  # a constant changes no plan
 
     def losses(self, seen: Pass) -> Tensor:
-        """``l_inter`` of every compared pair, ``[M, N]``; 0 elsewhere."""
+        """``l_ij`` of every compared pair, ``[M, N]``; 0 elsewhere."""
         m, n = self.depths
         zero = seen.found.logits.new_zeros(())
         found = {pair: self.loss(seen, *pair) for pair in self.pairs}
         return torch.stack([torch.stack([found.get((i, j), zero) for j in range(n)]) for i in range(m)])
 
     def loss(self, seen: Pass, i: int, j: int) -> Tensor:
-        """2. One pair's loss; 3. for MI-alpha minus the bound."""
+        """``l_ij``, teacher and student layers counted from 0; for MI-alpha minus the bound."""
         o = self.options
         theirs, mine, keep = seen.taught.hidden[i + 1], seen.found.hidden[j + 1], seen.keep
         if o.intermediate == "mi":

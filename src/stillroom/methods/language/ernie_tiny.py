@@ -56,13 +56,25 @@ class ERNIETiny(Method):
     """A small text encoder learns a pretrained teacher's states on general text, then the fine-tuned teacher's on the
     same text, then on the task's texts, and then its answers and the labels too.
 
-    The networks are the student's, the pretrained teacher's and, if there is one, the fine-tuned teacher's. Without it,
-    a copy of the pretrained one is fine-tuned on the labels first (``tune_share``).
+    With H^l the states after layer l (0: the embeddings), A^l the attention scores before their softmax, z the logits,
+    g(l) the teacher layer of student layer l and W_l a trained map to the teacher's width:
 
-    The paper fixes the stages; its text that is public does not give the losses' algebra. Taken from TinyBERT (arXiv
-    1909.10351), which it extends: mean squared error of projected states and of attention scores, summed over mapped
-    layers, weights 1, temperature 1. Masked positions count on neither side. Classification only, no regression.
+        L_lat  = sum_(l = 0..N) MSE(H_S^l W_l, sg H_T^g(l)) + sum_(l = 1..N) MSE(A_S^l, sg A_T^g(l))
+        L_soft = CE(softmax(sg z_T / tau), softmax(z_S / tau)),    L_hard = CE(y, softmax(z_S))
+
+        GD    pretrained teacher    general text           L_lat
+        GED   fine-tuned teacher    general text           L_lat
+        TAD   fine-tuned teacher    the task's texts       L_lat
+        TSD   fine-tuned teacher    texts and labels       L_lat + L_soft + L_hard
+
+    Means are over real tokens (pairs of them) and channels (heads). Without a fine-tuned teacher a copy of the
+    pretrained one is fine-tuned on the labels first (``tune_share``).
+
+    Departures: the paper fixes the stages; its text that is public does not give the losses' algebra, which is
+    TinyBERT's here (arXiv 1909.10351), with weights and temperature 1. Classification only, no regression.
     """
+
+    health = {"teacher_agreement": "share of a batch for which argmax z_S is argmax z_T; in stages with L_soft"}
 
     task = "classify-text"
 
@@ -121,7 +133,7 @@ class ERNIETiny(Method):
         self.projectors = Projectors(self.mine.shapes(), self.readers["pretrained"].shapes(), self.pairs())
 
     def layers(self) -> tuple[int, ...]:
-        """1. ``g``: the teacher layer of student layers 0..N, embeddings being 0. The last learns from the last."""
+        """``g``: the teacher layer of student layers 0..N, embeddings being 0. The last learns from the last."""
         theirs, mine = depth(self.pretrained), depth(self.student)
         if not self.options.layers:
             return (0, *(layer + 1 for layer in layer_map(self.options.layer_map, theirs, mine)))
@@ -167,7 +179,7 @@ class ERNIETiny(Method):
 
     @turn(trains=("student", "projectors"), optim=Optim(lr=5e-5, weight_decay=0.01, clip_norm=1.0))
     def distil(self, batch: Batch) -> Terms:
-        """2.-5. ``L_lat``, and in the last stage ``L_lat + L_soft + L_hard``. No gradient reaches a teacher."""
+        """The losses of the stage's record: ``L_lat``, and in the last ``L_lat + L_soft + L_hard``."""
         o, record = self.options, self.records[self.stage.name]
         with torch.no_grad():
             taught = self.readers[record.teacher](batch)
@@ -186,7 +198,7 @@ class ERNIETiny(Method):
         return terms
 
     def latent(self, found: Reading, taught: Reading, batch: Batch) -> Terms:
-        """``sum_(l = 0..N) MSE(H_S W, H_T)`` over real tokens, ``sum_(l = 1..N) MSE(A_S, A_T)`` over pairs of them."""
+        """``L_lat`` in two parts: states over real tokens, attention over pairs of them."""
         keep = batch["attention_mask"].bool()
         last_projector = min(len(self.target) - 1, 1) if self.options.projectors == "shared" else len(self.target)
         states = [

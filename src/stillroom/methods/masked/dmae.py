@@ -51,11 +51,21 @@ class DMAE(Method):
     and of the class token follows a block of a frozen big one, at the same share of the depth, under the same mask.
     The teacher runs no further than that block.
 
-    The networks are the student's, an untrained masked autoencoder, and the teacher's, of which the encoder is enough.
+    With one mask for both, z_S and z_T the residual streams ``[B, 1 + V, D]`` after the aligned blocks (class token and
+    V visible patches, before the last norm), P a linear map and n(.) scaling to length 1:
 
-    The paper's equation compares raw features, its code features of length 1; the code's term is small beside the
-    pixels' (``alpha`` and ``normalise`` are options).
+        L_pix  = mean over removed patches of mean_pixels (predicted - target)^2
+        L_feat = mean abs(n(P z_S) - n(sg z_T))                     over batch, tokens and channels
+        L      = L_pix + alpha L_feat
+
+    The student is an untrained masked autoencoder; of the teacher's the encoder is enough.
+
+    Departures: the paper's equation compares raw features, its code features of length 1, as here by default; the
+    code's term is small beside the pixels' (``alpha`` and ``normalise`` are options). The teacher stops at the aligned
+    block, where the released code runs all of it.
     """
+
+    health = {"feature_cosine": "mean cosine of P z_S and z_T over batch and tokens: 1 where the features agree"}
 
     task = "encode"
 
@@ -118,19 +128,19 @@ class DMAE(Method):
         return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
 
     def draw_mask(self, images: Tensor) -> Masking:
-        """1. One mask for both networks."""
+        """One mask for both networks."""
         return masking(self.draw.uniform(len(images), self.patches).to(images.device), self.options.mask_ratio)
 
     @torch.no_grad()
     def target(self, images: Tensor, mask: Masking) -> Tensor:
-        """2. The teacher's block ``[B, 1 + V, D_T]``, float32, from the visible patches alone."""
+        """``z_T [B, 1 + V, D_T]``, float32, from the visible patches alone."""
         with self.targets.recording() as features:
             encode(self.teacher, images, mask.ids_keep)
         return features["block"].float()
 
     @turn(trains=("student", "decoder", "projectors"), optim=Optim(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05))
     def pretrain(self, batch: Batch) -> Terms:
-        """3. - 5. ``L_MAE + alpha mean |n(sigma(z_S)) - n(sg(z_T))|``, over class and visible tokens."""
+        """``L_pix + alpha L_feat``."""
         o, images, terms = self.options, self.images(batch), {}
         mask = self.draw_mask(images)
         if not o.alpha:
@@ -148,7 +158,7 @@ class DMAE(Method):
         return terms
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The paper singles L1 out."""
+        """``L_feat``; the paper singles L1 out."""
         o = self.options
         if o.distance == "l1":
             return l1(student, teacher, normalise=o.normalise)

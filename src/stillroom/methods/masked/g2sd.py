@@ -55,11 +55,21 @@ class G2SD(Method):
     distillation token, learns labels and the fine-tuned teacher's hard decisions, its rate falling towards the first
     block.
 
-    The networks are the student's, an untrained masked autoencoder; the teacher's, decoder and all; and, for the
-    specific stage, a classifier, the teacher fine-tuned. With ``specific_share`` 0 the student stays an encoder.
+    With h_T the hidden state of the teacher's decoder after half of its blocks and h_S that of the student's whole
+    decoder (both before the last norm, ``[B, 1 + N, D]``), LN a layer norm without weights, x~, y~ a mixed batch, and
+    s, d the logits at the student's class and distillation tokens:
 
-    The distillation token has a position of its own here (0 at the start), as transformers' DeiT has it.
+        L_GD = mean smoothL1_beta(MLP(h_S) - LN(sg h_T)),  beta = 2         over all tokens and channels
+        L_SD = (1 - w) CE(s(x~), y~) + w CE(d(x~), argmax T(x~)),  w = 1/2  T: the fine-tuned teacher
+        answer: (s + d) / 2
+
+    The student is an untrained masked autoencoder; the teachers are a masked one, decoder and all, and for the specific
+    stage the same fine-tuned, a classifier. With ``specific_share`` 0 the student stays an encoder.
+
+    Departures: the distillation token has a position of its own (0 at the start), as transformers' DeiT has it.
     """
+
+    health = {"teacher_agreement": "share of a mixed batch for which the student's answer is the fine-tuned teacher's"}
 
     task = "encode"
 
@@ -172,7 +182,7 @@ class G2SD(Method):
 
     @torch.no_grad()
     def target(self, images: Tensor, mask: Masking) -> tuple[Tensor, Tensor]:
-        """2. The teacher's decoder half-way, ``[B, 1 + N, D]``, and its latent ``[B, 1 + V, D]``."""
+        """``h_T [B, 1 + N, D]``, and the teacher's latent ``[B, 1 + V, D]``."""
         latent = encode(self.teacher.vit, images, mask.ids_keep)
         with self.targets.recording() as features:
             decode(self.teacher.decoder, latent, mask.ids_restore)
@@ -182,8 +192,7 @@ class G2SD(Method):
         trains=("encoder", "decoder", "head", "encoder_head"), optim=Optim(lr=1e-3, **MAE_OPTIM), when="generic_share"
     )
     def generic(self, batch: Batch) -> Terms:
-        """1. One mask; 4. the student's decoder, all of it, without its last norm; 5. smooth L1 to the whitened
-        target."""
+        """``L_GD`` under one mask for both; with ``encoder_weight`` the same of the encoders' last features."""
         o, images = self.options, self.images(batch)
         mask = masking(self.draw.uniform(len(images), self.patches).to(images.device), o.mask_ratio)
         latent = encode(self.encoder, images, mask.ids_keep)
@@ -205,8 +214,7 @@ class G2SD(Method):
     # --- specific -----------------------------------------------------------------------------------------------------
     @turn(trains="student", optim=Optim(lr=1e-3, weight_decay=0.05), when="specific_share")
     def specific(self, batch: Batch) -> Terms:
-        """7. A mixed batch, which the teacher sees as it is; 8. half the labels at the class token, half the teacher's
-        decision at the distillation token."""
+        """``L_SD``; the teacher sees the mixed batch as it is."""
         o, label = self.options, batch["cond"]["label"]
         images = self.images(batch)
         if o.specific == "nkd":  # it needs whole labels
@@ -225,7 +233,7 @@ class G2SD(Method):
 
     @torch.no_grad()
     def told(self, images: Tensor) -> Tensor:
-        """The fine-tuned teacher's logits."""
+        """``T(x)``: the fine-tuned teacher's logits."""
         return class_logits(self.tutor, images)
 
     def sampler(self) -> ForwardPass:

@@ -37,10 +37,20 @@ class HybridDistill(Method):
     relations of its queries and keys in the last layers follow those of a masked autoencoder, whose heads stay
     diverse. The student sees only the patches that the masked teacher finds least redundant. No labels, no pixels.
 
-    The networks are the student's, then the discriminative teacher's, then the masked autoencoder's.
+    With M the tokens that the student sees, S its last features, T_c the discriminative teacher's, P a linear map, LN a
+    layer norm without weights, and R = Q K^T / sqrt(d) per head of a network's layer:
 
-    The authors published no code. Not theirs, for want of it: relations are compared as attention (``relation: kl``)
-    rather than as raw products, and the masked teacher's relations come from a pass over the whole image.
+        L_c = smoothL1(P S, LN(sg T_c)[M])
+        L_m = mean over the last layers of KL(softmax(sg R_m[M, M]) || softmax(R_S))     m: the masked teacher
+        L   = alpha L_c + beta L_m
+        M:  before layers 0, L/3, 2L/3 of the masked teacher, of the n patches left the floor(theta n) are dropped whose
+            mean cosine with all of them is highest
+
+    The teachers are the discriminative one and then the masked autoencoder.
+
+    Departures: the authors published no code. Not theirs, for want of it: relations are compared as attention
+    (``relation: kl``) rather than as raw products, and the masked teacher's relations come from a pass over the whole
+    image.
     """
 
     task = "encode"
@@ -123,7 +133,7 @@ class HybridDistill(Method):
 
     @torch.no_grad()
     def informative(self, images: Tensor) -> Tensor:
-        """1. The patches ``[B, K]`` that stay, in reading order: before some of its layers the masked teacher drops
+        """``M``: the patches ``[B, K]`` that stay, in reading order: before some of its layers the masked teacher drops
         those that are most like the others on average, and goes on with the rest. The class token stays."""
         o, paths, modules = self.options, block_paths(self.masked), module_paths(self.masked)
         rounds = {i * len(paths) // o.rounds for i in range(o.rounds)}
@@ -156,7 +166,7 @@ class HybridDistill(Method):
 
     @turn(trains=("student", "projector"), optim=Optim(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05))
     def distil(self, batch: Batch) -> Terms:
-        """2. - 5. ``alpha D(P(S), sg(T_c)[M]) + beta mean_i D(R_S, sg(R_m)[M, M])``, M the tokens that stayed."""
+        """``alpha L_c + beta L_m``."""
         o, images, terms = self.options, self.images(batch), {}
         kept = self.informative(images) if o.theta else None
         with self.ours.recording() as ours:
@@ -177,7 +187,7 @@ class HybridDistill(Method):
         return terms
 
     def relation_loss(self, ours: Any, theirs: Any, layer: int, tokens: Tensor | None) -> Tensor:
-        """4. Scaled products of queries and keys; the teacher's are gathered on both axes before any softmax."""
+        """One layer's part of ``L_m``; the teacher's products are gathered on both axes before any softmax."""
         mine, told = (
             relation(*(split_heads(side[f"{part}{layer}"], self.heads) for part in "qk")) for side in (ours, theirs)
         )

@@ -14,6 +14,7 @@ from stillroom.data.synthetic import Synthesis
 from stillroom.diffusion.masking import TEXT, MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import make_filters
+from stillroom.losses import preference
 from stillroom.losses.preference import dpo_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, register, turn
 from stillroom.networks.mar import MAR, MARSettings
@@ -37,11 +38,22 @@ DRAWN_AT_ONCE = 64
     ),
 )
 class LightGen(Method):
-    """Text-to-image teachers are known by their images alone (items 1 to 4: data distillation, ``stillroom
-    synthesize``). A masked-autoregressive network learns these at a low resolution, adapts to the full one, and is
-    mended by direct preference optimisation, real pictures against its own samples for the same captions.
+    """Text-to-image teachers are known by their images alone (data distillation: ``stillroom synthesize``). A
+    masked-autoregressive network learns these at a low resolution, adapts to the full one, and is mended by direct
+    preference optimisation, real pictures against its own samples for the same captions.
 
-    Departures from the paper: the text stack runs for the masked tokens only (they do not see each other there, so no
+    An image's latents are cut into tokens x_i. Of a random order the first n = ceil(r N) are masked (M), r from
+    ``mask_ratio``, one for the whole batch; the network makes a condition z_i of each from the visible tokens and the
+    text, and its diffusion head learns to denoise x_i under it, t and eps drawn for every masked token:
+
+        L(x) = mean_(i in M), (t, eps) |eps - eps_theta(x_i,t; t, z_i)|^2  (+ l_vb)           eq. 6
+        Delta = [L_theta(w) - L_ref(w)] - [L_theta(l) - L_ref(l)],    L without l_vb
+        L_DPO = -mean log sigmoid(-beta/2 Delta)  +  anchor L_theta(w)                         eq. 7
+
+    l_vb trains the head's variance alone. w and l, the winner and the loser of a pair, theta and the reference see the
+    same masks, orders, times and noise; the reference, the student as it enters the last stage, has no gradient.
+
+    Departures: the text stack runs for the masked tokens only (they do not see each other there, so no
     number changes); the preference loss may be anchored to the winners (``anchor``; 0 is the paper's loss); winners may
     be own samples that a judge keeps (``winners``), since real pictures differ from own samples in more than obedience;
     images are not mirrored unless asked for, since that makes "left" and "right" mean nothing.
@@ -85,6 +97,11 @@ class LightGen(Method):
         clip: float = field(default=0.0, metadata={"min": 0})  # bound of the head's x0; 0: none
 
     options: Options
+    health = {
+        "masked_loss": "L(x) without l_vb; in the stage of preferences that of the winners",
+        "z_rms": "root mean square of the conditions z_i: falls towards 0 where the head learns to do without them",
+        **preference.HEALTH,
+    }
 
     def build(self, space: TextImageSpace, student: MAR | None = None) -> None:
         o, codec = self.options, space.codec
@@ -142,7 +159,7 @@ class LightGen(Method):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        """Item C: low resolution, full resolution, preferences; what a share of 0 leaves of them."""
+        """Low resolution, full resolution, preferences; what a share of 0 leaves of them."""
         o, small = self.options, SMALL if SMALL in self.parts else ""
         last = "prefer" if o.preference == "dpo" else "finetune"
         every = (
@@ -153,12 +170,12 @@ class LightGen(Method):
         return tuple(stage for stage in every if stage.share > 0)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
-        """Item 9: no weight decay for biases, norms and the whole diffusion head."""
+        """No weight decay for biases, norms and the whole diffusion head."""
         return parameter.ndim > 1 and not name.startswith("student.head.")
 
-    # --- B. masked training ---------------------------------------------------------------------------------------
+    # --- masked training ------------------------------------------------------------------------------------------
     def latents(self, batch: Batch, mirror: float = 0.0) -> Tensor:
-        """Item 4: mirrored or not, the posterior sampled afresh, ``[B, C, H, W]``."""
+        """Mirrored or not, the codec's posterior sampled afresh, ``[B, C, H, W]``."""
         mean, std = batch["image"], batch.get("std")
         if mirror:
             if "mirrored" not in batch:
@@ -171,7 +188,7 @@ class LightGen(Method):
         return mean if std is None else mean + std * self.draw.normal_like(mean)
 
     def randomness(self, x: Tensor) -> dict[str, Any]:
-        """Items 5 and 8: orders, ONE mask ratio for the batch, and times and noise for every masked token."""
+        """Orders, ONE mask ratio for the batch, and times and noise for every masked token."""
         rows, columns = self.student.grid_of(x)
         masked = self.options.mask_ratio.sample(self.draw, rows * columns)
         shape = (len(x), self.options.repeats, masked)
@@ -184,7 +201,7 @@ class LightGen(Method):
         }
 
     def masked_terms(self, batch: Batch, mirror: float) -> Terms:
-        """Items 5 to 8: ``sum over masked tokens and draws of (l_mse + l_vb) / their number``."""
+        """``L(x)`` (eq. 6): the sum over masked tokens and draws, over their number."""
         x = self.latents(batch, mirror)
         drop = self.draw.uniform(len(x)) < self.options.text_drop
         loss = self.student(x, batch["cond"][TEXT], **self.randomness(x), drop=drop)
@@ -199,10 +216,10 @@ class LightGen(Method):
     def masked(self, batch: Batch) -> Terms:
         return self.masked_terms(batch, self.options.mirror)
 
-    # --- D. preferences -------------------------------------------------------------------------------------------
+    # --- preferences ----------------------------------------------------------------------------------------------
     @turn(trains="student", optim=Optim(lr=1e-8, **OPTIM))
     def prefer(self, batch: Batch) -> Terms:
-        """Items 11 and 12: winner and loser, student and reference, under the same mask, order, times and noise."""
+        """``L_DPO`` (eq. 7): winner and loser, student and reference, under the same randomness."""
         for network in (self.student, self.reference):
             network.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
         win, std = batch["image"], batch.get("std")
@@ -237,8 +254,8 @@ class LightGen(Method):
 
     @torch.no_grad()
     def enter(self, stage: Stage, data: Any, resumed: bool) -> dict[str, Tensor] | None:
-        """Item 10: the student as it stands becomes the reference, which draws the losers, once: part of the stage's
-        data from then on."""
+        """The student as it stands becomes the reference, which draws the losers, once: part of the stage's data from
+        then on."""
         if stage.kind != "dpo" or resumed:
             return None
         for mine, theirs in zip(self.reference.parameters(), self.student.parameters(), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses import adversarial
+from stillroom.losses import adversarial, score
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
@@ -34,9 +34,22 @@ class DMD2(Method):
     per student update (two time-scale rule, which replaces DMD's regression pairs); a discriminator on the fake score's
     features sees real data, which lets the student pass its teacher.
 
-    Departures from the paper: the discriminator head is an MLP on the tokens of a middle block (a transformer has no
-    4x4 bottleneck to convolve); the fake score's loss is taken in the teacher's own velocity space by default.
+    With x0 the student's sample, x_t = alpha x0 + sigma eps, ``D_r`` and ``D_f`` the teacher's (guided) and the fake
+    score's x0-predictions at x_t, F(.) a noising at a time of its own, and ``disc`` the discriminator's logit:
+
+        L_G = <sg[(D_f - D_r) / mean |x0 - D_r|], x0> / numel  +  w_G softplus(-disc(F(x0)))           eq. 2, eq. 4
+        L_F = |error of D_f on F(x0)|^2  +  w_D [softplus(disc(F(x0))) + softplus(-disc(F(real)))]     sec. 4.2, eq. 4
+
+    The normaliser is DMD's (arXiv 2311.18828, eq. 8). L_G moves the student alone: nothing flows through D_f and D_r,
+    and of the discriminator only the features' dependence on x0 counts. L_F moves the fake score and the head; there x0
+    is fixed.
+
+    Departures: the discriminator head is an MLP on the tokens of a middle block (a transformer has no 4x4 bottleneck to
+    convolve); the fake score's loss is taken in the teacher's own velocity space by default; a sample that is not
+    finite stops the run.
     """
+
+    health = score.HEALTH | adversarial.HEALTH | {"sample_mean": "mean of all elements of the same samples"}
 
     @dataclass
     class Options:
@@ -66,7 +79,8 @@ class DMD2(Method):
         self.times = few_step_times(self.options.student_steps, self.options.t_init)
 
     def sample_student(self, batch: Batch, grad: bool) -> Tensor:
-        """Item 5: one random step k of the few-step schedule, reached by simulation or from noised real data."""
+        """``x0 = G(x_(t_k), t_k, c)`` for one step k of the schedule (sec. 4.4), the same for the whole batch, reached
+        as at inference (backward simulation, sec. 4.5) or from noised real data. The graph is that of the last call."""
         if self.options.backward_simulation or len(self.times) == 1:
             return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, renoise=self.options.renoise)
         k, real = self.draw.index(len(self.times)), batch["image"]
@@ -78,13 +92,13 @@ class DMD2(Method):
             return self.student(x_in, t, batch["cond"]).x0
 
     def noised(self, x: Tensor, law: TimeLaw) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x_t, t, eps)`` with fresh noise."""
+        """``(F(x), t, eps)``: ``alpha x + sigma eps`` with fresh noise and a time of this law."""
         t, eps = law.sample(self.draw, self.teacher.process).to(x), self.draw.normal_like(x)
         return self.teacher.process.add_noise(x, eps, t), t, eps
 
     @turn(trains="student", every="critic_turns", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
-        """Item 3: L_G = L_DM + w_G softplus(-D)."""
+        """``L_G``: distribution matching (eq. 2) and the generator's part of the GAN (sec. 4.3, eq. 4)."""
         o, cond = self.options, batch["cond"]
         x0 = self.sample_student(batch, grad=True)
         self.shared["x0"] = x0.detach()  # the critic of this step learns from this very sample
@@ -107,7 +121,8 @@ class DMD2(Method):
 
     @turn(trains=("fake", "discriminator"), optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
-        """Item 4: denoise the student's samples, and tell them from real ones, every step."""
+        """``L_F``, every step (sec. 4.2): denoise the student's samples, and tell them from real ones (sec. 4.3,
+        eq. 4), each under noise of its own."""
         o, cond = self.options, batch["cond"]
         x0 = self.shared.get("x0")
         if x0 is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses import adversarial
+from stillroom.losses import adversarial, score
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
@@ -36,13 +36,26 @@ class SiDLSG(Method):
     update returns one uniformly drawn step. Guidance can sit in the teacher (long), in both nets (LSG) or, with the
     least loss of diversity, in the fake score alone (Zero-CFG, Anti-CFG). An optional GAN reads its features.
 
-    Reconstructed: the numbers of Anti-CFG, the schedule of the few-step version (its code was not released). Anti-CFG
-    trains the fake score plainly and asks it at -1: trained at -1 as well, the regressed combination would learn the
-    conditional mean itself and guide nothing.
+    With ``D^k(x_t, c) = D(x_t, null) + k (D(x_t, c) - D(x_t, null))``, and Y_f = D_f^(k2), Y_r = D_r^(k4) the fake
+    score's and the teacher's x0-predictions at x_t:
 
-    Departures: the loss's overall factor (lsg, 100 for EDM teachers) is left to the learning rate, so ``gan_weight`` is
-    relative to a score loss of weight 1; a sample that is not finite stops the run instead of being dropped.
+        L_G = <Y_r - Y_f, (Y_r - x0) - alpha (Y_r - Y_f)> / w,    w = sg mean |x0 - Y_r|     SiD, arXiv 2404.04057
+            = (-<d, e> + (1 - alpha) |d|^2) / w,                  d = Y_f - Y_r, e = Y_f - x0
+        L_F = |eps_f^(k1)(x_t, c) - eps|^2                        guided while it learns: LSG, arXiv 2406.01561
+        tau_k = t_init (1 - k / K), k uniform in 0 .. K - 1       one output of the K-step student, arXiv 2505.12674
+
+    The graph of L_G goes through Y_f, Y_r and x0 to the student, whose inputs are detached between steps. With the GAN
+    (SiDA, arXiv 2410.14919) ``w_adv numel softplus(-disc(x_t)) / w`` joins L_G and half the binary cross-entropy of the
+    fake score's features joins L_F, real and generated at the same time and noise.
+
+    Departures: the numbers of Anti-CFG and the schedule of the few-step version are reconstructed (its code was not
+    released). Anti-CFG trains the fake score plainly and asks it at -1: trained at -1 as well, the regressed
+    combination would learn the conditional mean itself and guide nothing. The loss's overall factor (lsg, 100 for EDM
+    teachers) is left to the learning rate, so ``gan_weight`` is relative to a score loss of weight 1; a sample that is
+    not finite stops the run instead of being dropped.
     """
+
+    health = score.HEALTH | adversarial.HEALTH
 
     @dataclass
     class Options:
@@ -76,13 +89,14 @@ class SiDLSG(Method):
         self.k_train, self.k_fake, self.k_real = {**PRESETS, **own}[o.guidance]
 
     def sample_student(self, batch: Batch, grad: bool) -> Tensor:
+        """``x0`` after a uniformly drawn one of the K steps, or after the last."""
         last = len(self.times) - 1 if self.options.step_choice == "last" else None
         return rollout(
             self.student, self.draw, batch["cond"], self.times, grad=grad, last=last, renoise=self.options.renoise
         )
 
     def dropped(self, cond: Cond) -> Cond:
-        """Step 2: some conditions become null while a guided fake score trains."""
+        """Some conditions become null while a guided fake score trains."""
         if not self.options.condition_drop or not cond or (self.k_train == 1 and self.k_fake == 1):
             return cond
         drop, null = self.draw.uniform(self.draw.local) < self.options.condition_drop, self.fake.null_cond(cond)
@@ -98,7 +112,7 @@ class SiDLSG(Method):
 
     @turn(trains=("fake", "discriminator"), optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
-        """Step 2: the guided combination itself is regressed, with gradient through both branches."""
+        """``L_F``: the guided combination itself is regressed, with gradient through both branches."""
         o, process = self.options, self.teacher.process
         x0 = self.sample_student(batch, grad=False)
         t, eps = o.critic_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
@@ -117,7 +131,7 @@ class SiDLSG(Method):
 
     @turn(trains="student", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
-        """Step 3: L = (Y_r - Y_f) . [(Y_r - x0) - alpha (Y_r - Y_f)] / w = (-<d, e> + (1 - alpha) |d|^2) / w."""
+        """``L_G = (-<d, e> + (1 - alpha) |d|^2) / w``."""
         o, cond, process = self.options, batch["cond"], self.teacher.process
         x0 = self.sample_student(batch, grad=True)
         t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)

@@ -11,6 +11,7 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses.score import (
+    HEALTH,
     FakeLoss,
     Psi,
     fake_score_loss,
@@ -40,8 +41,23 @@ class SIM(Method):
     scores of student and teacher through an identity that needs no derivative of the student's own score; Pseudo-Huber
     bounds the step that a sample can ask for, so larger learning rates stay stable.
 
-    Reconstructed where the paper is silent: the constant ``c`` (0.01 sqrt(dim) in x0 units) and unit time weight.
+    With y = s_p(x_t) - s_q(x_t) the difference of student's and teacher's scores, and x_t ~ q(x_t | x0) drawn under the
+    student as it stands, the score-divergence gradient theorem (sec. 3) gives
+
+        grad E d(y) = grad E[ -d'(y) . (s_p(x_t) - grad log q(x_t | x0)) ]
+
+    where on the right theta acts through x0 and x_t alone. With the fake score for s_p, ``d = D_f - D_r`` the
+    difference of x0-predictions and ``psi`` the derivative of the distance, in x0 units:
+
+        L   = -w <psi(d), D_f - x0>
+        psi = d / sqrt(|d|^2 + c^2)  Pseudo-Huber;    d  squared;    beta |d|^(beta - 2) d  power
+
+    Nothing is detached but the weights of both networks: y keeps its dependence on x_t.
+
+    Departures: the constant ``c`` (0.01 sqrt(dim) in x0 units) and the unit time weight, where the paper is silent.
     """
+
+    health = HEALTH
 
     @dataclass
     class Options:
@@ -64,7 +80,7 @@ class SIM(Method):
         self.fake = self.clone(teacher, "fake")
 
     def distance_grad(self) -> Psi:
-        """psi, i.e. d' of step 4, up to the norm's constant."""
+        """psi, the derivative d' of the distance, up to a constant factor."""
         o = self.options
         if o.distance == "pseudo_huber":
             return pseudo_huber(o.c or 0.01 * torch.Size(self.student.shape).numel() ** 0.5)
@@ -72,7 +88,7 @@ class SIM(Method):
 
     @turn(trains="fake", optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
-        """Step 6a: denoise fresh student samples."""
+        """The fake score denoises fresh samples of the student."""
         x0 = rollout(self.student, self.draw, batch["cond"], (self.options.t_init,), grad=False)
         process, eps = self.teacher.process, self.draw.normal_like(x0)
         t = self.options.critic_times.sample(self.draw, process).to(x0)
@@ -84,7 +100,7 @@ class SIM(Method):
 
     @turn(trains="student", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
-        """Step 5: - w <psi(D_f - D_r), D_f - x0>, with the graph through x_t in everything."""
+        """``-w <psi(D_f - D_r), D_f - x0>``, with the graph through x_t in everything."""
         o, cond, process = self.options, batch["cond"], self.teacher.process
         x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=True)
         t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)

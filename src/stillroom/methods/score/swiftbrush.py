@@ -12,7 +12,7 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.score import denoising_loss, score_difference_loss
+from stillroom.losses.score import HEALTH, denoising_loss, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.surgery.lora import lora_role
 
@@ -31,7 +31,22 @@ class SwiftBrush(Method):
     """A one-step student from conditions only, no images. The student's samples are pulled along the difference of the
     teacher's and a LoRA teacher's noise predictions, both guided alike; the LoRA teacher (adapters on the teacher's own
     weights) learns to denoise the student's samples.
+
+    With z unit noise, T the first time, x_t = alpha x0 + sigma eps, ``e_psi`` and ``e_phi`` the guided noise
+    predictions of teacher and LoRA teacher, and ``D`` the x0-predictions that they stand for:
+
+        x0        = (x_T - sigma_T eps_theta(x_T, T, c)) / alpha_T,   x_T = sigma_T z
+        dL/dtheta = sigma^2 (e_psi - e_phi) dx0/dtheta = alpha sigma (D_phi - D_psi) dx0/dtheta    VSD, arXiv 2305.16213
+        L_LoRA    = alpha^2 |eps_phi(x_t, t, c) - eps|^2
+
+    Neither prediction of the first loss carries a gradient; the second sees the sample that the student had before its
+    update, as it is.
+
+    Departures: the student is asked at ``sigma_T z``, as at every other time, where the paper's code feeds z itself
+    (sigma_T is 0.998 there); a gradient that is not finite stops the run instead of being set to 0.
     """
+
+    health = HEALTH
 
     @dataclass
     class Options:
@@ -62,7 +77,8 @@ class SwiftBrush(Method):
         self.teacher = frozen(teacher)
 
     def one_step(self, batch: Batch) -> Tensor:
-        """Step 1: ``x0 = (z - sigma_T eps(z, T)) / alpha_T``, i.e. the teacher's own one-step guess at the start."""
+        """The student's sample: its noise prediction read as ``x0 = (x_T - sigma_T eps) / alpha_T``, which is
+        the teacher's own one-step guess at the start."""
         process = self.student.process
         z = self.draw.normal(self.draw.local, *self.student.shape).to(next(self.student.parameters()))
         t = z.new_tensor(self.options.t_init * process.t_max)
@@ -71,7 +87,7 @@ class SwiftBrush(Method):
 
     @turn(trains="student", optim=Optim(lr=1e-6, name="adam", clip_norm=1.0))
     def generator(self, batch: Batch) -> Terms:
-        """Step 2: g = sigma^2 (e_psi - e_phi) = alpha sigma (D_phi - D_psi) and dL/dx0 = g / numel."""
+        """VSD: ``dL/dx0 = sg[alpha sigma (D_phi - D_psi)] / numel``. SDS, its ablation: x0 in the place of D_phi."""
         o, cond, process = self.options, batch["cond"], self.teacher.process
         x0 = self.one_step(batch)
         self.shared["x0"] = x0.detach()
@@ -87,7 +103,8 @@ class SwiftBrush(Method):
 
     @turn(trains="fake", optim=Optim(lr=1e-3, name="adam", clip_norm=1.0))
     def critic(self, batch: Batch) -> Terms:
-        """Step 3: ``alpha^2 |eps_phi - eps|^2`` on the sample that the student turn of this step made."""
+        """``L_LoRA`` on the sample that the student's turn of this step made; one coin drops the condition of the whole
+        batch."""
         o, cond, process, x0 = self.options, batch["cond"], self.teacher.process, self.shared["x0"]
         t, eps = o.fake_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         if self.draw.index(1_000_000) < o.condition_drop * 1_000_000:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.sampling import FewStepSampler, rollout
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses import adversarial
+from stillroom.losses import adversarial, score
 from stillroom.losses.divergence import density_ratio, get_divergence
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss, square
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
@@ -35,6 +35,19 @@ class UniInstruct(Method):
     weights of a score-implicit part (SiD, SIM), a score-Fisher part and a Diff-Instruct part (DMD, VSD) through the
     density ratio r = q / p that a discriminator on the fake score's features gives; f chooses between covering
     (forward_kl) and mode seeking (reverse_kl).
+
+    The divergence is expanded over noise levels (the paper's diffusion expansion), p being the student and q the data:
+
+        D_f(q || p) = integral g^2/2 E_p[ C(r) |s_p - s_q|^2 ] dt,    C(r) = r^2 f''(r)
+
+    Its gradient, in x0-predictions, with d = D_f - D_r (fake score minus teacher), e = D_f - x0, k = alpha / sigma^2,
+    w = sg mean |x0 - D_r|, over a factor 2 k^2:
+
+        L = { -C(r) <d, e>  +  sg[(C - r C')/2] |d|^2  +  alpha k sg[r^2 C''/2 |d|^2 d] . x0 } / w
+        r = exp(logit),   L_adv = w_G numel softplus(-logit) / w
+
+    which for f = -log r (C = 1) is SiD's loss. Everything but w and what stands under sg keeps its graph through x_t,
+    C(r) too. The second part is left out by default, as in the published method.
 
     Departures: the ratio is exp(logit), not the scaled adversarial loss of the released code (which is about +-1), and
     its gradient is kept by default, since detaching it makes all but reverse_kl wrong. The GAN's weight of 0.01 stands
@@ -61,6 +74,7 @@ class UniInstruct(Method):
         fake_loss: FakeLoss = "snr"
 
     options: Options
+    health = score.HEALTH | adversarial.HEALTH | {"ratio": "mean of r = exp(logit) over the batch: 1 where p = q"}
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
@@ -90,7 +104,8 @@ class UniInstruct(Method):
 
     @turn(trains=("fake", "discriminator"), optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
-        """Step 7a: fake score and discriminator from one forward pass each; real and generated share time and noise."""
+        """``|D_f - x0|^2`` under EDM's weights and half the discriminator's binary cross-entropy, from one forward pass
+        each; real and generated share time and noise."""
         o, process, cond = self.options, self.teacher.process, batch["cond"]
         x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=False)
         t, eps = o.critic_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
@@ -107,8 +122,7 @@ class UniInstruct(Method):
 
     @turn(trains="student", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
-        """Step 4, over 2 k^2: - C(r) <d, e> + (C - r C')/2 |d|^2 + alpha k r^2 C''/2 |d|^2 <sg d, x0>;
-        k = alpha/sigma^2."""
+        """``L``, and ``L_adv`` once the divergence itself is minimised; until then L of the reverse KL, with r = 1."""
         o, process, cond = self.options, self.teacher.process, batch["cond"]
         full = self.stage.kind == "divergence"
         f = get_divergence(o.divergence if full else "reverse_kl")
@@ -142,6 +156,7 @@ class UniInstruct(Method):
         return terms
 
     def ratio(self, logits: Tensor) -> Tensor:
+        """``r [B]``, by the mean of a sample's logits."""
         r = density_ratio(logits)
         return r / r.detach().mean() if self.options.normalise_ratio else r
 
