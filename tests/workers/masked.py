@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "methods" / "masked"))
+
+from test_lightgen import Stop, trainer, weights
 
 from stillroom.engine.distributed import World
-from test_lightgen import Stop, trainer, weights
 
 PLAIN: dict[str, Any] = {"network": {"dropout": 0.0, "attention_dropout": 0.0}, "smooth": True}
 """Dropout is each process's own. With its usual eps Adam would magnify the rounding of gradients that are zero but for

@@ -1,4 +1,4 @@
-"""What holds for every method: its health numbers are defined, its docstring says how it departs, it has a test file."""
+"""What holds for every method: its health numbers are defined, its docstring has formulas, it has a test file."""
 
 from __future__ import annotations
 
@@ -49,4 +49,4 @@ def test_the_docstring_has_formulas_and_says_what_departs_and_points_to_no_list(
 @pytest.mark.parametrize("slug", OWN)
 def test_every_method_has_its_own_test_file(slug: str) -> None:
     wing, name = OWN[slug].wing, slug.replace("-", "_")
-    assert (TESTS / "methods" / wing / f"test_{name}.py").is_file()
+    assert (TESTS / wing / f"test_{name}.py").is_file()

@@ -459,7 +459,7 @@ def test_a_run_goes_through_its_stages_and_resumes_in_any_of_them(tmp_path: Path
 def test_two_processes_compute_what_one_does_whole_or_sharded(tmp_path: Path) -> None:
     from workers.masked import PLAIN
 
-    worker = Path(__file__).parent / "workers" / "masked.py"
+    worker = Path(__file__).parents[2] / "workers" / "masked.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
