@@ -170,7 +170,8 @@ class GlossesBench(Bench):
 
 @bench("glosses-task")
 class GlossesTaskBench(GlossesBench):
-    """The same for methods that begin with a fine-tuned teacher: a student and that teacher."""
+    """WordNet's definitions for methods that begin with a fine-tuned teacher: a student and that teacher, else as the
+    glosses."""
 
     def given(self, **wanted: Any) -> Mapping[str, Any]:
         only("teacher", wanted)

@@ -114,4 +114,4 @@ class MiniLMBench(GlossesBench):
 
 @bench("glosses-minilm-task")
 class MiniLMTaskBench(MiniLMBench, GlossesTaskBench):
-    """The same for methods that begin with a fine-tuned teacher."""
+    """The glosses under MiniLM for methods that begin with a fine-tuned teacher: a student and that teacher."""
