@@ -144,15 +144,9 @@ class Bench:
         lines = [f"# Bench: {self.name}", "", *inspect.cleandoc(type(self).__doc__ or "").splitlines(), ""]
         lines += ["| score | better | floor |", "| --- | --- | ---: |"]
         for score in self.scores:
-            value = floor.get(score.key)
-            lines.append(
-                f"| {score.name} (`{score.key}`) | {score.better} | {'' if value is None else f'{value:.4g}'} |"
-            )
-        others = {key: value for key, value in floor.items() if key not in {score.key for score in self.scores}}
-        lines += [
-            "",
-            *(f"- {key}: {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in others.items()),
-        ]
+            better = "neither" if math.isnan(score.lost) else score.better
+            lines.append(f"| {score.name} (`{score.key}`) | {better} | {told_number(floor.pop(score.key, ''))} |")
+        lines += ["", *(f"- {key}: {told_number(value)}" for key, value in floor.items())]
         return "\n".join(lines).rstrip() + "\n"
 
 
