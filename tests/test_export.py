@@ -250,7 +250,8 @@ def test_the_masked_network_is_the_models_own_for_any_number_of_known_tokens() -
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "openvino", "torch"])
 def test_the_shipped_masked_student_is_exported(tmp_path: Path, to: str) -> None:
-    formats.FORMATS[to].check(to)
+    for package in formats.FORMATS[to].needs:
+        pytest.importorskip(package)
     made = export_model("lightgen", to, tmp_path / "out", **BRIEF)
     assert len(made.facts["files"]) == 4
     for file in made.facts["files"].values():
