@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -319,20 +323,34 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert same(resumed.method, straight.method)
 
 
+def losses(accumulate: int = 1, attention: Any = "scores") -> list[float]:
+    """The terms of three steps on texts of unequal lengths."""
+    method = ERNIETiny(ERNIETiny.Options(stages=plan("GD"), attention=attention))
+    torch.manual_seed(3)
+    method.build(encoder(2, 8, **QUIET), teachers())
+    optim = {"all": {"name": "sgd", "lr": 0.01, "betas": (0.9, 0.0)}}
+    config = EngineConfig(steps=3, batch=8, accumulate=accumulate, log_every=1, optim=optim, device="cpu")
+    run = Trainer(method, data(), config, show=False)
+    run.fit()
+    return [row[f"loss/distil/{term}"] for row in run.history for term in ("hidden", "attention")]
+
+
 @pytest.mark.parametrize("attention", ["scores", "maps"])
 def test_a_batch_in_parts_is_the_batch(attention: str) -> None:
-    """Texts have unequally many tokens, and micro-batches too."""
+    whole = losses(attention=attention)
+    assert losses(2, attention) == pytest.approx(whole, rel=1e-5)
+    assert losses(4, attention) == pytest.approx(whole, rel=1e-5)
 
-    def losses(accumulate: int) -> list[float]:
-        method = ERNIETiny(ERNIETiny.Options(stages=plan("GD"), attention=attention))  # type: ignore[arg-type]
-        torch.manual_seed(3)
-        method.build(encoder(2, 8, **QUIET), teachers())
-        optim = {"all": {"name": "sgd", "lr": 0.01, "betas": (0.9, 0.0)}}
-        config = EngineConfig(steps=3, batch=8, accumulate=accumulate, log_every=1, optim=optim, device="cpu")
-        run = Trainer(method, data(), config, show=False)
-        run.fit()
-        return [row[f"loss/distil/{term}"] for row in run.history for term in ("hidden", "attention")]
 
-    whole = losses(1)
-    assert losses(2) == pytest.approx(whole, rel=1e-5)
-    assert losses(4) == pytest.approx(whole, rel=1e-5)
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    from test_distiller import losses as distiller_losses
+
+    worker = Path(__file__).parents[2] / "workers" / "texts.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, tmp_path / "found"], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["ernie-tiny"] == pytest.approx(losses(), rel=1e-5)
+    assert found["distiller"] == pytest.approx(distiller_losses({"augmentation": "edits"}), rel=1e-5)
