@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass
-class Synthesis:
+class SynthesisOptions:
     """Images that a student of captions learns from."""
 
     images: int = field(default=0, metadata={"min": 0})

@@ -38,7 +38,7 @@ from stillroom.engine.progress import Progress
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import NOT_JUDGED, Filter
 from stillroom.files import digest, held, write, writing
-from stillroom.synthesis.plan import Plan, Router, make_plan
+from stillroom.synthesis.plan import Router, SynthesisPlan, make_plan
 from stillroom.synthesis.teachers import Teacher, as_teachers
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def plan_hash(
 
 
 def carry_out(
-    plan: Plan, out: Path, resume: bool, world: World, progress: bool, report: Callable[[str], None]
+    plan: SynthesisPlan, out: Path, resume: bool, world: World, progress: bool, report: Callable[[str], None]
 ) -> Synthesis:
     """Make the store of ``plan`` in ``out``; collective."""
     with contextlib.ExitStack() as holding:
@@ -188,13 +188,13 @@ def _agreed(world: World, check: Callable[[], Any]) -> Any:
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-def _begin(plan: Plan, out: Path, resume: bool, holding: contextlib.ExitStack) -> bool:
+def _begin(plan: SynthesisPlan, out: Path, resume: bool, holding: contextlib.ExitStack) -> bool:
     """Whether the store is finished already; else take hold of its folder. Raises UserError where it cannot be made."""
     with writing(out):
         return _started(plan, out, resume, holding)
 
 
-def _started(plan: Plan, out: Path, resume: bool, holding: contextlib.ExitStack) -> bool:
+def _started(plan: SynthesisPlan, out: Path, resume: bool, holding: contextlib.ExitStack) -> bool:
     work = out / UNFINISHED
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", cure="choose another folder")
@@ -221,7 +221,7 @@ def _started(plan: Plan, out: Path, resume: bool, holding: contextlib.ExitStack)
     return False
 
 
-def _same_plan(out: Path, stored: Mapping[str, Any], plan: Plan) -> None:
+def _same_plan(out: Path, stored: Mapping[str, Any], plan: SynthesisPlan) -> None:
     """Raises UserError naming the first setting in which a store's plan differs."""
     here, there = _flat(plan.settings), _flat(stored)
     for key in sorted(here.keys() | there.keys(), key=lambda key: (key.startswith(("items", "captions")), key)):
@@ -254,7 +254,7 @@ def _note(out: Path, number: int) -> dict[str, Any] | None:
         return None
 
 
-def _make_shards(plan: Plan, out: Path, world: World, progress: bool) -> int:
+def _make_shards(plan: SynthesisPlan, out: Path, world: World, progress: bool) -> int:
     """Make those of this process's shards that are not there yet; how many images were drawn."""
     mine = range(world.rank, plan.shards, world.size)
     todo = [number for number in mine if _note(out, number) is None]
@@ -285,7 +285,9 @@ def _write(out: Path, number: int, samples: Iterable[tuple[str, bytes, bytes]], 
     write(_note_path(out, number), encode_json(note))
 
 
-def _draw(plan: Plan, teacher: Teacher, items: list, note: dict[str, Any]) -> dict[int, tuple[str, bytes, bytes]]:
+def _draw(
+    plan: SynthesisPlan, teacher: Teacher, items: list, note: dict[str, Any]
+) -> dict[int, tuple[str, bytes, bytes]]:
     """Draw a batch and filter it: item number -> (key, PNG, record) of what is kept; ``note`` takes the rest."""
     captions = [item.caption for item in items]
     with torch.no_grad():
@@ -353,7 +355,7 @@ def _refuse_unreadable(teacher: Teacher, items: list, finite: Tensor, alive: lis
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
-def _finish(plan: Plan, out: Path) -> None:
+def _finish(plan: SynthesisPlan, out: Path) -> None:
     """Compare samples across shards, drop what repeats, write card and manifest. Runs on the first process; may be cut
     off anywhere and run again."""
     notes = []
@@ -394,7 +396,7 @@ def _finish(plan: Plan, out: Path) -> None:
     shutil.rmtree(out / UNFINISHED)
 
 
-def _compare(plan: Plan, notes: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
+def _compare(plan: SynthesisPlan, notes: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], float]:
     """``(item number, filter) -> score`` of what the filters that compare samples drop. Each sees what the ones before
     it have kept."""
     gone: dict[tuple[int, str], float] = {}
@@ -423,7 +425,7 @@ def _drop(out: Path, number: int, note: dict[str, Any], gone: set[int]) -> None:
 
 
 def _manifest(
-    plan: Plan, notes: Sequence[Mapping[str, Any]], kept: Mapping[str, int], dropped: Sequence[Sequence[Any]]
+    plan: SynthesisPlan, notes: Sequence[Mapping[str, Any]], kept: Mapping[str, int], dropped: Sequence[Sequence[Any]]
 ) -> dict[str, Any]:
     planned = Counter(item.teacher for item in plan.items)
     by_filter: dict[str, dict[str, int]] = {one.name: dict.fromkeys(plan.teachers, 0) for one in plan.filters}
@@ -448,20 +450,20 @@ def _manifest(
     }
 
 
-def _dropped_line(plan: Plan, number: int, name: str, score: float) -> bytes:
+def _dropped_line(plan: SynthesisPlan, number: int, name: str, score: float) -> bytes:
     item = plan.items[number]
     line = {"number": number, "caption": item.caption, "teacher": item.teacher, "seed": item.seed}
     return encode_json(line | {"filter": name, "score": score}) + b"\n"
 
 
-def _summary(plan: Plan, out: Path, drawn: int, seconds: float) -> Synthesis:
+def _summary(plan: SynthesisPlan, out: Path, drawn: int, seconds: float) -> Synthesis:
     manifest = read_manifest(out)
     return Synthesis(
         out, manifest["planned"], manifest["kept"], manifest["dropped"], manifest["repeated"], drawn, seconds
     )
 
 
-def _card(plan: Plan, manifest: Mapping[str, Any]) -> str:
+def _card(plan: SynthesisPlan, manifest: Mapping[str, Any]) -> str:
     """The store's README.md: what is in it and how to read it; its head tells Hugging Face where the samples lie."""
     height, width = manifest["size"]
     planned, kept = manifest["planned"], manifest["kept"]

@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class SynthesisPlan:
     """Everything that determines a store. ``repeated``: mentions of a caption that were left out as repetitions."""
 
     items: list[Item]
@@ -74,7 +74,7 @@ def make_plan(
     shard_size: int = 1000,
     batch: int = 64,
     size: int = 0,
-) -> Plan:
+) -> SynthesisPlan:
     """The plan that :func:`stillroom.synthesis.synthesize` carries out; its arguments are explained there.
 
     Raises UserError for anything that is wrong with them, naming the line of a caption that a teacher cannot read.
@@ -116,7 +116,7 @@ def make_plan(
         "resize": size,
         "items": {"count": len(items), "sha256": whole.hexdigest()},
     }
-    return Plan(items, dict(teachers), made, shard_size, batch, settings, repeated)
+    return SynthesisPlan(items, dict(teachers), made, shard_size, batch, settings, repeated)
 
 
 def _captions(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.synthetic import Synthesis
+from stillroom.data.synthetic import SynthesisOptions
 from stillroom.diffusion.masking import TEXT, MaskedSampler, MaskRatio, random_orders
 from stillroom.errors import UserError
 from stillroom.evaluation.filters import make_filters
@@ -65,7 +65,7 @@ class LightGen(Method):
     class Options:
         network: MARSettings = MARSettings()
         # The images that teachers draw before the training, and how images are encoded.
-        synthesis: Synthesis = field(default_factory=Synthesis, metadata={"later": True})
+        synthesis: SynthesisOptions = field(default_factory=SynthesisOptions, metadata={"later": True})
         # Shares of the steps; 0 leaves a stage out. pretrain reads the data's part "small" where there is one.
         pretrain_share: float = field(default=0.8, metadata={"min": 0})
         adapt_share: float = field(default=0.1, metadata={"min": 0})

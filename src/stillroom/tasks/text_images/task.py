@@ -17,7 +17,7 @@ from stillroom.data.scenes.captions import spoken
 from stillroom.data.scenes.pictures import scene_set
 from stillroom.data.source import ASSETS
 from stillroom.data.store import MANIFEST
-from stillroom.data.synthetic import Synthesis
+from stillroom.data.synthetic import SynthesisOptions
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.networks.text_image_space import TextImageSpace
@@ -154,9 +154,9 @@ class TextImages(Task):
         return Card(makes, [use], library="diffusers", tag="text-to-image")
 
 
-def synthesis_of(recipe: Recipe) -> Synthesis:
+def synthesis_of(recipe: Recipe) -> SynthesisOptions:
     """What the method's options say of the images that teachers draw; of a method without such an option, none."""
-    return getattr(recipe.method_options(), "synthesis", Synthesis())
+    return getattr(recipe.method_options(), "synthesis", SynthesisOptions())
 
 
 def _no_store(data: str) -> UserError:
