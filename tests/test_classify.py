@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no classifier 'resnet-smal' .did you mean 'resnet-small'"):
         loaded(tmp_path / "a", overrides=["student=resnet-smal"])
     with pytest.raises(UserError, match="teacher 'resnet-small' is an untrained network; it can be the student"):
-        loaded(tmp_path / "e", overrides=["teacher=resnet-small"])
+        loaded(tmp_path / "f", overrides=["teacher=resnet-small"])
     with pytest.raises(UserError, match=r"has 3 channels, data .* 1"):
         loaded(tmp_path / "b", make_classifier(SMALL, 3, 3))
     with pytest.raises(UserError, match=r"has 4 classes, data .* 3"):

@@ -167,10 +167,12 @@ def test_pickles_of_transformers_are_not_read(
 ) -> None:
     make, method, student = KINDS[kind]
     make(place / "model")
+    make(place / "good")
     for path in place.glob("model/*.safetensors"):
         path.unlink()
     evil_pickle(place / "model/pytorch_model.bin")
-    given = ["--student", student, "--teacher", "./model"] if how == "teacher" else ["--student", "./model"]
+    pair = (student, "./model") if how == "teacher" else ("./model", "./good")
+    given = ["--student", pair[0], "--teacher", pair[1]]
     data = texts(place) if kind == "text encoder" else "data"
     line = refused(place, capsys, "run", method, *given, "--data", data, "--steps", "2", *FAST)
     assert "model" in line

@@ -109,8 +109,7 @@ def facts(folder: Path) -> dict[str, Any]:
     recipe, result = read_recipe(folder), read_result(folder)
     if not result:
         raise UserError(f"run {folder} is not finished", cure=f"stillroom run --resume {folder}")
-    rows = {("what", "method"): str(recipe.get("method")), ("what", "teacher"): str(recipe.get("teacher"))}
-    rows["what", "data"] = str(recipe.get("data"))
+    rows = {("what", key): str(recipe[key]) for key in ("method", "student", "teacher", "data") if recipe.get(key)}
     names = teachers(result)
     for row in score_rows(result):
         beside = ", ".join(f"{who} {row[who]}" for who in (*names, "floor") if row[who] != "–")

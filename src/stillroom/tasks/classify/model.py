@@ -18,7 +18,7 @@ from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.image_networks import ENCODERS, architecture, channels_of
 from stillroom.folders.pretrained import CONFIG, WEIGHTS, pretrained
 from stillroom.folders.processors import PROCESSOR, Pixels, save_processor
-from stillroom.folders.transformers_layout import auto_config
+from stillroom.folders.transformers_layout import auto_config, without_bar
 from stillroom.networks.dual_head import restore, two_heads
 from stillroom.networks.prompt_classifier import is_text_image_model
 from stillroom.networks.recognition import ForwardPass
@@ -86,7 +86,8 @@ class ImageClassifier(Model):
             side["heads"] = {"align": heads.align, "zeta": heads.zeta}
         network.config.id2label = dict(enumerate(outputs))
         network.config.label2id = {name: i for i, name in enumerate(outputs)}
-        network.save_pretrained(folder)
+        with without_bar():
+            network.save_pretrained(folder)
         save_processor(network, Path(folder), channels_of(network)[0])
         (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.text_networks import CONFIG, load_text_network
+from stillroom.folders.transformers_layout import without_bar
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
@@ -86,7 +87,8 @@ class TextClassifier(Model):
             config: Any = network.config
             config.id2label = dict(enumerate(self.classes))
             config.label2id = {name: i for i, name in enumerate(self.classes)}
-            network.save_pretrained(folder)  # type: ignore[operator]
+            with without_bar():
+                network.save_pretrained(folder)  # type: ignore[operator]
         else:
             save_model(network, str(folder / "model.safetensors"))
         self.tokenizer.save_pretrained(folder)

@@ -15,6 +15,7 @@ from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.image_networks import ENCODERS, VISION_OF, architecture
 from stillroom.folders.pretrained import pretrained
+from stillroom.folders.transformers_layout import without_bar
 from stillroom.networks.mae import encode
 from stillroom.networks.recognition import ForwardPass
 from stillroom.networks.vit import PROCESSOR, encoder_of
@@ -71,7 +72,8 @@ class ImageEncoder(Model):
         """Write the folder as ``save_pretrained`` does, the processor's settings too; ``extra`` entries go into
         ``stillroom.json`` beside it."""
         network: Any = self.network
-        network.save_pretrained(folder)
+        with without_bar():
+            network.save_pretrained(folder)
         config, folder = network.config, Path(folder)
         middle = [0.5] * config.num_channels
         processor = {

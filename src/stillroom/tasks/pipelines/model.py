@@ -39,6 +39,7 @@ from stillroom.folders.pipelines import (
     save_lora,
     sized,
 )
+from stillroom.folders.transformers_layout import without_bar
 from stillroom.parsing import read_json
 from stillroom.surgery.lora import LoraDenoiser, plain_copy
 from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
@@ -239,10 +240,11 @@ class PipelineGenerator(PictureGenerator):
             others = {k: v for k, v in self.pipeline.components.items() if k not in (name, "scheduler")}
             index = dict(self.pipeline.config)
             for part, module in others.items():
-                if isinstance(module, nn.Module):
-                    module.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
-                elif hasattr(module, "save_pretrained"):
-                    module.save_pretrained(folder / part)
+                with without_bar():
+                    if isinstance(module, nn.Module):
+                        module.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
+                    elif hasattr(module, "save_pretrained"):
+                        module.save_pretrained(folder / part)
         save_network(network, folder, dtype)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(self.pipeline.scheduler).__name__]
