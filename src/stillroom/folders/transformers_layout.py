@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 @contextmanager
 def without_bar() -> Iterator[None]:
-    """While it lasts transformers draws no bar of the weights it reads or writes; for a little folder one says nothing."""
+    """While it lasts transformers draws no bar of the weights it reads or writes; a little folder needs none."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
