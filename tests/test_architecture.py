@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -72,8 +72,9 @@ def type_only(tree: ast.AST) -> set[ast.AST]:
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
-def imports(path: Path, source: Path) -> Iterator[tuple[str, int]]:
-    """Modules of the package that this file imports, anywhere in it, with the line."""
+def imports(path: Path, source: Path, named: Container[str] = CONTRACT) -> Iterator[tuple[str, int]]:
+    """Modules of the package that this file imports, anywhere in it, with the line; not those of ``named`` of which it
+    takes but the types."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     annotations_only = type_only(tree)
     package = module_name(path, source).split(".")
@@ -90,7 +91,7 @@ def imports(path: Path, source: Path) -> Iterator[tuple[str, int]]:
         else:
             continue
         for module in found:
-            if module.split(".")[0] == "stillroom" and not (node in annotations_only and module in CONTRACT):
+            if module.split(".")[0] == "stillroom" and not (node in annotations_only and module in named):
                 yield module, node.lineno
 
 
@@ -121,11 +122,9 @@ def test_imports_run_downhill() -> None:
 
 
 def circle(source: Path) -> list[str]:
-    """Modules of which each imports the last one, and the first one the last; annotations of the contract do not
-    count."""
-    found = {
-        module_name(path, source): {target for target, _ in imports(path, source)} for path in source.rglob("*.py")
-    }
+    """Modules of which each imports the last one, and the first one the last; annotations do not count."""
+    paths = {module_name(path, source): path for path in source.rglob("*.py")}
+    found = {module: {target for target, _ in imports(path, source, paths)} for module, path in paths.items()}
     graph = {module: targets & found.keys() - {module} for module, targets in found.items()}
     try:
         TopologicalSorter(graph).prepare()

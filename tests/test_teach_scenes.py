@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stillroom.bench.scenes import teach as teach_scenes
+from stillroom.bench.scenes.bench import ScenesBench
 from stillroom.bench.scenes.teach import (
     OF_A_THING,
     CaptionTokens,
@@ -158,7 +159,7 @@ def test_overrides_reach_inside_and_typos_do_not() -> None:
 def test_space_and_teacher_of_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, killed once in between: parts, encoded data, training, scores, folders that share the parts."""
     short = ["codec.engine.steps=2", "codec.engine.batch=4", "text.engine.steps=2", "text.engine.batch=4"]
-    card = teach_scenes.teach_space(tmp_path / "space", [*short, "evaluate.n=300"])
+    card = teach_scenes.teach_space(ScenesBench(), tmp_path / "space", [*short, "evaluate.n=300"])
     assert set(card["text"]["accuracy"]) == {"train", "heldout"}
     assert card["codec"]["psnr"] > 0
     assert TextImageSpace.load(tmp_path / "space").name == f"{card['text']['name']}, {card['codec']['name']}"

@@ -90,6 +90,22 @@ class Denoising(Method):
         return {self.options.loss: fake_score_loss(prediction, x0, eps, self.options.loss)}
 
 
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values``, a shipped recipe's, with ``section.key=value`` set. Raises UserError for a way that does not lead
+    through what is there."""
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        *way, leaf = path.split(".")
+        inner: Any = values
+        for key in way:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if not equals or not value or not way or not isinstance(inner, dict):
+            section = "engine" if "engine" in values else "codec.engine"
+            raise UserError(f"override {text!r} is not understood", cure=f"write {section}.steps=100 or the like")
+        inner[leaf] = yaml.safe_load(value)
+    return values
+
+
 @dataclass
 class TeacherRecipe:
     """Everything that determines a bench teacher."""
@@ -107,13 +123,7 @@ class TeacherRecipe:
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> TeacherRecipe:
         """The shipped recipe ``name`` with ``engine.key=value`` overrides."""
-        values = yaml.safe_load(recipe_file(name).read_text(encoding="utf-8"))
-        for override in overrides:
-            key, _, value = override.partition("=")
-            section, _, leaf = key.partition(".")
-            if section not in ("engine", "options", "config") or not leaf or not value:
-                raise UserError(f"override {override!r} is not understood", cure="write engine.steps=100 or the like")
-            values[section][leaf] = yaml.safe_load(value)
+        values = override(yaml.safe_load(recipe_file(name).read_text(encoding="utf-8")), overrides)
         if isinstance(times := values["options"].get("times"), dict):
             values["options"]["times"] = TimeLaw(**times)
         return cls(**values)

@@ -357,5 +357,5 @@ class ScenesBench(Bench):
         if name == "scenes-parser":
             return dataclasses.asdict(teach.teach_parser(out or PARSER_DIR, self.report).card)
         if name == "scenes-space":
-            return teach.teach_space(out, overrides, run_dir, resume)
-        return teach.teach_scenes(name, out, overrides, run_dir, resume)
+            return teach.teach_space(self, out, overrides, run_dir, resume)
+        return teach.teach_scenes(self, name, out, overrides, run_dir, resume)

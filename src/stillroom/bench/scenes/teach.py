@@ -10,15 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench
-from stillroom.bench.teach import Denoising, TeacherRecipe, recipe_file, score_samplers
+from stillroom.bench.teach import Denoising, TeacherRecipe, override, recipe_file, score_samplers
 from stillroom.data.scenes.captions import (
     CAPTION_SPLITS,
     CATEGORIES,
@@ -42,7 +41,6 @@ from stillroom.data.source import ASSETS
 from stillroom.diffusion.sampling import ODESampler
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
-from stillroom.errors import UserError
 from stillroom.evaluation.cost import macs
 from stillroom.evaluation.scene_parser import SceneParser, train_scene_parser
 from stillroom.folders.denoisers import SIDE_FILE
@@ -55,20 +53,21 @@ from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.text_images.data import CaptionedData, encode_images
 from stillroom.tasks.text_images.model import TextImageGenerator
 
+if TYPE_CHECKING:
+    from stillroom.bench.scenes.bench import ScenesBench
+
 SIZES = (24, 48)
 """Sides, in pixels, of the resized scenes that an eighth of the codec's steps each are trained on: students work at
 other resolutions than the scenes' own 32."""
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
-def teach_parser(
-    out: str | Path | None = None, report: Callable[[str], None] = print, seed: int = 0, **training: Any
-) -> SceneParser:
-    """Train the bench's parser anew and write it with its card to ``out`` (default: the bench's own folder):
+def teach_parser(out: str | Path, report: Callable[[str], None] = print, seed: int = 0, **training: Any) -> SceneParser:
+    """Train the bench's parser anew and write it with its card to ``out``:
     ``stillroom teach scenes-parser``. ``training``: further arguments of
     :func:`~stillroom.evaluation.scene_parser.train_scene_parser`. Every score then bears another parser's name."""
     parser = train_scene_parser(seed=seed, report=report, **training)
-    parser.save(Path(out) if out else PARSER_DIR)
+    parser.save(Path(out))
     return parser
 
 
@@ -269,6 +268,7 @@ class CaptionReading(Method):
 
 # --- the space --------------------------------------------------------------------------------------------------------
 def teach_space(
+    bench: ScenesBench,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     run_dir: str | Path | None = None,
@@ -317,7 +317,7 @@ def teach_space(
         "codec": {
             "name": space.codec.name,
             "parameters": parameter_count(space.codec),
-            **judged(space.codec, test, asked),
+            **judged(bench, space.codec, test, asked),
         },
         "text": {
             "name": space.text.name,
@@ -329,10 +329,10 @@ def teach_space(
     return card
 
 
-def judged(codec: LatentCodec, images: Tensor, captions: Sequence[Caption]) -> dict[str, Any]:
+def judged(bench: ScenesBench, codec: LatentCodec, images: Tensor, captions: Sequence[Caption]) -> dict[str, Any]:
     """How well ``images`` (uint8, 32 pixels wide) survive the codec: PSNR here and at other sizes, SceneEval before and
     after, moments of the latents."""
-    bench, real = ScenesBench(), scaled(images)
+    real = scaled(images)
     latents = codec.encode(real)
     found = {f"psnr_{side}": round(psnr(codec, resized(real[:256], side)), 2) for side in SIZES}
     scores = {
@@ -351,20 +351,6 @@ def judged(codec: LatentCodec, images: Tensor, captions: Sequence[Caption]) -> d
             for name, row in scores.items()
         },
     }
-
-
-def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` with ``a.b.c=value`` set. Raises UserError for a path that does not lead through what is there."""
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        *way, leaf = path.split(".")
-        inner: Any = values
-        for key in way:
-            inner = inner.get(key) if isinstance(inner, dict) else None
-        if not equals or not way or not isinstance(inner, dict):
-            raise UserError(f"override {text!r} is not understood", cure="write codec.engine.steps=100 or the like")
-        inner[leaf] = yaml.safe_load(value)
-    return values
 
 
 # --- the teachers -----------------------------------------------------------------------------------------------------
@@ -388,6 +374,7 @@ def teacher_data(n: int, seed: int, space: TextImageSpace) -> CaptionedData:
 
 
 def teach_scenes(
+    bench: ScenesBench,
     name: str,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -420,7 +407,7 @@ def teach_scenes(
     # Saved before the long scoring, so that an interruption there loses nothing.
     TextImageGenerator(trained, ODESampler(), shared).save(folder, components, torch.float16)
     cost = {"train_seconds": round(trainer.seconds), "steps": config.steps, "batch": config.batch}
-    return score_scenes_teacher(folder, recipe, data.origin, cost)
+    return score_scenes_teacher(bench, folder, recipe, data.origin, cost)
 
 
 def start_as_identity(network: Any) -> None:
@@ -432,11 +419,13 @@ def start_as_identity(network: Any) -> None:
                 nn.init.zeros_(parameter)
 
 
-def score_scenes_teacher(folder: Path, recipe: TeacherRecipe, origin: str, cost: dict[str, Any]) -> dict[str, Any]:
+def score_scenes_teacher(
+    bench: ScenesBench, folder: Path, recipe: TeacherRecipe, origin: str, cost: dict[str, Any]
+) -> dict[str, Any]:
     """Score every sampler of the recipe's ``evaluate`` section at N samples, make the one of the highest SceneEval the
     folder's own, and write ``card.json``."""
     n, seed = recipe.evaluate["n"], recipe.evaluate.get("seed", 1234)
-    bench, teacher = ScenesBench(), TextImageGenerator.load(folder)
+    teacher = TextImageGenerator.load(folder)
     captions = bench.captions(n)
     texts = [caption.text for caption in captions]
     samplers = [ODESampler(**entry) for entry in recipe.evaluate["samplers"]]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stillroom.errors import UserError
 from stillroom.task import Part
-from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.parts import Example, denoiser_facts, denoiser_parts, exported_denoiser
+
+if TYPE_CHECKING:
+    from stillroom.tasks.class_images.model import ImageGenerator
 
 
 def parts(model: ImageGenerator, whole: bool) -> dict[str, Part]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import config_of
 from stillroom.task import FileJudge, Part
-from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.parts import ROWS, Logits, accuracy_of, only_drawings_are_whole, pixels
+
+if TYPE_CHECKING:
+    from stillroom.tasks.classify.model import ImageClassifier
 
 
 def parts(model: ImageClassifier, whole: bool, size: tuple[int, int] | None) -> dict[str, Part]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.task import FileJudge, Part
-from stillroom.tasks.classify_text.model import TextClassifier
 from stillroom.tasks.parts import ROWS, Logits, accuracy_of, only_drawings_are_whole, token_ids
+
+if TYPE_CHECKING:
+    from stillroom.tasks.classify_text.model import TextClassifier
 
 TOKENS = 12
 """Length of the random texts that a file is made, compared and timed with."""

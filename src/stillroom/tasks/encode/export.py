@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,8 +11,10 @@ from stillroom.evaluation.probes import linear_probe, nearest_neighbours
 from stillroom.networks.mae import encode
 from stillroom.networks.vit import encoder_of
 from stillroom.task import FileJudge, Part, Runner
-from stillroom.tasks.encode.model import ImageEncoder
 from stillroom.tasks.parts import ROWS, answers, only_drawings_are_whole, pixels, share_right
+
+if TYPE_CHECKING:
+    from stillroom.tasks.encode.model import ImageEncoder
 
 PROBE = 3000
 """Labelled training rows that a probe learns from."""

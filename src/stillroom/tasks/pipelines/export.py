@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import UserError
 from stillroom.task import Part
 from stillroom.tasks.parts import denoiser_facts, denoiser_parts, exported_denoiser, text_features
-from stillroom.tasks.pipelines.model import PipelineGenerator
+
+if TYPE_CHECKING:
+    from stillroom.tasks.pipelines.model import PipelineGenerator
 
 
 def parts(model: PipelineGenerator, whole: bool) -> dict[str, Part]:

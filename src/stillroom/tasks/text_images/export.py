@@ -7,7 +7,7 @@ takes all tokens under a mask.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from stillroom.tasks.parts import (
     token_ids,
     with_parts,
 )
-from stillroom.tasks.text_images.model import TextImageGenerator
+
+if TYPE_CHECKING:
+    from stillroom.tasks.text_images.model import TextImageGenerator
 
 
 def parts(model: TextImageGenerator, whole: bool) -> dict[str, Part]:
