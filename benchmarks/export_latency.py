@@ -40,7 +40,7 @@ def classifier() -> ImageClassifier:
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(STEPS):
         batch = data.batch(0, step, BATCH)
-        loss = F.cross_entropy(network(batch["image"]).logits, batch["cond"]["label"])
+        loss = F.cross_entropy(network(batch["x"]).logits, batch["cond"]["label"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

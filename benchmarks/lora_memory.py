@@ -35,7 +35,7 @@ class Noise:
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> dict[str, Any]:
         images: Tensor = torch.rand(size, 1, 28, 28, generator=torch.Generator().manual_seed(step))[rows] * 2 - 1
-        return {"image": images, "cond": {"label": torch.arange(size)[rows] % 10}}
+        return {"x": images, "cond": {"label": torch.arange(size)[rows] % 10}}
 
 
 def network() -> Denoiser:

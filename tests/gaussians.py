@@ -168,7 +168,7 @@ def play(method: Method, name: str, batch: Batch, seed: int = 0, train_all: bool
         for parameter in method.trained_parameters(role).values():
             parameter.requires_grad_(True)
     method.zero_grad(set_to_none=True)
-    sizes = [len(v) for v in batch["cond"].values()] or [len(batch["image"])]
+    sizes = [len(v) for v in batch["cond"].values()] or [len(batch["x"])]
     method.draw = draws(sizes[0], seed)
     terms = getattr(method, name)(batch)
     sum(terms.values()).backward()  # type: ignore[union-attr]

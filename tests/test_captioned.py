@@ -61,7 +61,7 @@ def test_a_batch_pairs_each_image_with_its_caption(encoded: CaptionedData) -> No
     assert sorted(batch["index"].tolist()) == [0, 1, 2, 3, 4]
     assert batch["index"].dtype == torch.int64
     for row, index in enumerate(batch["index"].tolist()):
-        for key, value in (("image", encoded.mean), ("std", encoded.std), ("mirrored", encoded.mirrored),
+        for key, value in (("x", encoded.mean), ("std", encoded.std), ("mirrored", encoded.mirrored),
                            ("mirrored_std", encoded.mirrored_std)):  # fmt: skip
             assert value is not None
             assert batch[key].dtype == torch.float32
@@ -73,7 +73,7 @@ def test_a_batch_pairs_each_image_with_its_caption(encoded: CaptionedData) -> No
 
 
 def test_what_there_is_not_is_left_out() -> None:
-    assert set(made().batch(0, 0, 2)) == {"image", "index", "cond"}
+    assert set(made().batch(0, 0, 2)) == {"x", "index", "cond"}
 
 
 def test_batches_follow_from_seed_and_step_and_rows_are_parts_of_them() -> None:
@@ -83,7 +83,7 @@ def test_batches_follow_from_seed_and_step_and_rows_are_parts_of_them() -> None:
         assert torch.equal(whole["index"], again["index"])
         parts = [data.batch(3, step, 4, slice(k, k + 2)) for k in (0, 2)]
         assert torch.equal(torch.cat([part["index"] for part in parts]), whole["index"])
-        assert torch.equal(torch.cat([part["image"] for part in parts]), whole["image"])
+        assert torch.equal(torch.cat([part["x"] for part in parts]), whole["x"])
         states = "encoder_hidden_states"
         assert torch.equal(torch.cat([part["cond"][states] for part in parts]), whole["cond"][states])
     orders = {tuple(data.batch(seed, 0, 6)["index"].tolist()) for seed in range(5)}
@@ -95,7 +95,7 @@ def test_batches_follow_from_seed_and_step_and_rows_are_parts_of_them() -> None:
 def test_parts_are_data_of_their_own() -> None:
     pairs = made(4, name="pairs")
     data = made(parts={"pairs": pairs})
-    assert data.parts["pairs"].batch(0, 0, 4)["image"].shape == (4, 2, 4, 4)
+    assert data.parts["pairs"].batch(0, 0, 4)["x"].shape == (4, 2, 4, 4)
     assert made().fingerprint != data.fingerprint
 
 

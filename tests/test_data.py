@@ -69,13 +69,13 @@ def test_rows_are_a_slice_of_the_global_batch_whatever_was_read_before(numbered:
     whole = numbered.batch(seed=5, step=7, size=6)
     fresh = ArrayData(numbered.array, numbered.cond, numbered.classes)
     part = fresh.batch(seed=5, step=7, size=6, rows=slice(2, 4))
-    assert torch.equal(part["image"], whole["image"][2:4])
+    assert torch.equal(part["x"], whole["x"][2:4])
     assert torch.equal(part["cond"][LABELS], whole["cond"][LABELS][2:4])
 
 
 def test_labels_travel_with_their_images(numbered: ArrayData) -> None:
     batch = numbered.batch(0, 0, 10)
-    values = (batch["image"].flatten() + 1).mul(127.5).round().long()
+    values = (batch["x"].flatten() + 1).mul(127.5).round().long()
     assert torch.equal(values % 2, batch["cond"][LABELS])
 
 

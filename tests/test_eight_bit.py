@@ -35,7 +35,7 @@ class Wide(Method):
 
     @turn(trains="student", optim=Optim(lr=1e-3, weight_decay=0.01))
     def fit(self, batch: Any) -> dict[str, Tensor]:
-        x = self.draw.normal(len(batch["image"]), 128)
+        x = self.draw.normal(len(batch["x"]), 128)
         return {"mse": (self.student(x) - x @ self.goal).square().mean()}
 
 

@@ -248,7 +248,7 @@ def test_bf16_networks_hand_out_fp32_and_weights_stay_fp32() -> None:
     class Watched(Toy):
         @turn(trains="critic")
         def follow(self, batch: Any) -> dict[str, Tensor]:
-            seen.add(self.student(batch["image"]).dtype)
+            seen.add(self.student(batch["x"]).dtype)
             return super().follow(batch)
 
     method = Watched()

@@ -285,7 +285,7 @@ class Alone(Method):
 
     @turn(trains="student")
     def fit(self, batch: Batch) -> Terms:
-        return {"size": self.student(batch["image"]).square().mean()}
+        return {"size": self.student(batch["x"]).square().mean()}
 
 
 def test_what_cannot_work_is_one_line(denoiser: Any) -> None:

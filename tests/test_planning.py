@@ -63,7 +63,7 @@ class Regression(Method):
 
     @turn(trains="student", every="again")
     def fit(self, batch: Batch) -> Terms:
-        return {"error": self.student(batch["image"]).square().mean()}
+        return {"error": self.student(batch["x"]).square().mean()}
 
 
 def regression() -> Method:
@@ -233,7 +233,7 @@ def test_a_turn_that_needs_values_of_its_networks_is_refused() -> None:
     class Curious(Regression):
         @turn(trains="student")
         def fit(self, batch: Batch) -> Terms:
-            error = self.student(batch["image"]).square().mean()
+            error = self.student(batch["x"]).square().mean()
             return {"error": error if float(error) > 1 else 2 * error}
 
     def make() -> Method:

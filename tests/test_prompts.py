@@ -273,8 +273,8 @@ def test_what_is_cached_is_not_computed_again(tmp_path: Path) -> None:
     again = encode_prompts(Listed(TWO_SHARDS, True), encoder, tmp_path / "c", lambda _: None)
     assert encoder.prompts == []
     one, two = first.batch(0, 3, 16), again.batch(0, 3, 16)
-    assert torch.equal(one["image"], two["image"])
-    assert one["image"].shape == (16, 3, 1, 1)
+    assert torch.equal(one["x"], two["x"])
+    assert one["x"].shape == (16, 3, 1, 1)
     assert torch.equal(one["cond"]["states"], two["cond"]["states"])
     (tmp_path / "c" / "index.json").unlink()  # as an interrupted encoding leaves it
     (tmp_path / "c" / "000001.safetensors").unlink()
@@ -292,7 +292,7 @@ def test_features_beyond_half_precision_are_kept() -> None:
 def test_prompts_alone_have_no_images() -> None:
     batch = encode_prompts(Listed(TEXTS), Counting(), report=lambda _: None).batch(0, 0, 2)
     with pytest.raises(UserError, match="prompts alone"):
-        batch["image"]
+        batch["x"]
     with pytest.raises(KeyError):
         batch["other"]
     with pytest.raises(UserError, match="no prompts"):

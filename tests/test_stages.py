@@ -24,7 +24,7 @@ class Shifted(Points):
     """Other data: the same points, moved."""
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> dict[str, Tensor]:
-        return {"image": super().batch(seed, step, size, rows)["image"] + 5.0}
+        return {"x": super().batch(seed, step, size, rows)["x"] + 5.0}
 
 
 class Parted(Points):
@@ -55,9 +55,9 @@ class TwoStages(Toy):
 
     @turn(trains="student")
     def hold(self, batch: Any) -> dict[str, Tensor]:
-        self.seen.append((self.step, batch["image"].mean().item()))
-        x = self.student(batch["image"])
-        return {"hold": (x - self.reference(batch["image"])).square().mean() + (x - self.target).square().mean()}
+        self.seen.append((self.step, batch["x"].mean().item()))
+        x = self.student(batch["x"])
+        return {"hold": (x - self.reference(batch["x"])).square().mean() + (x - self.target).square().mean()}
 
 
 def made(folder: Path | None = None, resume: bool = False, data: Any = None, **settings: Any) -> Trainer:
@@ -147,13 +147,13 @@ def reads(cls: type[Reads], folder: Path | None = None, resume: bool = False, **
 def test_a_stage_may_read_several_parts_at_once_each_in_an_order_of_its_own() -> None:
     run = reads(Reads)
     run.fit()
-    one, two = ([batch[name]["image"].flatten().tolist() for batch in run.method.seen] for name in ("one", "two"))
+    one, two = ([batch[name]["x"].flatten().tolist() for batch in run.method.seen] for name in ("one", "two"))
     assert sorted(one[0] + one[1]) == list(range(100, 108))
     assert sorted(two[0] + two[1]) == list(range(200, 208))
     assert [x + 100 for x in one[0] + one[1]] != two[0] + two[1]
     split = reads(Reads, accumulate=2)
     split.fit()
-    rows = [batch["two"]["image"].flatten().tolist() for batch in split.method.seen]
+    rows = [batch["two"]["x"].flatten().tolist() for batch in split.method.seen]
     assert [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)] == two
 
 
@@ -168,7 +168,7 @@ class Makes(Reads):
         if stage.kind != "own" or resumed:
             return None
         type(self).drawn += 1
-        return {"made": data.array + 1000 * type(self).drawn, "image": -data.array}
+        return {"made": data.array + 1000 * type(self).drawn, "x": -data.array}
 
 
 def test_a_stage_reads_what_the_method_made_for_it_beside_its_own_rows() -> None:
@@ -177,8 +177,8 @@ def test_a_stage_reads_what_the_method_made_for_it_beside_its_own_rows() -> None
     run.fit()
     assert all("made" not in batch for batch in run.method.seen[:2])
     for batch in run.method.seen[2:]:
-        assert torch.equal(batch["made"] - 1000, -batch["image"])  # the same rows; a name of the data's own is replaced
-        assert torch.equal(batch["image"].flatten(), -batch["index"].float())
+        assert torch.equal(batch["made"] - 1000, -batch["x"])  # the same rows; a name of the data's own is replaced
+        assert torch.equal(batch["x"].flatten(), -batch["index"].float())
 
 
 def test_the_run_folder_keeps_it_for_a_resumed_run(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_run_folder_keeps_it_for_a_resumed_run(tmp_path: Path) -> None:
     again = reads(Makes, tmp_path, resume=True)
     again.fit()
     assert Makes.drawn == 1
-    assert all(torch.equal(batch["made"] - 1000, -batch["image"]) for batch in again.method.seen)
+    assert all(torch.equal(batch["made"] - 1000, -batch["x"]) for batch in again.method.seen)
 
 
 def test_a_resumed_run_whose_stage_data_are_gone_says_so(tmp_path: Path) -> None:
@@ -359,11 +359,11 @@ class Counts(Reads):
     plan = (Stage("all"),)
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
-        return {"positive": (batch["image"] > 0).sum()}
+        return {"positive": (batch["x"] > 0).sum()}
 
     @turn(trains="student")
     def read(self, batch: Any) -> dict[str, Tensor]:
-        x, count = batch["image"], (batch["image"] > 0).sum().clamp(min=1)
+        x, count = batch["x"], (batch["x"] > 0).sum().clamp(min=1)
         mean = torch.where(x > 0, self.student.weight * x, 0 * x).sum() / count
         return {"rows": x.mean() * self.student.weight.mean(), "positive": self.over("positive", mean)}
 

@@ -53,12 +53,12 @@ def test_the_tokenizer_knows_every_word_and_every_caption_fits() -> None:
 
 def test_endless_scenes_follow_from_seed_and_step() -> None:
     data = EndlessScenes()
-    whole = data.batch(1, 5, 8, slice(0, 8))["image"]
-    assert torch.equal(data.batch(1, 5, 8, slice(4, 8))["image"], whole[4:])
+    whole = data.batch(1, 5, 8, slice(0, 8))["x"]
+    assert torch.equal(data.batch(1, 5, 8, slice(4, 8))["x"], whole[4:])
     assert whole.shape == (8, 3, 32, 32)
     assert float(whole.min()) >= -1
-    assert not torch.equal(data.batch(1, 6, 8, slice(0, 8))["image"], whole)
-    assert {data.batch(0, step, 4, slice(0, 4))["image"].shape[-1] for step in range(8)} == {24, 32, 48}
+    assert not torch.equal(data.batch(1, 6, 8, slice(0, 8))["x"], whole)
+    assert {data.batch(0, step, 4, slice(0, 4))["x"].shape[-1] for step in range(8)} == {24, 32, 48}
 
 
 def test_full_scenes_hold_four_digits_and_nothing_that_is_held_out() -> None:

@@ -86,13 +86,13 @@ class Captioned:
 
     def rows(self, index: Tensor) -> dict[str, Any]:
         found = {
-            "image": self.mean[index].float(),
+            "x": self.mean[index].float(),
             "std": self.std[index].float(),
             "index": index,
             "cond": {TEXT: self.text[TEXT][self.which[index]]},
         }
         if self.mirror:
-            found |= {"mirrored": found["image"].flip(-1), "mirrored_std": found["std"]}
+            found |= {"mirrored": found["x"].flip(-1), "mirrored_std": found["std"]}
         return found
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> dict[str, Any]:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from stillroom.diffusion.sampling import Sampler
 
 Batch = Mapping[str, Any]
-"""``{"image": [B, C, H, W], "cond": {name: [B, ...]}}``; a method reads what it needs (image-free: ``cond`` only)."""
+"""``{"x": [B, ...], "cond": {name: [B, ...]}}``; ``x`` is what the data hold: images, latents, vectors. A method reads
+what it needs (image-free: ``cond`` only)."""
 
 Terms = dict[str, Tensor]
 """Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name."""

@@ -101,13 +101,13 @@ class Toy(Method):
 
     @turn(trains="student", every="period", optim=Optim(lr=1e-2))
     def generator(self, batch: Any) -> dict[str, Tensor]:
-        x = self.student(self.draw.normal(*batch["image"].shape))
+        x = self.student(self.draw.normal(*batch["x"].shape))
         self.shared["x"] = x.detach()
         self.note("std", x.std())
         noisy = x + 0.5 * self.draw.normal_like(x)
         return {
             "match": (self.teacher(noisy) - self.critic(noisy)).square().mean(),
-            "data": 0.1 * (x - batch["image"]).square().mean(),
+            "data": 0.1 * (x - batch["x"]).square().mean(),
         }
 
     @turn(trains="critic", optim=Optim(lr=2e-2, clip_norm=0.5))
@@ -115,7 +115,7 @@ class Toy(Method):
         x = self.shared.get("x")
         if x is None:
             with torch.no_grad():
-                x = self.student(self.draw.normal(*batch["image"].shape))
+                x = self.student(self.draw.normal(*batch["x"].shape))
         noisy = x + 0.5 * self.draw.normal_like(x)
         return {"denoise": (self.critic(noisy) - x).square().mean()}
 
@@ -125,7 +125,7 @@ class Points:
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        return {"image": torch.randn(size, TOKENS, WIDTH, generator=generator)[rows]}
+        return {"x": torch.randn(size, TOKENS, WIDTH, generator=generator)[rows]}
 
 
 SETTINGS: dict[str, Any] = {

@@ -80,7 +80,7 @@ class Denoising(Method):
 
     @turn(trains="student", optim=Optim(lr=1e-3))
     def denoise(self, batch: Batch) -> Terms:
-        x0, process = batch["image"], self.student.process
+        x0, process = batch["x"], self.student.process
         t, eps = self.options.times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         drop = self.draw.uniform(len(x0)).to(x0.device) < self.options.label_drop
         given = {name: batch["cond"][name] for name in self.student.null}

@@ -128,11 +128,11 @@ class ArrayData:
         )
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
-        """``rows`` of the global batch of ``step``: ``{"image": [rows, ...], "cond": {name: [rows, ...]}, "id": [rows],
+        """``rows`` of the global batch of ``step``: ``{"x": [rows, ...], "cond": {name: [rows, ...]}, "id": [rows],
         "index": [rows]}``, ``index`` being their numbers in these data."""
         index = self.indices(seed, step, size)[rows if rows is not None else slice(None)]
         cond = {key: value[index] for key, value in self.cond.items()}
-        return {"image": self.images(index), "cond": cond, "id": self.ids[index], "index": index}
+        return {"x": self.images(index), "cond": cond, "id": self.ids[index], "index": index}
 
     def reordered(self, seed: int) -> Reordered:
         """The same rows in an order of their own, whatever the run's seed."""

@@ -149,7 +149,7 @@ def _fill_tab(gr: Any, studio: Studio, shelf: Any, drawn: dict[str, Any]) -> Non
                 js_on_load=(HERE / "easel.js").read_text(encoding="utf-8"), apply_default_css=False,
                 elem_id="sr-easel",
             )  # fmt: skip
-            file = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id="sr-upload")
+            file = gr.UploadButton("Upload a picture", file_types=["x"], size="sm", elem_id="sr-upload")
         with gr.Column(scale=6, min_width=300):
             wish = gr.Textbox(
                 label="Caption of the whole picture", max_lines=3, placeholder="what the filled picture is to show"

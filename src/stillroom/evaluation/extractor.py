@@ -118,7 +118,7 @@ def _train(
     net.train()
     for step in range(epochs * per_epoch):
         rows = train.batch(seed, step, batch)
-        images = _shifted(rows["image"])
+        images = _shifted(rows["x"])
         features = net.body(images)
         guess = F.cross_entropy(net.classify(features), rows["cond"][LABELS], label_smoothing=0.05)
         rebuilt = F.mse_loss(net.rebuild(features), images.flatten(1))

@@ -134,7 +134,7 @@ def test_the_terms_are_the_papers() -> None:
     batch = stream(read)
     terms = method.distil(batch)
     few = batch["few"]
-    images = torch.cat([few["image"], batch["unlabelled"]["image"]])
+    images = torch.cat([few["x"], batch["unlabelled"]["x"]])
     output, p = method.student(images), (method.teacher(images) / 3).softmax(-1)
     q = (output[:, C:] / 3).log_softmax(-1)
     kl = (p * (p.log() - q)).sum(-1)
@@ -279,7 +279,7 @@ def test_student_and_teacher_see_the_same_view() -> None:
     method.distil(batch)
     assert torch.equal(seen[0], seen[1])
     assert len(seen[0]) == 12
-    assert not torch.equal(seen[0][6:], batch["unlabelled"]["image"])
+    assert not torch.equal(seen[0][6:], batch["unlabelled"]["x"])
 
 
 def test_crops_keep_their_share_of_the_image() -> None:

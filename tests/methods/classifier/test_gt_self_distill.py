@@ -314,8 +314,8 @@ def test_the_loss_has_the_gradient_of_one_mixed_target() -> None:
     found = [p.grad.clone() for p in method.student.parameters()]
     method.student.zero_grad()
     one_hot = torch.eye(3)[batch["cond"]["label"]]
-    target = 0.3 * one_hot + 0.7 * method.teacher(batch["image"]).softmax(-1).detach()
-    p = method.student(batch["image"]).softmax(-1)
+    target = 0.3 * one_hot + 0.7 * method.teacher(batch["x"]).softmax(-1).detach()
+    p = method.student(batch["x"]).softmax(-1)
     norms = sum(w.square().sum().sqrt() for w in method.student.parameters())
     (((p - target) ** 2).sum() / 30 + 0.01 * norms).backward()
     for mine, w in zip(found, method.student.parameters(), strict=True):
@@ -329,7 +329,7 @@ def test_the_first_round_knows_labels_only() -> None:
     method.enter(method.stage, None, resumed=False)
     terms = method.match(batch)
     assert set(terms) == {"truth"}
-    p = method.student(batch["image"]).softmax(-1)
+    p = method.student(batch["x"]).softmax(-1)
     expected = ((p - torch.eye(3)[batch["cond"]["label"]]) ** 2).mean()
     torch.testing.assert_close(terms["truth"], expected)
 

@@ -97,7 +97,7 @@ def test_the_students_loss_is_soft_labels_and_the_discriminators_loss_with_its_o
     sum(terms.values()).backward()
     found = {name: p.grad.clone() for name, p in method.student.named_parameters()}
     method.student.zero_grad()
-    images = batch["image"]
+    images = batch["x"]
     each = torch.stack([teacher(images) for teacher in method.ensemble]).detach()
     logits = method.student(images)
     ours, theirs = method.discriminator(logits), method.discriminator(each.mean(0))
@@ -122,10 +122,10 @@ def test_the_students_loss_is_soft_labels_and_the_discriminators_loss_with_its_o
 def test_labels_enter_by_their_weight(weight: float) -> None:
     method, batch = built(network(1), gt_weight=weight, discriminator=0.0), data().batch(0, 0, 6)
     terms = method.distil(batch)
-    q = method.student(batch["image"]).log_softmax(-1)
+    q = method.student(batch["x"]).log_softmax(-1)
     label = -q[torch.arange(6), batch["cond"]["label"]].mean()
     torch.testing.assert_close(terms["label"], weight * label)
-    soft = soft_cross_entropy(q, method.taught(batch["image"])[0])
+    soft = soft_cross_entropy(q, method.taught(batch["x"])[0])
     torch.testing.assert_close(terms["soft"], (1 - weight) * soft)
 
 

@@ -67,7 +67,7 @@ def by_hand(method: DMAE, images: Tensor, block: int, teacher_block: int) -> tup
 def test_the_terms_are_the_papers() -> None:
     method, batch = built(alpha=3.0), data().batch(0, 0, 6)
     terms = method.pretrain(batch)
-    ours, theirs, errors = by_hand(method, batch["image"], 2, 4)  # 3/4 of 4 and (rounded up) of 6 blocks
+    ours, theirs, errors = by_hand(method, batch["x"], 2, 4)  # 3/4 of 4 and (rounded up) of 6 blocks
     unit = [x / x.square().sum(-1, keepdim=True).sqrt() for x in (ours, theirs)]
     torch.testing.assert_close(terms["features"], 3.0 * (unit[0] - unit[1]).abs().mean())
     torch.testing.assert_close(terms["pixels"], errors)
@@ -91,13 +91,13 @@ def test_the_terms_are_the_papers() -> None:
 )
 def test_distances_and_normalisations_are_options(options: dict[str, Any], expected: Any) -> None:
     method, batch = built(**options), data().batch(0, 0, 6)
-    ours, theirs, _ = by_hand(method, batch["image"], 2, 4)
+    ours, theirs, _ = by_hand(method, batch["x"], 2, 4)
     torch.testing.assert_close(method.pretrain(batch)["features"], expected(ours, theirs))
 
 
 def test_blocks_may_be_chosen() -> None:
     method, batch = built(student_block=0, teacher_block=1, normalise="none"), data().batch(0, 0, 6)
-    ours, theirs, _ = by_hand(method, batch["image"], 0, 1)
+    ours, theirs, _ = by_hand(method, batch["x"], 0, 1)
     torch.testing.assert_close(method.pretrain(batch)["features"], (ours - theirs).abs().mean())
     with pytest.raises(UserError, match="no block 9"):
         built(student_block=9)
@@ -141,7 +141,7 @@ def test_without_alpha_it_is_a_plain_masked_autoencoder() -> None:
     batch = data().batch(0, 0, 6)
     terms = method.eval().pretrain(batch)
     student.config.mask_ratio = 0.5
-    torch.testing.assert_close(terms["pixels"], student.eval()(batch["image"], noise=draws().uniform(6, 9)).loss)
+    torch.testing.assert_close(terms["pixels"], student.eval()(batch["x"], noise=draws().uniform(6, 9)).loss)
     assert set(terms) == {"pixels"}
     assert method.turns()[0].trains == ("student", "decoder")
 

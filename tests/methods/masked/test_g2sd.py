@@ -81,7 +81,7 @@ def smooth(gap: Tensor, beta: float) -> Tensor:
 # --- generic ----------------------------------------------------------------------------------------------------------
 def test_the_decoder_half_way_is_the_target_for_all_tokens() -> None:
     method, batch = built(), data().batch(0, 0, 6)
-    ours, theirs, _ = both_sides(method, batch["image"])
+    ours, theirs, _ = both_sides(method, batch["x"])
     target = (theirs - theirs.mean(-1, keepdim=True)) / (theirs.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     assert ours.shape == (6, 10, 64)  # class token and all 9 patches
     torch.testing.assert_close(method.generic(batch)["features"], smooth(ours - target, 2.0).mean())
@@ -91,7 +91,7 @@ def test_the_decoder_half_way_is_the_target_for_all_tokens() -> None:
 
 def test_removed_patches_alone_leave_the_class_token_out() -> None:
     method, batch = built(supervise="masked", whiten=False), data().batch(0, 0, 6)
-    ours, theirs, mask = both_sides(method, batch["image"])
+    ours, theirs, mask = both_sides(method, batch["x"])
     per_token = smooth(ours - theirs, 2.0).mean(-1)[:, 1:]
     torch.testing.assert_close(method.generic(batch)["features"], per_token[mask.mask].mean())
 
@@ -102,8 +102,8 @@ def test_encoder_features_are_an_option() -> None:
     assert set(plain.generic(batch)) == {"features"}
     assert "encoder_head" in more.turns()[0].trains
     mask = masking(draws().uniform(6, 9), 0.5)
-    latent = encode(more.teacher.vit, batch["image"], mask.ids_keep)  # type: ignore[arg-type]
-    told = more.encoder_head(encode(more.encoder, batch["image"], mask.ids_keep))
+    latent = encode(more.teacher.vit, batch["x"], mask.ids_keep)  # type: ignore[arg-type]
+    told = more.encoder_head(encode(more.encoder, batch["x"], mask.ids_keep))
     expected = 0.5 * smooth(told - F.layer_norm(latent, (96,), eps=1e-6), 2.0).mean()
     torch.testing.assert_close(more.generic(batch)["encoder"], expected)
 
@@ -127,7 +127,7 @@ def test_pixels_are_the_plain_masked_autoencoder() -> None:
     method, batch = built(target="pixels"), data().batch(0, 0, 6)
     student: Any = networks()[0].eval()
     student.config.mask_ratio = 0.5
-    expected = student(batch["image"], noise=draws().uniform(6, 9)).loss
+    expected = student(batch["x"], noise=draws().uniform(6, 9)).loss
     torch.testing.assert_close(method.generic(batch)["pixels"], expected)
     assert not hasattr(method, "teacher")
 
@@ -138,8 +138,8 @@ def test_half_labels_half_decisions() -> None:
     for head in ("cls_classifier", "distillation_classifier"):
         nn.init.normal_(getattr(method.student, head).weight)
     terms = method.specific(batch)
-    output: Any = method.student(batch["image"])
-    label, told = batch["cond"]["label"], method.tutor(batch["image"]).argmax(-1)
+    output: Any = method.student(batch["x"])
+    label, told = batch["cond"]["label"], method.tutor(batch["x"]).argmax(-1)
     log_s, log_d = output.cls_logits.log_softmax(-1), output.distillation_logits.log_softmax(-1)
     rows = torch.arange(6)
     torch.testing.assert_close(terms["label"], -0.5 * (0.9 * log_s[rows, label] + 0.1 * log_s.mean(-1)).mean())
@@ -158,10 +158,10 @@ def test_labels_alone_and_soft_labels_are_options() -> None:
     for method in (plain, nkd):
         assert type(method.student).__name__ == "DeiTForImageClassification"
         nn.init.normal_(method.student.classifier.weight)
-    logits: Any = plain.student(batch["image"]).logits  # type: ignore[operator]
+    logits: Any = plain.student(batch["x"]).logits  # type: ignore[operator]
     torch.testing.assert_close(plain.specific(batch)["label"], F.cross_entropy(logits, batch["cond"]["label"]))
-    logits = nkd.student(batch["image"]).logits  # type: ignore[operator]
-    expected = decoupled_loss(logits, nkd.tutor(batch["image"]), batch["cond"]["label"])
+    logits = nkd.student(batch["x"]).logits  # type: ignore[operator]
+    expected = decoupled_loss(logits, nkd.tutor(batch["x"]), batch["cond"]["label"])
     torch.testing.assert_close(nkd.specific(batch)["nkd"], expected)
     assert not hasattr(plain, "tutor")
 
@@ -284,12 +284,12 @@ def test_the_face_makes_a_classifier_that_transformers_loads(tmp_path: Path) -> 
 
 def test_misled_teachers_see_other_images() -> None:
     method, batch = built(), data().batch(0, 0, 6)
-    told = method.told(batch["image"])
+    told = method.told(batch["x"])
     mask = masking(draws().uniform(6, 9), 0.5)
-    hidden = method.target(batch["image"], mask)[0]
+    hidden = method.target(batch["x"], mask)[0]
     EncoderBench().mislead(method, data())
-    torch.testing.assert_close(method.told(batch["image"]), told.roll(1, 0))
-    assert not torch.allclose(method.target(batch["image"], mask)[0], hidden)
+    torch.testing.assert_close(method.told(batch["x"]), told.roll(1, 0))
+    assert not torch.allclose(method.target(batch["x"], mask)[0], hidden)
 
 
 def test_missing_teachers_are_named() -> None:

@@ -110,7 +110,7 @@ def test_the_terms_are_the_papers(theta: float) -> None:
     teacher: Any = method.masters[0]
     kept = method.informative(images) if theta else torch.arange(25).expand(4, -1)
     rows = [[0, *(k + 1 for k in one)] for one in kept.tolist()]
-    terms = method.distil({"image": images})
+    terms = method.distil({"x": images})
     told = torch.stack([h[r] for h, r in zip(teacher(images).last_hidden_state, rows, strict=True)])
     told = (told - told.mean(-1, keepdim=True)) / (told.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     gap = method.projector(encode(method.student, images, kept)) - told
@@ -127,7 +127,7 @@ def test_the_terms_are_the_papers(theta: float) -> None:
 
 
 def test_ablations_are_options() -> None:
-    batch = {"image": data().images(slice(4))}
+    batch = {"x": data().images(slice(4))}
     base = built(theta=0.0).distil(batch)
     assert set(built(theta=0.0, beta=0.0).distil(batch)) == {"features"}
     alone = built(theta=0.0, alpha=0.0)
@@ -148,17 +148,17 @@ def test_a_target_need_not_be_whitened() -> None:
         method.masters[0].layernorm.weight.mul_(3)  # type: ignore[union-attr, operator]
     gap = method.projector(encode(method.student, images)) - method.masters[0](images).last_hidden_state
     huber = torch.where(gap.abs() < 1, gap.square() / 2, gap.abs() - 0.5).mean()
-    torch.testing.assert_close(method.distil({"image": images})["features"], huber)
+    torch.testing.assert_close(method.distil({"x": images})["features"], huber)
 
 
 def test_gradients_reach_student_and_projector_alone() -> None:
     method = built()
-    sum(method.distil({"image": data().images(slice(4))}).values()).backward()  # type: ignore[union-attr]
+    sum(method.distil({"x": data().images(slice(4))}).values()).backward()  # type: ignore[union-attr]
     assert all(p.grad is None for p in method.masters.parameters())
     for role in ("student", "projector"):
         assert all(p.grad is not None for p in method.trained_parameters(role).values()), role
     method = built(alpha=0.0)
-    method.distil({"image": data().images(slice(4))})["relations"].backward()
+    method.distil({"x": data().images(slice(4))})["relations"].backward()
     last: Any = method.student.layers[3]  # type: ignore[index]
     assert last.attention.q_proj.weight.grad is not None
     assert last.attention.v_proj.weight.grad is None
@@ -170,7 +170,7 @@ def test_a_student_that_is_its_masked_teacher_has_no_relations_to_learn() -> Non
     method = HybridDistill(HybridDistill.Options(theta=0.0))
     method.build(masked, [vit, masked])
     method.draw = Draws(torch.Generator().manual_seed(0), slice(0, 4), 4)
-    assert float(method.eval().distil({"image": data().images(slice(4))})["relations"].detach()) < 1e-6
+    assert float(method.eval().distil({"x": data().images(slice(4))})["relations"].detach()) < 1e-6
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -187,10 +187,10 @@ def test_fixed_variance_leaves_the_bound_out() -> None:
 def test_the_posterior_is_sampled_afresh() -> None:
     method, given = build(), batch(Captioned())
     method.draw = draws(B, 1)
-    away = (method.latents(given) - given["image"]) / given["std"]
+    away = (method.latents(given) - given["x"]) / given["std"]
     assert torch.allclose(away, torch.randn(away.shape, generator=torch.Generator().manual_seed(1)), atol=1e-4)
     del given["std"]
-    assert torch.equal(method.latents(given), given["image"])
+    assert torch.equal(method.latents(given), given["x"])
 
 
 @pytest.mark.parametrize("mirror", [0.0, 0.5, 1.0])
@@ -200,7 +200,7 @@ def test_mirrored_images_are_picked_with_their_probability(mirror: float) -> Non
     method.draw = draws(200)
     x = method.latents(given, mirror)
     flipped = (x == given["mirrored"]).flatten(1).all(1)
-    assert bool((flipped | (x == given["image"]).flatten(1).all(1)).all())
+    assert bool((flipped | (x == given["x"]).flatten(1).all(1)).all())
     assert float(flipped.float().mean()) == pytest.approx(mirror, abs=0.08)
 
 
@@ -251,8 +251,8 @@ def test_the_preference_loss_by_four_separate_passes() -> None:
     terms = play(method, "prefer", batch(data), seed=3)
     method.draw = draws(B, 3)
     given = batch(data)
-    noise = method.draw.normal_like(given["image"])
-    win = given["image"] + given["std"] * noise
+    noise = method.draw.normal_like(given["x"])
+    win = given["x"] + given["std"] * noise
     lose = given["loser"].float() + given["loser_std"].float() * noise
     parts, text = method.randomness(win), given["cond"][TEXT]
     policy = [method.student(x, text, **parts).mse for x in (win, lose)]

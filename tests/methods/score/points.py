@@ -48,7 +48,7 @@ def build(slug: str, lora: dict[str, Any] | None = None, **options: Any) -> Any:
 
 def batch(n: int = B) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
-    return {"image": torch.randn(n, 2, generator=generator), "cond": {"label": torch.arange(n) % NULL}}
+    return {"x": torch.randn(n, 2, generator=generator), "cond": {"label": torch.arange(n) % NULL}}
 
 
 def names(method: Method) -> list[str]:
@@ -88,7 +88,7 @@ X0 = ((1.0, 3.0), (-1.0, 1.0))
 def two_points() -> tuple[Tensor, dict[str, Any]]:
     """The two generated points of the hand-worked examples."""
     x0 = torch.tensor(X0, requires_grad=True)
-    return x0, {"image": torch.zeros(2, 2), "cond": {"label": torch.tensor([7, 6])}}
+    return x0, {"x": torch.zeros(2, 2), "cond": {"label": torch.tensor([7, 6])}}
 
 
 def labels_seen(method: Any, name: str, seeds: range) -> list[Tensor]:

@@ -99,7 +99,7 @@ def test_dmd2_without_backward_simulation_starts_later_steps_from_noised_real_da
         method.student.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
         for seed in range(8):
             method.draw = draws(B, seed)
-            method.sample_student(batch() | {"image": torch.full((B, 2), -50.0)}, grad=False)
+            method.sample_student(batch() | {"x": torch.full((B, 2), -50.0)}, grad=False)
         starts[simulated] = {round(float(x.mean()) / 25) for x in inputs}
     assert starts == {True: {0, 1}, False: {0, -1}}  # noise, or half of +-50
 

@@ -70,7 +70,7 @@ def follow(method: Any) -> None:
 
 
 def noise_for(n: int) -> dict[str, Any]:
-    return {"cond": {"unused": torch.zeros(n)}, "image": torch.zeros(n, 2)}
+    return {"cond": {"unused": torch.zeros(n)}, "x": torch.zeros(n, 2)}
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -161,7 +161,7 @@ def test_every_method_steps_and_samples_on_every_process(slug: str, process: str
     for seed in range(3):
         method.shared = {}
         for turn in method.turns():
-            terms = play(method, turn.name, {"image": torch.randn(8, 2), "cond": label}, seed)
+            terms = play(method, turn.name, {"x": torch.randn(8, 2), "cond": label}, seed)
             assert all(bool(torch.isfinite(value)) for value in terms.values()), terms
             for role in turn.trains:
                 gradients = [p.grad for p in method.trained_parameters(role).values() if p.grad is not None]

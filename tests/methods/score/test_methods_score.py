@@ -144,7 +144,7 @@ def exact_world(slug: str, options: dict[str, Any]) -> Any:
 def test_a_step_moves_the_student_s_mean_towards_the_teacher_s(slug: str, options: dict[str, Any]) -> None:
     """Teacher, fake score and discriminator exact; teacher and student are Gaussians of the same width."""
     method = exact_world(slug, options)
-    play(method, "generator", {"image": torch.zeros(4096, 2), "cond": {}})
+    play(method, "generator", {"x": torch.zeros(4096, 2), "cond": {}})
     mean, step = method.student.network.mean.detach(), method.student.network.mean.grad
     away = torch.tensor(TARGET) - mean
     moved_to = mean - 0.1 * step / step.norm()
@@ -287,7 +287,7 @@ def test_the_rows_of_a_split_batch_are_those_of_the_whole(slug: str) -> None:
     whole = play_step(method, 4)
     for rows in (slice(0, B // 2), slice(B // 2, B)):
         method.shared, found = {}, {}
-        part = {"image": batch()["image"][rows], "cond": {"label": batch()["cond"]["label"][rows]}}
+        part = {"x": batch()["x"][rows], "cond": {"label": batch()["cond"]["label"][rows]}}
         for name in names(method):
             method.draw = Draws(torch.Generator().manual_seed(4), rows, B)
             found |= {f"{name}/{term}": value.detach() for term, value in getattr(method, name)(part).items()}

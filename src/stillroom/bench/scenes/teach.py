@@ -76,7 +76,7 @@ class EndlessScenes:
     """Scenes drawn anew for every batch, addressed by (seed, step); float32 in [-1, 1]."""
 
     def batch(self, seed: int, step: int, size: int, rows: slice) -> Batch:
-        """``{"image": [rows, 3, H, W]}``: 32 pixels wide, in every fourth step 24 and 48 by turns. A quarter of the
+        """``{"x": [rows, 3, H, W]}``: 32 pixels wide, in every fourth step 24 and 48 by turns. A quarter of the
         scenes are what captions ask for, the others hold four digits: what there is to learn is in the digits."""
         draw = seeded(f"endless scenes {seed} {step}")
         asked = draw_scenes(sample_captions(size // 4, draw, "train"), draw)
@@ -84,7 +84,7 @@ class EndlessScenes:
         images = scaled(render(scenes, "train", seeded(f"endless pictures {seed} {step}"))[rows])
         if step % 4 == 3:
             images = resized(images, SIZES[step // 4 % 2])
-        return {"image": images}
+        return {"x": images}
 
 
 def full_scenes(n: int, generator: torch.Generator) -> list[Scene]:
@@ -126,7 +126,7 @@ class Reconstruction(Method):
 
     @turn(trains="student", optim=Optim(lr=2e-3))
     def rebuild(self, batch: Batch) -> Terms:
-        x = batch["image"]
+        x = batch["x"]
         posterior = self.student.encode(x).latent_dist  # type: ignore[operator]
         z = posterior.mean + posterior.std * self.draw.normal_like(posterior.mean)
         error = self.student.decode(z).sample - x  # type: ignore[operator]

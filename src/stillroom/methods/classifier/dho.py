@@ -193,7 +193,7 @@ class DHO(Method):
         """Both streams as one: augmented images ``[2 B, ...]``, labelled first, their ids and the numbers of their
         views ``[2 B]``, and the labels ``[B]``. Each image is augmented once, for student and teacher alike."""
         few, many = batch["few"], batch["unlabelled"]
-        images, ids, numbers = zip(*(self._viewed(s["image"], s["id"].cpu()) for s in (few, many)), strict=True)
+        images, ids, numbers = zip(*(self._viewed(s["x"], s["id"].cpu()) for s in (few, many)), strict=True)
         return torch.cat(images), torch.cat(ids), torch.cat(numbers), few["cond"]["label"]
 
     def _viewed(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +213,7 @@ class DHO(Method):
     @turn(trains="cache", optim=Optim(lr=1e-3, weight_decay=1e-2, eps=1e-4), when="adapted")
     def adapt(self, batch: Batch) -> Terms:
         """Tip-Adapter-F (arXiv 2111.03930): the few-shot teacher learns its keys from the labelled images."""
-        images = self._viewed(batch["image"], batch["id"].cpu())[0]
+        images = self._viewed(batch["x"], batch["id"].cpu())[0]
         return {"label": F.cross_entropy(self.teacher(images, self.cache), batch["cond"]["label"])}
 
     # --- losses ---------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ class GTSelfDistill(Method):
     def match(self, batch: Batch) -> Terms:
         """``L_t``, all softmax outputs at temperature 1."""
         o, label = self.options, batch["cond"]["label"]
-        images = moved_and_flipped(batch["image"], self.draw, o.shift, o.flip)
+        images = moved_and_flipped(batch["x"], self.draw, o.shift, o.flip)
         p = class_logits(self.student, images).softmax(-1)
         terms = {"truth": self.weight * probability_mse(p, F.one_hot(label, p.shape[-1]).to(p))}
         if self.stage.round > 1:

@@ -120,7 +120,7 @@ class MEALV2(Method):
             self.store = stored_outputs(o.stored, self._all_logits, data, self.augment, name=name, **kept)
             self.ensemble = nn.ModuleList()
         if self.options.discriminator:
-            rows = data.batch(0, 0, 2)["image"].to(next(self.student.parameters()).device)
+            rows = data.batch(0, 0, 2)["x"].to(next(self.student.parameters()).device)
             classes = class_logits(self.student, rows).shape[-1]
             self.discriminator = LogitDiscriminator(classes, self.options.final_relu).to(rows.device)
 
@@ -141,7 +141,7 @@ class MEALV2(Method):
     # --- labels -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
         """Moved and mirrored; student and teachers see the same."""
-        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
+        return moved_and_flipped(batch["x"], self.draw, self.options.shift, self.options.flip)
 
     @turn(trains="ensemble", optim=Optim(lr=0.05, **OPTIM), when=("untaught", "teach_share"))
     def teach(self, batch: Batch) -> Terms:
@@ -179,7 +179,7 @@ class MEALV2(Method):
         """The batch in one of its numbered views, or in a new one; and the views' keys."""
         if not self.augment.count:
             return self.images(batch), None
-        images, ids = batch["image"], batch["id"].cpu()
+        images, ids = batch["x"], batch["id"].cpu()
         numbers = (self.draw.uniform(len(ids)) * self.augment.count).long().cpu()
         return self.augment.of(images, ids, numbers), (ids, numbers)
 

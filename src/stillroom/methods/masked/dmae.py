@@ -125,7 +125,7 @@ class DMAE(Method):
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
+        return moved_and_flipped(batch["x"], self.draw, self.options.shift, self.options.flip)
 
     def draw_mask(self, images: Tensor) -> Masking:
         """One mask for both networks."""

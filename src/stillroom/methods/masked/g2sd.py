@@ -178,7 +178,7 @@ class G2SD(Method):
 
     # --- generic ------------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
+        return moved_and_flipped(batch["x"], self.draw, self.options.shift, self.options.flip)
 
     @torch.no_grad()
     def target(self, images: Tensor, mask: Masking) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ class HybridDistill(Method):
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def images(self, batch: Batch) -> Tensor:
-        return moved_and_flipped(batch["image"], self.draw, self.options.shift, self.options.flip)
+        return moved_and_flipped(batch["x"], self.draw, self.options.shift, self.options.flip)
 
     @torch.no_grad()
     def informative(self, images: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class LightGen(Method):
     # --- masked training ------------------------------------------------------------------------------------------
     def latents(self, batch: Batch, mirror: float = 0.0) -> Tensor:
         """Mirrored or not, the codec's posterior sampled afresh, ``[B, C, H, W]``."""
-        mean, std = batch["image"], batch.get("std")
+        mean, std = batch["x"], batch.get("std")
         if mirror:
             if "mirrored" not in batch:
                 raise UserError(
@@ -222,7 +222,7 @@ class LightGen(Method):
         """``L_DPO`` (eq. 7): winner and loser, student and reference, under the same randomness."""
         for network in (self.student, self.reference):
             network.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
-        win, std = batch["image"], batch.get("std")
+        win, std = batch["x"], batch.get("std")
         if self.options.winners == "own":
             win, std = batch["winner"].to(win), batch["winner_std"].to(win)
         lose = batch["loser"].to(win)

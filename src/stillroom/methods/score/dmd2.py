@@ -83,7 +83,7 @@ class DMD2(Method):
         as at inference (backward simulation, sec. 4.5) or from noised real data. The graph is that of the last call."""
         if self.options.backward_simulation or len(self.times) == 1:
             return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, renoise=self.options.renoise)
-        k, real = self.draw.index(len(self.times)), batch["image"]
+        k, real = self.draw.index(len(self.times)), batch["x"]
         if k == 0:
             return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=0)
         t = real.new_tensor(self.times[k] * self.student.process.t_max)
@@ -133,7 +133,7 @@ class DMD2(Method):
         terms = {"denoise": loss}
         if o.gan_weight:
             fake_t, t_fake, _ = self.noised(x0, o.critic_times)
-            real_t, t_real, _ = self.noised(batch["image"], o.critic_times)
+            real_t, t_real, _ = self.noised(batch["x"], o.critic_times)
             _, fake_logits = self.discriminator(self.fake, fake_t, t_fake, cond)
             _, real_logits = self.discriminator(self.fake, real_t, t_real, cond)
             terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits)

@@ -122,7 +122,7 @@ class SiDLSG(Method):
         self.note("fake_error", loss)
         terms = {"denoise": loss}
         if o.gan_weight:  # the same time and noise for real and generated
-            real_t = process.add_noise(batch["image"], eps, t)
+            real_t = process.add_noise(batch["x"], eps, t)
             _, real_logits = self.discriminator(self.fake, real_t, t, batch["cond"])
             terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
             self.note("real_logit", real_logits.mean())

@@ -114,7 +114,7 @@ class UniInstruct(Method):
         self.note("fake_error", loss)
         terms = {"denoise": loss}
         if self.needs_ratio:
-            _, real_logits = self.discriminator(self.fake, process.add_noise(batch["image"], eps, t), t, cond)
+            _, real_logits = self.discriminator(self.fake, process.add_noise(batch["x"], eps, t), t, cond)
             terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
             self.note("real_logit", real_logits.mean())
             self.note("fake_logit", fake_logits.mean())

@@ -53,13 +53,13 @@ class PromptedData:
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
         """``rows`` of the global batch of ``step``: ``cond``: name -> ``[rows, ...]`` float32 and, where there are
-        pictures, ``image``: their latents ``[rows, ...]``. Prompts alone have no ``image``; asking for it is a
+        pictures, ``x``: their latents ``[rows, ...]``. Prompts alone have no ``x``; asking for it is a
         UserError."""
         index = self._order.indices(seed, step, size)[rows if rows is not None else slice(None)].tolist()
         parts = [self._rows(i // SHARD, slice(i % SHARD, i % SHARD + 1)) for i in index]
         found = {key: torch.cat([_padded(part[key], self._length(key)) for part in parts]) for key in parts[0]}
         found = {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
-        batch: dict[str, Any] = NoPictures() if not self.pictures else {"image": found.pop("latents")}
+        batch: dict[str, Any] = NoPictures() if not self.pictures else {"x": found.pop("latents")}
         batch["cond"] = {key.removeprefix("text/"): value for key, value in found.items()}
         return batch
 
@@ -84,7 +84,7 @@ class NoPictures(dict):
     """A batch of prompts alone."""
 
     def __missing__(self, key: str) -> Any:
-        if key == "image":
+        if key == "x":
             raise UserError(
                 "this method reads real images, but the data are prompts alone",
                 cure="give images with captions, or switch the part off that needs them (options.gan_weight=0)",

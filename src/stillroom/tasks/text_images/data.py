@@ -133,11 +133,11 @@ class CaptionedData:
         )
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
-        """``rows`` of the global batch of ``step``: ``image`` (the mean) and, where there are such, ``std``,
+        """``rows`` of the global batch of ``step``: ``x`` (the mean) and, where there are such, ``std``,
         ``mirrored``, ``mirrored_std``, all float32 ``[rows, C, h, w]``; ``index`` int64 ``[rows]``, the numbers of the
         images; ``cond``: name -> ``[rows, ...]``."""
         index = self._rows.indices(seed, step, size)[rows if rows is not None else slice(None)]
-        found: dict[str, Any] = {"image": self.mean[index].float(), "index": index}
+        found: dict[str, Any] = {"x": self.mean[index].float(), "index": index}
         for key in _LATENTS[1:]:
             if (values := getattr(self, key)) is not None:
                 found[key] = values[index].float()
