@@ -133,6 +133,14 @@ def circle(source: Path) -> list[str]:
     return []
 
 
+def test_tests_lie_in_folders_like_the_sources() -> None:
+    tests = ROOT / "tests"
+    found = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert [folder for folder in sorted(found) if not (SOURCE / folder).is_dir()] == []
+    names = [path.name for path in tests.rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest tells tests in folders apart by the names of their files"
+
+
 def test_no_modules_import_each_other() -> None:
     assert circle(SOURCE) == []
 

@@ -24,9 +24,8 @@ from stillroom.engine.checkpoint import Checkpoints
 from stillroom.errors import UserError
 from stillroom.recipe import SHIPPED, Recipe
 from stillroom.tasks.class_images.model import ImageGenerator
-from test_store import CAPTIONS
 from tiny import FAST, make_data, make_teacher
-from workers.draw import Samplewise
+from workers.draw import CAPTIONS, Samplewise
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SHIPPED.glob("*.yaml"))}
 VALUES: tuple[Any, ...] = (

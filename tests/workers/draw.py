@@ -17,6 +17,9 @@ from stillroom.synthesis import Synthesis, synthesize
 CAPTIONS = [f"a picture of thing {number}" for number in range(40)]
 SIZE = 12
 
+WORDS = ("a red three", "a blue seven", "a seven", "the three", "a red seven of blue")
+CAPTIONS = [WORDS[number % 5] for number in range(14)]
+
 
 def noise(seed: int, count: int = 1) -> Tensor:
     return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1

@@ -30,11 +30,9 @@ from stillroom.data.store import (
 )
 from stillroom.errors import UserError
 from stillroom.tasks.text_images.data import store_data
-from test_text_image import tiny_codec, tiny_space, tiny_text
-from workers.draw import Samplewise
+from tiny_text_images import tiny_codec, tiny_space, tiny_text
+from workers.draw import CAPTIONS, Samplewise
 
-WORDS = ("a red three", "a blue seven", "a seven", "the three", "a red seven of blue")
-CAPTIONS = [WORDS[number % 5] for number in range(14)]
 SHARDS = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar"]
 
 

@@ -18,7 +18,7 @@ from stillroom.folders.denoisers import SIDE_FILE, WEIGHTS, load_denoiser
 from stillroom.networks.point_mlp import PointMLP
 from stillroom.surgery.lora import lora_role
 from stillroom.tasks.class_images.model import ImageGenerator
-from test_lora import ask, dit_teacher, point_teacher, train
+from tiny_denoisers import ask, dit_teacher, point_teacher, train
 
 MAKE = {"dit": dit_teacher, "point": point_teacher}
 NETWORK = {"dit": "transformer", "point": "network"}

@@ -39,7 +39,7 @@ from stillroom.data.scenes.captions import (
 from stillroom.errors import UserError
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.tasks.text_images.model import TextImageGenerator
-from test_text_image import tiny_codec
+from tiny_text_images import tiny_codec
 
 
 def test_the_tokenizer_knows_every_word_and_every_caption_fits() -> None:

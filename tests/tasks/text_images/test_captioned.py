@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stillroom.errors import UserError
 from stillroom.tasks.text_images.data import CaptionedData, encode_images
-from test_text_image import tiny_space
+from tiny_text_images import tiny_space
 
 TEXTS = ["a red three", "a seven", "a red three", "a blue seven", "a seven"]
 
@@ -170,7 +170,7 @@ def test_labels_are_dropped_from_conditions_of_any_rank() -> None:
     """The teachers' training turn replaces whole conditions by their null values, each kind alike, sample by sample."""
     from stillroom.bench.teach import Denoising
     from stillroom.draws import Draws
-    from test_text_image import pixart
+    from tiny_text_images import pixart
 
     student, seen = pixart(), {}
     data = made(

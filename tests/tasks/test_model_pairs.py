@@ -10,7 +10,7 @@ import pytest
 from model_pairs import METHODS, STEPS, try_pair
 from tiny_models import SAVE
 
-RECORD = Path(__file__).resolve().parents[1] / "results" / "models" / "pairs.json"
+RECORD = Path(__file__).resolve().parents[2] / "results" / "models" / "pairs.json"
 
 
 def test_the_record_is_of_all_families_and_methods() -> None:

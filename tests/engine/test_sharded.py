@@ -16,7 +16,7 @@ from torch import Tensor
 from tiny import make_data, make_teacher
 from workers.sharded import trained
 
-WORKER = Path(__file__).parent / "workers" / "sharded.py"
+WORKER = Path(__file__).parents[1] / "workers" / "sharded.py"
 
 
 def two(place: Path, *command: Any) -> None:

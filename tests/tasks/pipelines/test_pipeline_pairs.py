@@ -11,7 +11,7 @@ from pipeline_pairs import METHODS, STEPS, try_pair
 from stillroom.folders.pipeline_families import FAMILIES
 from tiny_pipelines import PIPELINES
 
-RECORD = Path(__file__).resolve().parents[1] / "results" / "pipelines" / "pairs.json"
+RECORD = Path(__file__).resolve().parents[3] / "results" / "pipelines" / "pairs.json"
 
 
 def test_the_record_is_of_all_families_and_methods() -> None:

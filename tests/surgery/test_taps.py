@@ -36,7 +36,7 @@ from stillroom.networks.projectors import Projectors
 from stillroom.surgery.taps import Tap, Taps, block_paths, module_paths, split_heads
 from workers.tapped import Stack
 
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = Path(__file__).parents[1] / "workers"
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32
 }  # fmt: skip

@@ -16,7 +16,7 @@ from stillroom.diffusion.sampling import ODESampler
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.synthesis import synthesize
 from stillroom.tasks.text_images.model import TextImageGenerator
-from test_text_image import pixart, sd3, tiny_codec, tiny_text
+from tiny_text_images import pixart, sd3, tiny_codec, tiny_text
 
 CAPTIONS = ["a red three", "two fours", "a seven", "a one above a two", "a blue six", "a nine"] * 2
 SMALL = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.toy import Stop, stop_after, trainer, weights
 
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = Path(__file__).parents[1] / "workers"
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:

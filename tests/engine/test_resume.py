@@ -23,7 +23,7 @@ from stillroom.engine.checkpoint import Checkpoints
 from stillroom.errors import UserError
 from workers.toy import Stop, stop_after, trainer, weights
 
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = Path(__file__).parents[1] / "workers"
 DROPOUT = {"dropout": 0.2}
 
 

@@ -50,9 +50,9 @@ from stillroom.task import PictureGenerator
 from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.text_images.model import TextImageGenerator
-from test_text_image import mar, noisy, sd3, tiny_codec, tiny_text
 from tiny import CLASSES, make_teacher
 from tiny_pipelines import make_pipeline
+from tiny_text_images import mar, noisy, sd3, tiny_codec, tiny_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
 

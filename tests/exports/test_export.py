@@ -40,14 +40,14 @@ from stillroom.tasks.encode.model import ImageEncoder
 from stillroom.tasks.parts import NetworkCall, sampling_steps
 from stillroom.tasks.pipelines.model import PipelineGenerator
 from stillroom.tasks.text_images.model import TextImageGenerator
-from test_text_image import tiny_codec, tiny_text
 from tiny import CLASSES, SIZE, make_data, make_teacher
 from tiny_mar import make_mar
 from tiny_pipelines import PIPELINES, make_pipeline
 from tiny_text import CLASSES as KINDS
 from tiny_text import WORDS, encoder, tokenizer
+from tiny_text_images import tiny_codec, tiny_text
 
-DOCS = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
 BRIEF = {"seconds": 0.02}
 
 
@@ -315,7 +315,7 @@ def test_the_pages_text_pipeline_is_that_of_transformers(tmp_path: Path, monkeyp
 
 def test_the_servers_code_stands_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """tools/serve.py runs the page's code, on another port."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     import serve
 
     for name in serve.SERVERS:

@@ -18,7 +18,7 @@ from stillroom.proofs import get_proofs, proofs
 from stillroom.proofs.base import Arm, Claim, Proof, merge
 from stillroom.proofs.runner import arm_file, prove, read_arm, recipe_of, run_arm, table, to_json, write_result
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 LESS = Claim("less", "left is at most half of right", "", "ced", "a", "<=", 0.5, "b")
 
 

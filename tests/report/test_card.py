@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finished import RESULT
 from stillroom.bench.scenes import bench as scenes
 from stillroom.method import get_method
 from stillroom.recipe import Recipe
@@ -21,7 +22,6 @@ from stillroom.run import run
 from stillroom.tasks.pipelines import model as pipeline
 from stillroom.tasks.pipelines import task as pipelines
 from stillroom.tasks.words import teacher_names
-from test_report import RESULT
 from tiny import FAST, make_data
 from tiny_models import SAVE, SIDE
 from tiny_pipelines import save_pipeline

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from workers.recognise import CASES, trained
 
-WORKER = Path(__file__).parent / "workers" / "recognise.py"
+WORKER = Path(__file__).parents[2] / "workers" / "recognise.py"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from stillroom.errors import UserError
 from stillroom.proofs.runner import prove
 from stillroom.task import IN_MEMORY
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 FACTS = {"n", "extractor"}
 """What a floor says beside scores."""
 

@@ -35,7 +35,7 @@ from stillroom.synthesis.plan import make_plan
 from stillroom.synthesis.teachers import PipelineTeacher, Teacher, draw_seed
 from workers.draw import CAPTIONS, SETTINGS, SIZE, Batchwise, Samplewise, draw, noise
 
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = Path(__file__).parents[1] / "workers"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -696,7 +696,7 @@ def test_a_diffusers_pipeline_is_a_teacher(tmp_path: Path) -> None:
 def test_a_folder_of_a_diffusers_pipeline_is_a_teacher(tmp_path: Path) -> None:
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
 
-    from test_text_image import pixart, tiny_space
+    from tiny_text_images import pixart, tiny_space
 
     space = tiny_space()
     parts = (space.text.tokenizer, space.text.network, space.codec.network, pixart().network)
@@ -932,7 +932,7 @@ def test_sparse_pictures_of_other_things_are_no_duplicates() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stillroom.tasks.text_images.model import TextImageGenerator
-    from test_text_image import FLOW, sd3, tiny_space
+    from tiny_text_images import FLOW, sd3, tiny_space
 
     folder = tmp_path_factory.mktemp("model") / "tiny-sd3"
     torch.manual_seed(0)
