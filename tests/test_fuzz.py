@@ -25,7 +25,7 @@ from stillroom.errors import UserError
 from stillroom.recipe import SHIPPED, Recipe
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny import FAST, make_data, make_teacher
-from workers.draw import CAPTIONS, Samplewise
+from workers.draw import FEW_CAPTIONS, Samplewise
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SHIPPED.glob("*.yaml"))}
 VALUES: tuple[Any, ...] = (
@@ -153,7 +153,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(((images.images(slice(i, i + 1))[0, 0] + 1) * 127.5).round().byte().numpy()).save(
             home / f"{i}.png"
         )
-    synthesize({"t": Samplewise()}, CAPTIONS, folder / "store", repeats="redraw", shard_size=6, progress=False)
+    synthesize({"t": Samplewise()}, FEW_CAPTIONS, folder / "store", repeats="redraw", shard_size=6, progress=False)
     (folder / "captions").mkdir()
     (folder / "captions" / "metadata.jsonl").write_text('{"text": "a red three"}\n{"caption": "two blue fours"}\n')
     arguments = ["run", "dmd2", "--teacher", str(folder / "model"), "--data", str(folder / "arrays"), "--name", "run"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import VP, RectifiedFlow
+from stillroom.diffusion.sampling import ODESampler
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.networks.codec import LatentCodec
 from stillroom.networks.mar import MAR
@@ -44,6 +45,7 @@ def tiny_space(size: tuple[int, int] = (8, 8)) -> TextImageSpace:
     return TextImageSpace(tiny_text(), tiny_codec(), size)
 
 
+FLOW = ODESampler("euler", 3, 2.0)
 SIZES = {"sample_size": 4, "patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
 
 

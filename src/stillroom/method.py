@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from stillroom.draws import Draws
 from stillroom.errors import UserError, nearest
+from stillroom.registry import Registry
 from stillroom.surgery.freezing import frozen, unfrozen
 
 __all__ = [
@@ -38,8 +36,6 @@ what it needs (image-free: ``cond`` only)."""
 
 Terms = dict[str, Tensor]
 """Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name."""
-
-ENTRY_POINT_GROUP = "stillroom.methods"
 
 
 @dataclass(frozen=True)
@@ -304,38 +300,27 @@ class Method(nn.Module):
 
 
 # --- registry -----------------------------------------------------------------------------------------------------
-_REGISTRY: dict[str, type[Method]] = {}
+_METHODS: Registry[type[Method]] = Registry("method", "methods", "stillroom.methods")
 
 
 def register(slug: str, paper: Paper) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: make a method known by its slug. The wing is the package that the file lies in."""
 
     def add(cls: type[Method]) -> type[Method]:
-        if slug in _REGISTRY and _REGISTRY[slug].__qualname__ != cls.__qualname__:
-            raise ValueError(f"two methods claim the slug {slug!r}: {_REGISTRY[slug].__module__} and {cls.__module__}")
         cls.slug, cls.paper, cls.wing = slug, paper, ("own." + cls.__module__).split(".")[-2]
-        _REGISTRY[slug] = cls
-        return cls
+        return _METHODS.add(slug, cls)
 
     return add
 
 
 def methods() -> dict[str, type[Method]]:
     """All known methods by slug: stillroom's own and those that installed packages offer as ``stillroom.methods``."""
-    package = importlib.import_module("stillroom.methods")
-    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not info.ispkg:
-            importlib.import_module(info.name)
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
-    return dict(sorted(_REGISTRY.items()))
+    return _METHODS.known()
 
 
 def get_method(slug: str) -> type[Method]:
-    known = methods()
-    if slug not in known:
-        raise UserError(f"unknown method {slug!r}{nearest(slug, known)}", cure="`stillroom methods` lists them all")
-    return known[slug]
+    """A method by its slug. Raises UserError for an unknown one, naming the nearest."""
+    return _METHODS.get(slug, "`stillroom methods` lists them all")
 
 
 def option_fields(cls: type[Method]) -> dict[str, dataclasses.Field]:

@@ -8,11 +8,9 @@ found by name: no command knows a class of model.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -26,6 +24,7 @@ from stillroom.evaluation.scores import Score
 from stillroom.files import stay_inside
 from stillroom.folders.shipped import model_folder
 from stillroom.parsing import read_json
+from stillroom.registry import Registry
 from stillroom.surgery.modules import parameter_count
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ COLUMNS = 8
 ADJUSTABLE = ("guidance", "steps", "temperature")
 """Numbers of a sampler that may be changed from one drawing to the next."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-ENTRY_POINT_GROUP = "stillroom.tasks"
 SIDE_FILE = "stillroom.json"
 Runner = Callable[..., tuple[Tensor, ...]]
 """An exported file as its own runtime opens it: tensors in by position, tensors out."""
@@ -391,41 +389,29 @@ def told(scores: Iterable[Score], values: Mapping[str, Mapping[str, Any]], **ben
 
 
 # --- registry ---------------------------------------------------------------------------------------------------------
-_REGISTRY: dict[str, type[Task]] = {}
+_TASKS: Registry[type[Task]] = Registry("task", "tasks", "stillroom.tasks", inside="task")
 
 
 def task(name: str) -> Callable[[type[Task]], type[Task]]:
     """Class decorator: make a task known by its name."""
 
     def add(cls: type[Task]) -> type[Task]:
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"two tasks claim the name {name!r}: {_REGISTRY[name].__module__} and {cls.__module__}")
         cls.name = name
         if not cls.model.task:
             cls.model.task = name
-        _REGISTRY[name] = cls
-        return cls
+        return _TASKS.add(name, cls)
 
     return add
 
 
 def tasks() -> dict[str, type[Task]]:
     """All known tasks by name: stillroom's own and those that installed packages offer as ``stillroom.tasks``."""
-    package = importlib.import_module("stillroom.tasks")
-    for room in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if room.ispkg:
-            importlib.import_module(f"{room.name}.task")
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
-    return dict(sorted(_REGISTRY.items()))
+    return _TASKS.known()
 
 
 def get_task(name: str) -> type[Task]:
     """A task by its name. Raises UserError for an unknown one, naming the nearest."""
-    known = tasks()
-    if name not in known:
-        raise UserError(f"unknown task {name!r}{nearest(name, known)}", cure=f"known: {', '.join(known)}")
-    return known[name]
+    return _TASKS.get(name)
 
 
 def make_task(name: str, teacher: Any = "") -> Task:

@@ -133,7 +133,7 @@ def test_a_bench_of_another_package_is_proven_on(tmp_path: Path, monkeypatch: py
     points = "[stillroom.benches]\ntoy = toy_package\n[stillroom.proofs]\ntoy-method = toy_package:PROOFS\n"
     (facts / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry._BENCHES, "found", dict(registry._BENCHES.found))
     try:
         (result,) = prove(["toy-method"], seeds=[0], jobs=1, results=tmp_path / "results", report=lambda line: None)
     finally:

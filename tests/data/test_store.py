@@ -31,7 +31,7 @@ from stillroom.data.store import (
 from stillroom.errors import UserError
 from stillroom.tasks.text_images.data import store_data
 from tiny_text_images import tiny_codec, tiny_space, tiny_text
-from workers.draw import CAPTIONS, Samplewise
+from workers.draw import FEW_CAPTIONS, Samplewise
 
 SHARDS = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar"]
 
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stillroom.synthesis import synthesize
 
     folder = tmp_path_factory.mktemp("made") / "store"
-    synthesize({"t": Samplewise()}, CAPTIONS, folder, repeats="redraw", shard_size=6, progress=False)
+    synthesize({"t": Samplewise()}, FEW_CAPTIONS, folder, repeats="redraw", shard_size=6, progress=False)
     return folder
 
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(store: Path) -> None:
     images, captions, records = read_store(store, report=hush)
     assert images.dtype == torch.uint8
     assert images.shape == (14, 3, 12, 12)
-    assert captions == CAPTIONS
+    assert captions == FEW_CAPTIONS
     for image, record in zip(images, records, strict=True):
         drawn = Samplewise().sample_each([record["caption"]], [record["draw_seed"]])[0]
         assert torch.equal(image, ((drawn + 1) * 127.5).round().to(torch.uint8))
@@ -160,7 +160,7 @@ def test_a_bad_shard_is_refused_or_skipped_with_a_word_about_it(store: Path, how
     said: list[str] = []
     images, captions, _ = read_store(store, on_corrupt="skip", report=said.append)
     assert said == [f"skipped: {what}"]
-    assert captions == CAPTIONS[:6] + CAPTIONS[12:]
+    assert captions == FEW_CAPTIONS[:6] + FEW_CAPTIONS[12:]
     assert len(images) == 8
 
 
@@ -415,7 +415,7 @@ def test_another_store_and_other_settings_have_caches_of_their_own(store: Path, 
     shelf = tmp_path / "shelf"
     store_data(store, space, cache=shelf)
     store_data(store, space, cache=shelf, mirror=True)
-    synthesize({"t": Samplewise()}, CAPTIONS, tmp_path / "other", shard_size=6, progress=False)
+    synthesize({"t": Samplewise()}, FEW_CAPTIONS, tmp_path / "other", shard_size=6, progress=False)
     store_data(tmp_path / "other", space, cache=shelf)
     (store / SHARDS[1]).unlink()
     said: list[str] = []

@@ -525,7 +525,7 @@ def test_what_is_no_file_of_captions(tmp_path: Path) -> None:
 # --- filters ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filter_module, "_REGISTRY", dict(filter_module._REGISTRY))
+    monkeypatch.setattr(filter_module._FILTERS, "found", dict(filter_module._FILTERS.found))
 
 
 def test_a_filter_of_ones_own(tmp_path: Path, registry: None) -> None:
@@ -555,7 +555,7 @@ def test_filters_of_installed_packages_are_found(registry: None, monkeypatch: py
             register_filter("from-afar", 2.0)(lambda images, captions: [3.0] * len(captions))
 
     asked = []
-    monkeypatch.setattr(filter_module, "entry_points", lambda group: asked.append(group) or [Point()])
+    monkeypatch.setattr("stillroom.registry.entry_points", lambda group: asked.append(group) or [Point()])
     (made,) = make_filters(["from-afar=2.5"])
     assert (made.name, made.threshold, asked) == ("from-afar", 2.5, ["stillroom.filters"])
 

@@ -18,7 +18,7 @@ CAPTIONS = [f"a picture of thing {number}" for number in range(40)]
 SIZE = 12
 
 WORDS = ("a red three", "a blue seven", "a seven", "the three", "a red seven of blue")
-CAPTIONS = [WORDS[number % 5] for number in range(14)]
+FEW_CAPTIONS = [WORDS[number % 5] for number in range(14)]
 
 
 def noise(seed: int, count: int = 1) -> Tensor:

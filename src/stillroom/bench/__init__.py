@@ -3,21 +3,18 @@ installed packages offer theirs as ``stillroom.benches``."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from torch import nn
 
 from stillroom.bench.base import Bench
 from stillroom.errors import UserError, nearest
+from stillroom.registry import Registry
 
 __all__ = ["Bench", "bench", "bench_card", "benches", "find_bench", "get_bench", "trained_teacher"]
 
-ENTRY_POINT_GROUP = "stillroom.benches"
-_REGISTRY: dict[str, type[Bench]] = {}
+_BENCHES: Registry[type[Bench]] = Registry("bench", "benches", __name__, inside="bench")
 _B = TypeVar("_B", bound=Bench)
 
 
@@ -25,10 +22,8 @@ def bench(name: str) -> Callable[[type[_B]], type[_B]]:
     """Class decorator: make a bench known by its name."""
 
     def add(cls: type[_B]) -> type[_B]:
-        if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"two benches claim the name {name!r}: {_REGISTRY[name].__module__} and {cls.__module__}")
         cls.name = name
-        _REGISTRY[name] = cls
+        _BENCHES.add(name, cls)
         return cls
 
     return add
@@ -36,20 +31,12 @@ def bench(name: str) -> Callable[[type[_B]], type[_B]]:
 
 def benches() -> dict[str, type[Bench]]:
     """All known benches by name: stillroom's own and those that installed packages offer."""
-    for room in pkgutil.iter_modules(__path__, __name__ + "."):
-        if room.ispkg:
-            importlib.import_module(f"{room.name}.bench")
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
-    return dict(sorted(_REGISTRY.items()))
+    return _BENCHES.known()
 
 
 def bench_class(name: str) -> type[Bench]:
     """A bench by its name. Raises UserError for an unknown one, naming the nearest."""
-    known = benches()
-    if name not in known:
-        raise UserError(f"unknown bench {name!r}{nearest(name, known)}", cure=f"known: {', '.join(known)}")
-    return known[name]
+    return _BENCHES.get(name)
 
 
 def get_bench(name: str, seed: int = 0) -> Bench:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,8 +16,8 @@ from torch import Tensor
 from stillroom.data.source import ASSETS
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.metrics import to_uint8
+from stillroom.registry import Registry
 
-ENTRY_POINT_GROUP = "stillroom.filters"
 NOT_JUDGED = -1.0
 """What a store records as the score of a sample that a filter has nothing to say about; such a sample is kept."""
 
@@ -74,7 +73,7 @@ class Filter:
         return score is None or score >= self.threshold
 
 
-_REGISTRY: dict[str, tuple[float, Any]] = {}
+_FILTERS: Registry[tuple[float, Any]] = Registry("filter", "filters")
 
 
 def register_filter(name: str, threshold: float = 0.5) -> Callable[[Any], Any]:
@@ -82,10 +81,7 @@ def register_filter(name: str, threshold: float = 0.5) -> Callable[[Any], Any]:
     called like that (or have ``marks`` and ``scores``, :class:`AcrossRule`); a class is made only when it is used."""
 
     def add(rule: Any) -> Any:
-        known = _REGISTRY.get(name)
-        if known is not None and known[1].__qualname__ != rule.__qualname__:
-            raise ValueError(f"two filters claim the name {name!r}: {known[1].__module__} and {rule.__module__}")
-        _REGISTRY[name] = (threshold, rule)
+        _FILTERS.add(name, (threshold, rule), key=lambda entry: entry[1])
         return rule
 
     return add
@@ -93,9 +89,7 @@ def register_filter(name: str, threshold: float = 0.5) -> Callable[[Any], Any]:
 
 def filters() -> dict[str, float]:
     """All known filters with their usual thresholds: stillroom's own and those that installed packages offer."""
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
-    return {name: threshold for name, (threshold, _) in sorted(_REGISTRY.items())}
+    return {name: threshold for name, (threshold, _) in _FILTERS.known().items()}
 
 
 def make_filters(wanted: Iterable[str | Filter] | Mapping[str, float]) -> list[Filter]:
@@ -120,7 +114,7 @@ def make_filters(wanted: Iterable[str | Filter] | Mapping[str, float]) -> list[F
                 raise UserError(
                     f"filter {one!r}: {text!r} is no threshold", cure="write parser=0.5 or the like"
                 ) from None
-            rule = _REGISTRY[name][1]
+            rule = _FILTERS.found[name][1]
             one = Filter(name, threshold, rule() if isinstance(rule, type) else rule)
         if one.name in (other.name for other in made):
             raise UserError(f"filter {one.name!r} is named twice", cure="name each filter once")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.folders.pretrained import load_pretrained
-from stillroom.folders.transformers_layout import auto_tokenizer
+from stillroom.folders.transformers_layout import auto_tokenizer, without_bar
 from stillroom.parsing import read_json
 
 PROMPTS = ("a photo of a {}.",)
@@ -117,7 +117,8 @@ class PromptClassifier(nn.Module):
     # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
         """Write the folder that :meth:`load`, and transformers, read."""
-        self.clip.save_pretrained(folder)  # type: ignore[operator]
+        with without_bar():
+            self.clip.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
 
     @classmethod

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from stillroom.errors import UserError, nearest
+from stillroom.registry import offered
 
 if TYPE_CHECKING:
     from stillroom.proofs.base import Proof
-
-
-ENTRY_POINT_GROUP = "stillroom.proofs"
 
 
 def proofs() -> dict[str, tuple[Proof, ...]]:
@@ -21,7 +18,7 @@ def proofs() -> dict[str, tuple[Proof, ...]]:
     packages offer, as tuples, under ``stillroom.proofs``."""
     modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     known = [module.PROOFS for module in modules if hasattr(module, "PROOFS")]
-    known += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    known += list(offered("stillroom.proofs"))
     return dict(sorted((found[0].method, found) for found in known))
 
 

@@ -318,7 +318,7 @@ def test_losers_may_be_the_winners_mirror_images() -> None:
 @pytest.fixture
 def bright(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that keeps bright pictures and has nothing to say about caption 4."""
-    monkeypatch.setattr(filters, "_REGISTRY", dict(filters._REGISTRY))
+    monkeypatch.setattr(filters._FILTERS, "found", dict(filters._FILTERS.found))
 
     @filters.register_filter("bright")
     def rule(images: Tensor, captions: Any) -> Any:

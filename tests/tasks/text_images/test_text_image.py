@@ -14,16 +14,14 @@ from torch import Tensor
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.masking import MaskedSampler
 from stillroom.diffusion.process import RectifiedFlow
-from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, WEIGHTS, load_denoiser
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.networks.text_encoder import CONDITIONS, TextEncoder
 from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.text_images.model import TextImageGenerator
-from tiny_text_images import SIZES, WORDS, mar, noisy, pixart, sd3, tiny_codec, tiny_space, tiny_text
+from tiny_text_images import FLOW, SIZES, WORDS, mar, noisy, pixart, sd3, tiny_codec, tiny_space, tiny_text
 
-FLOW = ODESampler("euler", 3, 2.0)
 MAKE: dict[str, tuple[Any, Any]] = {
     "sd3": (sd3, FLOW), "pixart": (pixart, FLOW), "mar": (lambda: noisy(mar()), MaskedSampler(steps=2, head_steps=3)),
 }  # fmt: skip

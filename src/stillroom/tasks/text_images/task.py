@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stillroom.cache import cache_folder
 from stillroom.data.captioned_folders import read_captions
 from stillroom.data.scenes.captions import spoken
-from stillroom.data.scenes.pictures import scene_set
+from stillroom.data.scenes.pictures import SIDE, scene_set
 from stillroom.data.source import ASSETS
 from stillroom.data.store import MANIFEST
 from stillroom.data.synthetic import SynthesisOptions
@@ -140,8 +140,8 @@ class TextImages(Task):
         return TextImageGenerator(network, sampler, self.space)
 
     def rows(self, model: Model, seed: int) -> Rows:
-        """Captions of each kind of the scenes world where the data speak of it, else the data's first ones."""
-        known = spoken(self.data.captions)
+        """Captions of each kind of the scenes world where the data are of it, else the data's first ones."""
+        known = tuple(self.space.size) == (SIDE, SIDE) and spoken(self.data.captions)
         return model.rows(() if known else self.data.captions[: len(EXAMPLES)], seed=seed)
 
     def call(self, model: Any, batch: int) -> Tensor:
