@@ -3,8 +3,8 @@
     PYTHONPATH=src python tools/pairs.py pipelines     results/pipelines/pairs.json: text-to-image pipelines
     PYTHONPATH=src python tools/pairs.py models        results/models/pairs.json: classifiers, encoders, text encoders
 
-The models are those of tests/tiny_pipelines.py and tests/tiny_models.py; tests/tasks/pipelines/test_pipeline_pairs.py and
-tests/tasks/test_model_pairs.py hold the records to what happens.
+The models are those of tests/tiny_pipelines.py and tests/tiny_models.py; tests/tasks/test_model_pairs.py and
+tests/tasks/pipelines/test_pipeline_pairs.py hold the records to what happens.
 """
 
 from __future__ import annotations
