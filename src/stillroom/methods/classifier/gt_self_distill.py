@@ -38,7 +38,7 @@ class GTSelfDistill(Method):
     In round t, with p the student's softmax, q that of round t - 1's student, y one-hot and g the weight of the labels
     (``gt_weight``, the paper's alpha), mse a mean over the batch and the classes:
 
-        L_1 = mse(p, y) + c sum_W |W|                                    W: weight tensors; their norms, not squared
+        L_1 = mse(p, y) + c sum_W |W|                                    W: all parameter tensors; norms, not squared
         L_t = g mse(p, y) + (1 - g) mse(p, sg q) + c sum_W |W|           t = 2, 3, ...
         g   = <Y - P_0, P_1 - P_0> / |P_1 - P_0|^2, clipped to [0, 1]    ``gt_weight: estimate``
 
@@ -56,7 +56,7 @@ class GTSelfDistill(Method):
     health = {
         "accuracy": "share of a batch for which argmax p is the label",
         "teacher_agreement": "share of a batch for which argmax p is argmax q",
-        "gt_weight": "g in this stage: 1 in round 1, 0 in a probe",
+        "gt_weight": "weight of the labels in this stage: 1 in round 1, 0 in a probe",
     }
 
     task = "classify"
@@ -66,7 +66,7 @@ class GTSelfDistill(Method):
         rounds: int = field(default=5, metadata={"min": 1})  # trainings in all; the first is on the labels alone
         gt_weight: float | Literal["estimate"] = field(default=0.6, metadata={"min": 0, "max": 1})  # of the labels
         start: Literal["random", "given", "last"] = "random"  # weights of a round: new, the given ones, the last's
-        penalty: float = field(default=1e-4, metadata={"min": 0})  # on the sum of the weight tensors' norms
+        penalty: float = field(default=1e-4, metadata={"min": 0})  # on the sum of the parameter tensors' norms
         shift: int = field(default=0, metadata={"min": 0})  # pixels that images are moved by; the paper's code: 4
         flip: float = field(default=0.0, metadata={"min": 0, "max": 1})  # probability of a mirrored image; there: 0.5
 

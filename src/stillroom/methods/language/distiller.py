@@ -74,7 +74,7 @@ class Distiller(Method):
     health = {
         "teacher_agreement": "share of a batch for which argmax z_S is argmax z_T",
         "mutual_information": "I_alpha in nats, averaged over pairs of layers by the layer map; at most about "
-        "1 + log(B / alpha) for a batch of B",
+        "1 + log(B / alpha) for a batch of B. With augmentation that of the augmented copy",
     }
 
     task = "classify-text"

@@ -79,9 +79,8 @@ class LightGen(Method):
         losers: Literal["own", "mirrored"] = "own"  # the student's own samples, or the winners' mirror images
         # "own": own samples that `judge` keeps, against own that it rejects
         winners: Literal["real", "own"] = field(default="real", metadata={"later": True})
-        judge: str = field(
-            default="parser", metadata={"later": True}
-        )  # a filter by name, as in options.synthesis.filters
+        # a filter by name, as in options.synthesis.filters
+        judge: str = field(default="parser", metadata={"later": True})
         # own samples of a caption, among which both are sought
         tries: int = field(default=4, metadata={"later": True, "min": 2})
         loser_round_trip: bool = True  # own samples become pictures and are encoded again, as the winners were

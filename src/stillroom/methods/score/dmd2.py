@@ -49,7 +49,11 @@ class DMD2(Method):
     finite stops the run.
     """
 
-    health = score.HEALTH | adversarial.HEALTH | {"sample_mean": "mean of all elements of the same samples"}
+    health = {
+        **score.HEALTH,
+        **adversarial.HEALTH,
+        "sample_mean": "mean of all elements of a batch of the student's samples",
+    }
 
     @dataclass
     class Options:

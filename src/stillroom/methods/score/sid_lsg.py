@@ -32,9 +32,10 @@ PRESETS = {"none": (1.0, 1.0, 1.0), "zero-cfg": (0.0, 0.0, 1.0), "anti-cfg": (1.
 )
 class SiDLSG(Method):
     """One- to few-step students from a frozen, class- or text-conditional teacher. The loss is a score identity (no
-    derivative of the fake score by its weights is needed); all K steps share one student and one fake score, and each
-    update returns one uniformly drawn step. Guidance can sit in the teacher (long), in both nets (LSG) or, with the
-    least loss of diversity, in the fake score alone (Zero-CFG, Anti-CFG). An optional GAN reads its features.
+    derivative of the student's own score by its weights is needed); all K steps share one student and one fake score,
+    and each update returns one uniformly drawn step. Guidance can sit in the teacher (long), in both nets (LSG) or,
+    with the least loss of diversity, in the fake score alone (Zero-CFG, Anti-CFG). An optional GAN reads its
+    features.
 
     With ``D^k(x_t, c) = D(x_t, null) + k (D(x_t, c) - D(x_t, null))``, and Y_f = D_f^(k2), Y_r = D_r^(k4) the fake
     score's and the teacher's x0-predictions at x_t:

@@ -46,7 +46,10 @@ class SwiftBrush(Method):
     (sigma_T is 0.998 there); a gradient that is not finite stops the run instead of being set to 0.
     """
 
-    health = HEALTH
+    health = HEALTH | {
+        "fake_error": "L_LoRA, the mean of alpha^2 (eps_phi - eps)^2 on the student's samples: how well the LoRA "
+        "teacher follows the student"
+    }
 
     @dataclass
     class Options:

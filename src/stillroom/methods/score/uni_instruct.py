@@ -66,7 +66,7 @@ class UniInstruct(Method):
         gan_head: Literal["mean", "mlp"] = "mean"
         gan_block: str = ""
         guidance: float = 1.0
-        t_init: float = 0.714  # sigma_init 2.5
+        t_init: float = 0.714  # sigma_init 2.5 on a rectified flow
         critic_share: float = 0.02  # of the steps: the student waits while the critics learn
         warmup_share: float = 0.1  # of the steps: reverse_kl without GAN, before r can be trusted
         generator_times: TimeLaw = TimeLaw("karras", 0.0, 0.8)
@@ -74,7 +74,12 @@ class UniInstruct(Method):
         fake_loss: FakeLoss = "snr"
 
     options: Options
-    health = score.HEALTH | adversarial.HEALTH | {"ratio": "mean of r = exp(logit) over the batch: 1 where p = q"}
+    health = {
+        **score.HEALTH,
+        **adversarial.HEALTH,
+        "ratio": "mean of r = exp(logit) over the batch: 1 where p = q, and while r is unused (reverse_kl; before the "
+        "last stage)",
+    }
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
