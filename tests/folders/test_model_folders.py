@@ -24,9 +24,9 @@ from stillroom.networks.mae import encode
 from stillroom.networks.mae import make_encoder as make_mae
 from stillroom.recipe import Recipe
 from stillroom.run import run
+from stillroom.surgery.text_reader import positions
 from stillroom.task import IN_MEMORY, make_task
 from stillroom.tasks.classify.model import ImageClassifier
-from stillroom.tasks.classify_text.task import positions
 from stillroom.tasks.encode.model import ImageEncoder
 from stillroom.tasks.networks import same_name
 from tiny_models import CLASSES, CLASSIFIERS, ENCODERS, MEAN, SIDE, STD, TEXTS, make_model, save_images, save_texts

@@ -17,14 +17,22 @@ EDITS = ("replace", "insert", "swap", "delete")
 
 
 def random_edits(
-    ids: Tensor, mask: Tensor, draw: Draws, rate: float, neighbours: Tensor, special: Collection[int], pad: int
+    ids: Tensor,
+    mask: Tensor,
+    draw: Draws,
+    rate: float,
+    neighbours: Tensor,
+    special: Collection[int],
+    pad: int,
+    longest: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``(ids [B, l], mask [B, l])`` in which each token was edited with probability ``rate``, in one of four ways with
     equal chances (arXiv 1901.11196): replaced by a neighbour, followed by a neighbour, swapped with the next token,
     or deleted.
 
     ids ``[B, L]`` with its mask, True where a token counts. neighbours: int ``[V, k]``, tokens of like meaning
-    (:func:`nearest_tokens`). Special tokens stay, and so does the last ordinary token of a row.
+    (:func:`nearest_tokens`). Special tokens stay, and so does the last ordinary token of a row. longest: no token is
+    put into a text that would then be longer than this (0: no limit).
     """
     u = draw.uniform(len(ids), ids.shape[1], 3).tolist()
     keep = set(special)
@@ -42,7 +50,7 @@ def random_edits(
             edit = EDITS[int(kind * len(EDITS))]
             if edit == "replace":
                 found.append(like)
-            elif edit == "insert":
+            elif edit == "insert" and (not longest or len(found) + 2 + count - at <= longest):
                 found += [token, like]
             elif edit == "swap" and at < count and tokens[at] not in keep:
                 found += [tokens[at], token]
@@ -52,10 +60,10 @@ def random_edits(
             else:
                 found.append(token)
         rows.append(found)
-    longest = max(map(len, rows))
-    edited = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=ids.device)
+    width = max(map(len, rows))
+    edited = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=ids.device)
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    return edited, torch.arange(longest, device=ids.device) < lengths[:, None]
+    return edited, torch.arange(width, device=ids.device) < lengths[:, None]
 
 
 @torch.no_grad()

@@ -81,6 +81,23 @@ def depth(network: nn.Module) -> int:
     return len(block_paths(network))
 
 
+def positions(network: nn.Module) -> int:
+    """The longest text that a network reads; 0 where it does not say. RoBERTa and its like count places from that of
+    the padding on."""
+    limit = getattr(getattr(network, "config", None), "max_position_embeddings", 0)
+    if not isinstance(limit, int):
+        return 0
+    return limit - (1 + padding if (padding := counted_from(network)) is not None else 0)
+
+
+def counted_from(network: nn.Module) -> int | None:
+    """The padding token by which a network counts places, if it does."""
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.padding_idx
+    return None
+
+
 def heads_of(network: nn.Module) -> int:
     """Attention heads of a block, by the network's config or its own attribute ``num_attention_heads``."""
     for holder in (getattr(network, "config", None), network):

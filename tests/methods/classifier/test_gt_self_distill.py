@@ -356,6 +356,21 @@ def test_a_round_makes_the_student_the_teacher_and_starts_as_told(start: str) ->
     assert same(method.teacher, trained)
 
 
+def test_a_round_goes_on_from_the_last_rounds_student_not_from_the_probe() -> None:
+    method = built(rounds=2, gt_weight="estimate", start="last")
+    method.draw = draws()
+    after: dict[str, nn.Module] = {}
+    for name, kind in (("of round 1", "probe"), ("of the probe", "round")):
+        with torch.no_grad():
+            for p in method.student.parameters():
+                p.add_(1.0)
+        after[name] = copy.deepcopy(method.student)
+        method.enter(Stage(f"{kind} 2", kind=kind, round=2), None, resumed=False)
+    assert same(method.teacher, after["of round 1"])
+    assert same(method.student, after["of round 1"])
+    assert not same(method.student, after["of the probe"])
+
+
 def test_rounds_and_probes_are_stages() -> None:
     assert [stage.name for stage in built(rounds=3).stages()] == ["round 1", "round 2", "round 3"]
     names = [stage.name for stage in built(rounds=3, gt_weight="estimate").stages()]

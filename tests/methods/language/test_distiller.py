@@ -222,6 +222,17 @@ def test_edits_come_at_their_rate_and_leave_special_tokens_alone() -> None:
     assert {5, 16} <= set(left.flatten().tolist())
 
 
+def test_edits_keep_within_the_longest_text_that_a_network_reads() -> None:
+    ids = torch.tensor([[2, *range(5, 11), 3]]).repeat(500, 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    neighbours = torch.full((17, 4), 16)
+    _, free_mask = random_edits(ids, mask, draws(0, 500), 0.9, neighbours, {2, 3}, 0)
+    found, kept = random_edits(ids, mask, draws(0, 500), 0.9, neighbours, {2, 3}, 0, longest=8)
+    assert free_mask.sum(1).max() > 8
+    assert kept.sum(1).max() == 8
+    assert all(row[keep][-1] == 3 for row, keep in zip(found, kept, strict=True))
+
+
 def test_edits_do_not_depend_on_the_number_of_processes() -> None:
     ids, mask = data().array[:6], data().mask[:6]
     neighbours = torch.arange(17)[:, None].roll(1, 0)

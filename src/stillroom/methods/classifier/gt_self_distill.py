@@ -137,6 +137,8 @@ class GTSelfDistill(Method):
             overwrite(self.student, fresh_weights(self.architecture, self.draw.index(2**31)))
         elif self.options.start == "given":
             self.student.load_state_dict(self.given.state_dict())
+        elif estimate and stage.kind == "round":  # the last round's student, now the teacher; not the probe
+            self.student.load_state_dict(self.teacher.state_dict())
 
     def heldout_probabilities(self) -> Tensor:
         """``[N, classes]`` of the student as it stands."""

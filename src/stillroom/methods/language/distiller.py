@@ -25,7 +25,15 @@ from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, Turn, fr
 from stillroom.networks.critics import MICritic
 from stillroom.networks.projectors import Projectors
 from stillroom.networks.recognition import ForwardPass, class_logits
-from stillroom.surgery.text_reader import EncoderReader, Reading, depth, mixed_inputs, text_inputs, token_table
+from stillroom.surgery.text_reader import (
+    EncoderReader,
+    Reading,
+    depth,
+    mixed_inputs,
+    positions,
+    text_inputs,
+    token_table,
+)
 
 
 @dataclass
@@ -158,6 +166,7 @@ class Distiller(Method):
     def prepare(self, data: Any) -> None:
         tokenizer = data.tokenizer
         self.special, self.pad = set(tokenizer.all_special_ids), int(tokenizer.pad_token_id)
+        self.longest = min((n for n in map(positions, (self.student, self.teacher)) if n), default=0)
         if self.options.augmentation == "edits":
             found = nearest_tokens(token_table(self.teacher).weight, self.special)
             self.neighbours = found.to(next(self.student.parameters()).device)
@@ -236,7 +245,7 @@ class Distiller(Method):
             return {"input_ids": ids, "attention_mask": keep}, None
         if self.options.augmentation == "edits":
             ids, keep = random_edits(
-                ids, keep, self.draw, self.options.edit_rate, self.neighbours, self.special, self.pad
+                ids, keep, self.draw, self.options.edit_rate, self.neighbours, self.special, self.pad, self.longest
             )
             return {"input_ids": ids, "attention_mask": keep}, None
         weight = mixup_weights(len(ids), self.draw, self.options.mixup).to(ids.device)

@@ -23,7 +23,7 @@ from stillroom.folders.text_networks import (
 )
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
-from stillroom.surgery.text_reader import token_table
+from stillroom.surgery.text_reader import counted_from, positions, token_table
 from stillroom.task import IN_MEMORY, NOTHING, Card, Model, Rows, model_home, task
 from stillroom.tasks.classify_text.model import TextClassifier
 from stillroom.tasks.networks import Recognition, split_rows
@@ -181,20 +181,3 @@ class TextClassification(Recognition):
         makes = began + (f", taught by {taught}" if recipe.student and taught else "")
         use = "names = student.classify(texts)  # a list of strings"
         return Card(makes, [use], library="transformers", tag="text-classification")
-
-
-def positions(network: nn.Module) -> int:
-    """The longest text that a network reads; 0 where it does not say. RoBERTa and its like count places from that of
-    the padding on."""
-    limit = getattr(getattr(network, "config", None), "max_position_embeddings", 0)
-    if not isinstance(limit, int):
-        return 0
-    return limit - (1 + padding if (padding := counted_from(network)) is not None else 0)
-
-
-def counted_from(network: nn.Module) -> int | None:
-    """The padding token by which a network counts places, if it does."""
-    for name, module in network.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.padding_idx
-    return None
