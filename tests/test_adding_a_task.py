@@ -44,8 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for group, entries in about["entry-points"].items()
     )
     (info / "entry_points.txt").write_text("\n".join(groups))
-    make = "import torch; from toy_vectors.model import MLP, Regressor; torch.manual_seed(1); "
-    python(root, "-c", make + "Regressor(MLP(3, 32)).save('teacher')")
+    python(root, "make_teacher.py")
     return root
 
 

@@ -414,8 +414,6 @@ def copy_with_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, root / folder)
     shutil.copy(ROOT / "README.md", root)
     (root / "tests").mkdir()
-    (root / "src" / "stillroom" / "methods" / "trajectory").mkdir(exist_ok=True)
-    (root / "src" / "stillroom" / "methods" / "trajectory" / "__init__.py").touch()
     for name, text in example_files().items():
         assert not (root / name).exists(), f"{name} is there already"
         (root / name).write_text(text, encoding="utf-8")

@@ -156,3 +156,11 @@ def test_no_text_on_the_command_line_escapes_the_check(key: str, value: str) -> 
 def test_reading_the_recipe_module_does_not_import_torch() -> None:
     code = "import sys, stillroom.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "now"), [("options.start=lightgen", "student"), ("synthesis.images=5", "options.synthesis")]
+)
+def test_a_renamed_key_is_told_its_new_name(override: str, now: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{now}'"):
+        Recipe.load("lightgen", [override])

@@ -240,6 +240,10 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         tree[last] = copy.deepcopy(value)
 
 
+RENAMED = {"options.start": "student", "synthesis": "options.synthesis"}
+"""Keys of earlier recipes, of methods that know them no more, and what they are called now."""
+
+
 # --- checking ---------------------------------------------------------------------------------------------------------
 def _options_of(slug: str) -> type:
     from stillroom.method import get_method
@@ -263,6 +267,8 @@ def known_keys(slug: str) -> list[str]:
 def _hint(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)``, by the whole dotted key or by its last part."""
     known = list(known)
+    if word in RENAMED:
+        return f" (did you mean {RENAMED[word]!r}?)"
     if close := difflib.get_close_matches(word, known, n=1, cutoff=0.6):
         return f" (did you mean {close[0]!r}?)"
     by_tail = {key.rsplit(".", 1)[-1]: key for key in known}

@@ -274,3 +274,10 @@ def test_a_run_without_steps_says_so(tmp_path: Path) -> None:
     assert result.cost == {"step": 0, "images": 0, "seconds": 0.0}
     assert [finding.level for finding in examine(tmp_path / "run")] == ["well"]
     assert "No step was trained" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_stopped_between_its_samples_and_its_result_has_a_report(tmp_path: Path) -> None:
+    page_of(with_samples(make_run(tmp_path / "a", None)))
+    text = (tmp_path / "a" / "report.html").read_text()
+    assert 'alt="Samples of the student, one class per row"' in text
+    assert "not finished" in text

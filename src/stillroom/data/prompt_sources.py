@@ -200,7 +200,7 @@ class Tars(PromptSource):
         picture = next((parts[ending] for ending in _PICTURES if ending in parts), None)
         try:
             if ".txt" in parts:
-                text: Any = parts[".txt"].decode("utf-8")
+                text: Any = parts[".txt"].decode("utf-8-sig")
             elif ".json" in parts:
                 row = parse_json(parts[".json"])
                 if not isinstance(row, dict):

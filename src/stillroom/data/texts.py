@@ -238,8 +238,13 @@ def _class_folders(path: Path) -> list[tuple[str, str]]:
 
 
 def _text(file: Path) -> str:
+    content = b""
     try:
-        return unpacked(file).decode("utf-8")
+        content = unpacked(file)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise UserError(f"{file}, line {line} is not UTF-8", cure="save the file as UTF-8") from None
     except (OSError, EOFError, ValueError, zlib.error) as problem:
         raise UserError(f"cannot read {file}: {problem}", cure="give UTF-8 text, gzipped or not") from None
 

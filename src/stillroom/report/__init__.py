@@ -36,6 +36,7 @@ def write_report(run_dir: Path) -> Path:
         recipe=recipe,
         recipe_text=(run_dir / "recipe.yaml").read_text(encoding="utf-8"),
         result=result,
+        names=result.get("rows", []),
         paper=_paper(str(recipe.get("method"))),
         tiles=headline(result),
         samples=_samples(run_dir, result),

@@ -60,6 +60,17 @@ def test_wordnets_files_are_read_by_their_own_numbers(tmp_path: Path) -> None:
         load_texts(tmp_path, "all")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_heading(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\none,a\ntwo,b\n", encoding="utf-8-sig")
+    assert list(load_texts(tmp_path / "a.csv", "all").texts) == ["one", "two"]
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text,label\none,a\ntö,b\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a.csv, line 3 is not UTF-8; save the file as UTF-8"):
+        load_texts(tmp_path / "a.csv", "all")
+
+
 def test_tables_and_folders_give_the_same_texts(tmp_path: Path) -> None:
     rows = [(f"text {i}", "yes" if i % 2 else "no") for i in range(20)]
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows))

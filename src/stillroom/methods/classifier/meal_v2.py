@@ -100,7 +100,7 @@ class MEALV2(Method):
         self.untaught = not teachers
         if self.untaught and not o.teach_share:
             raise UserError(
-                "meal-v2 has no teachers", cure="name them after the student's network, or set options.teach_share to 1"
+                "meal-v2 has no teachers", cure="name them: --teacher FOLDER,FOLDER; or set options.teach_share to 1"
             )
         if o.stored and self.untaught:
             raise UserError("options.stored is for teachers that are given", cure="name them, or leave it empty")

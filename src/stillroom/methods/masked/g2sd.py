@@ -112,7 +112,7 @@ class G2SD(Method):
         masking(torch.zeros(1, self.patches), o.mask_ratio)  # a ratio that leaves nothing is refused here
         if o.generic_share and o.target == "features":
             if not teachers:
-                raise UserError("g2sd has no teacher", cure="name a masked autoencoder after the student's network")
+                raise UserError("g2sd has no teacher", cure="name a masked autoencoder: --teacher FOLDER")
             self.teacher = frozen(copy.deepcopy(require_decoder(teachers[0], "teacher")))
             same_patches(own, self.teacher)
             here, there = own.config, self.teacher.config

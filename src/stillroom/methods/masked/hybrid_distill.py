@@ -80,7 +80,7 @@ class HybridDistill(Method):
         if len(teachers) != 2:
             raise UserError(
                 f"hybrid-distill learns from two teachers, not {len(teachers)}",
-                cure="name the contrastive or supervised one and then the masked one after the student's network",
+                cure="name the contrastive or supervised one, then the masked one: --teacher FOLDER,FOLDER",
             )
         self.student = unfrozen(copy.deepcopy(encoder_of(student)))
         self.masters = nn.ModuleList(frozen(copy.deepcopy(encoder_of(teacher))) for teacher in teachers)

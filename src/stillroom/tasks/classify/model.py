@@ -113,7 +113,7 @@ class ImageClassifier(Model):
         if is_text_image_model(folder):
             raise UserError(
                 f"{folder} holds a text-image model, which knows no classes of its own",
-                cure="name it as a teacher, after the student's network: teacher=resnet-small,FOLDER",
+                cure="name it as the teacher of a classifier: --student resnet-small --teacher FOLDER",
             )
         config = auto_config(folder)
         if type(config) not in AutoModelForImageClassification._model_mapping:

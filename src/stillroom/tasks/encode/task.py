@@ -74,7 +74,7 @@ class Encoding(NetworkTask):
         if (found := trained_teacher(name, recipe.data)) is not None:
             return found
         if place and name in ARCHITECTURES:
-            raise UserError(f"teacher {name!r} is an untrained network", cure="give a trained one's folder")
+            raise UserError(f"teacher {name!r} is an untrained network", cure=f"it can be the student: student={name}")
         with making():
             return make_encoder(name, self.data.shape[0], self.data.shape[-1])
 
