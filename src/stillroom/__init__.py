@@ -52,27 +52,30 @@ def distill(
     """
     from stillroom.recipe import Recipe
     from stillroom.run import run
-    from stillroom.task import IN_MEMORY
 
-    given: dict[str, Any] = {"engine.steps": steps, "engine.seed": seed, "name": name}
-    objects: dict[str, Any] = {}
-    for key, value in {"teacher": teacher, "student": student, "data": data}.items():
-        if value is None or isinstance(value, str | Path):
-            given[key] = value if value is None else str(value)
-        else:
-            given[key], objects[key] = IN_MEMORY, value
+    named, objects = _named(teacher=teacher, student=student, data=data)
+    given = {"engine.steps": steps, "engine.seed": seed, "name": name, **named}
     given |= {f"options.{key}": value for key, value in options.items()}
     recipe = Recipe.load(method, **{key: value for key, value in given.items() if value is not None})
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
     return run(recipe, folder, resume, **objects).student
 
 
+def _named(**things: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a recipe says of teacher, student and data, and those that are objects."""
+    from stillroom.task import IN_MEMORY
+
+    given = {key: thing for key, thing in things.items() if thing is not None}
+    objects = {key: thing for key, thing in given.items() if not isinstance(thing, str | Path)}
+    return {key: IN_MEMORY if key in objects else str(thing) for key, thing in given.items()}, objects
+
+
 def plan(
     method: str,
     *,
-    teacher: str | Path | None = None,
-    student: str | Path | None = None,
-    data: str | Path | None = None,
+    teacher: Any = None,
+    student: Any = None,
+    data: Any = None,
     world: int = 1,
     memory: int | str = 0,
     overrides: Sequence[str] = (),
@@ -87,10 +90,9 @@ def plan(
     from stillroom.planning import plan as planned
     from stillroom.recipe import Recipe
 
-    named = {"teacher": teacher, "student": student, "data": data}
-    given = {key: str(value) for key, value in named.items() if value is not None}
-    recipe = Recipe.load(method, overrides, **given, **{f"options.{key}": value for key, value in options.items()})
-    return planned(recipe, world=world, memory=memory)
+    named, objects = _named(teacher=teacher, student=student, data=data)
+    recipe = Recipe.load(method, overrides, **named, **{f"options.{key}": value for key, value in options.items()})
+    return planned(recipe, world=world, memory=memory, given=objects)
 
 
 def load(folder: str | Path) -> Model:

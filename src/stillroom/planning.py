@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from stillroom.engine.rehearsal import Rehearsal, TurnCost
 from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.recipe import Recipe
-from stillroom.surgery.skeleton import emptied, weights_unread
-from stillroom.task import make_task
+from stillroom.surgery.skeleton import emptied, unshared, weights_unread
+from stillroom.task import NOTHING, make_task
 from stillroom.training import build_method
 
 if TYPE_CHECKING:
@@ -105,13 +105,19 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, *, world: int = 1, memory: int | str = 0, report: Callable[[str], None] = lambda line: None
+    recipe: Recipe,
+    *,
+    world: int = 1,
+    memory: int | str = 0,
+    report: Callable[[str], None] = lambda line: None,
+    given: Mapping[str, Any] = NOTHING,
 ) -> Plan:
     """Memory and operations of every turn of a recipe, found by going through the training on tensors without values.
 
     world: processes, of one device each. memory: of a device, in bytes or as text ("24GB", "80GiB"); where a turn needs
     more, the plan has advice, for which it is made again with each change. report: is told what is being tried.
-    Raises UserError where a run of the recipe would, and for methods that cannot be gone through so.
+    given: ``teacher``, ``student``, ``data``: objects to use instead of those that the recipe names; they stay as they
+    are. Raises UserError where a run of the recipe would, and for methods that cannot be gone through so.
     """
     size = bytes_of(memory)
     if world < 1:
@@ -122,10 +128,10 @@ def plan(
         raise UserError(
             "a plan does not ask the teacher, whose answers options.stored keeps", cure="plan with options.stored="
         )
-    found = _rehearsed(recipe, world)
+    found = _rehearsed(recipe, world, given)
     found = dataclasses.replace(found, memory=size)
     if found.fits is False:
-        found = dataclasses.replace(found, advice=_advise(found, report))
+        found = dataclasses.replace(found, advice=_advise(found, report, given))
     return found
 
 
@@ -137,11 +143,12 @@ def bytes_of(text: int | str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _rehearsed(recipe: Recipe, world: int) -> Plan:
+def _rehearsed(recipe: Recipe, world: int, objects: Mapping[str, Any]) -> Plan:
     recipe = copy.deepcopy(recipe)
     with torch.random.fork_rng(devices=[]), weights_unread() as mode:
-        task = make_task(get_method(recipe.method).task, recipe.teacher)
-        task.sketch(recipe)
+        task = make_task(get_method(recipe.method).task, objects.get("teacher", recipe.teacher))
+        task.check_kinds(recipe, objects)
+        task.sketch(recipe, {who: thing if who == "data" else unshared(thing) for who, thing in objects.items()})
         given = task.given()
         for network in tree_leaves(dict(given)):
             if isinstance(network, nn.Module):
@@ -162,6 +169,7 @@ class _Try:
 
     recipe: Recipe
     world: int
+    given: Mapping[str, Any]
     arguments: tuple[str, ...] = field(default=())
 
     def changed(self, argument: str, world: int = 0) -> _Try:
@@ -170,12 +178,12 @@ class _Try:
         arguments = (*kept, argument)
         if world:
             arguments = (*(a for a in arguments if not a.startswith("--world")), f"--world={world}")
-        return _Try(self.recipe.changed(argument), world or self.world, arguments)
+        return _Try(self.recipe.changed(argument), world or self.world, self.given, arguments)
 
 
-def _advise(start: Plan, report: Callable[[str], None]) -> Advice:
+def _advise(start: Plan, report: Callable[[str], None], given: Mapping[str, Any]) -> Advice:
     """Each change by itself; then one after the other, until it fits."""
-    size, first = start.memory, _Try(start.recipe, start.world)
+    size, first = start.memory, _Try(start.recipe, start.world, given)
     changes: list[Change] = []
     now, best, at = first, start.total, start.total <= size
     for title, propose, worth in _PROPOSALS:
@@ -218,7 +226,7 @@ def _least(
 
 def _total(tried: _Try) -> int | None:
     try:
-        return _rehearsed(tried.recipe, tried.world).total
+        return _rehearsed(tried.recipe, tried.world, tried.given).total
     except UserError:
         return None
 

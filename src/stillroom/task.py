@@ -22,7 +22,9 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.scores import Score
 from stillroom.files import stay_inside
-from stillroom.folders.shipped import model_folder
+from stillroom.folders.image_networks import architecture
+from stillroom.folders.pipelines import sized
+from stillroom.folders.shipped import SHIPPED, model_folder
 from stillroom.parsing import read_json
 from stillroom.registry import Registry
 from stillroom.surgery.modules import parameter_count
@@ -106,12 +108,13 @@ class Model:
     """A finished model. A subclass has :meth:`holds`, :meth:`load`, :meth:`save` and a verb of its own (``sample``,
     ``classify``, ...), and says how one call of it is timed (:meth:`call`).
 
-    task: name of the task whose finished models are of this class. does: "this model ..." in words. usage: the Python
-    call that does it, for whoever asks for something else. asked_by: what `stillroom sample` takes: ``labels``,
-    ``captions``, or nothing.
+    task: name of the task whose finished models are of this class. noun: what such a model is called. does: "this model
+    ..." in words. usage: the Python call that does it, for whoever asks for something else. asked_by: what `stillroom
+    sample` takes: ``labels``, ``captions``, or nothing.
     """
 
     task: ClassVar[str] = ""
+    noun: ClassVar[str] = "a model"
     does: ClassVar[str] = "draws nothing"
     usage: ClassVar[str] = "stillroom.load(DIR)"
     asked_by: ClassVar[str] = ""
@@ -268,6 +271,8 @@ class Task:
 
     name: set by :func:`task`. serves: other tasks' names that methods may ask for and that this one can stand in for,
     where :meth:`takes` the teacher. model: the class of its finished models. things: what the data hold, in words.
+    objects: of which classes a ``teacher``, ``student`` or ``data`` must be that is given as an object; what is not in
+    it is not checked. several: whether a list of teachers may be given.
     data: what the trainer reads. origin: where it came from. made: teachers that the method itself trained. folders: of
     teachers that were read from one, where scores may lie that were measured earlier.
     """
@@ -277,6 +282,8 @@ class Task:
     model: ClassVar[type[Model]]
     things: ClassVar[str] = "images"
     timed: ClassVar[tuple[int, ...]] = (1, 32)  # batch sizes
+    objects: ClassVar[Mapping[str, tuple[type, ...]]] = NOTHING
+    several: ClassVar[bool] = False
     data: Any
     origin: str
 
@@ -290,6 +297,31 @@ class Task:
         another."""
         return False
 
+    @classmethod
+    def reads(cls, folder: Path) -> bool:
+        """Whether what lies in a folder may be a teacher or a student. Default: a model of this task's class, or what
+        neither a task nor transformers knows."""
+        found = find_model_class(folder)
+        return not architecture(folder) if found is None else issubclass(found, cls.model)
+
+    def check_kinds(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        """Raises UserError for a teacher, a student or data of another kind than this task's, named or given. Comes
+        before :meth:`load`."""
+        for who, thing in given.items():
+            listed = who == "teacher" and self.several and isinstance(thing, list | tuple)
+            for one in thing if listed else [thing]:
+                check_object(who, one, self.objects.get(who, (object,)), recipe.method)
+        for who, names in (("teacher", recipe.teacher), ("student", recipe.student)):
+            for name in [names] if Path(names).exists() else map(str.strip, names.split(",")):
+                folder = None if who in given or not name else _named_folder(name)
+                if folder is not None and not self.reads(folder):
+                    fit = [name for name in SHIPPED if self.reads(model_folder(name))]
+                    raise UserError(
+                        f"{who} {name!r} {_described(folder)}; {recipe.method} takes {self.model.noun} "
+                        f"(task {self.name})",
+                        cure="name one by its folder or run" + (f", or one of: {', '.join(fit)}" if fit else ""),
+                    )
+
     # --- before the training --------------------------------------------------------------------------------------
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         """Read student, teachers and data and check that they fit together. Writes nothing into the run's folder.
@@ -299,10 +331,10 @@ class Task:
         """
         raise NotImplementedError
 
-    def sketch(self, recipe: Recipe) -> None:
+    def sketch(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         """Like :meth:`load`, for a plan: networks have no weights (:func:`~stillroom.surgery.skeleton.weights_unread`),
         and what networks would have to compute of the data has the right shapes alone."""
-        self.load(recipe)
+        self.load(recipe, given)
 
     def given(self) -> Mapping[str, Any]:
         """What a method's ``build`` may ask for, by name: ``teacher`` (where there is one), ``teachers`` (a list),
@@ -378,6 +410,27 @@ class Task:
         return path if path.is_file() else None
 
 
+def check_object(who: str, thing: Any, wanted: tuple[type, ...], method: str) -> None:
+    """Raises UserError for an object of none of these classes."""
+    if not isinstance(thing, wanted):
+        names = [f"{'torch.nn' if cls is nn.Module else cls.__module__}.{cls.__qualname__}" for cls in wanted]
+        raise UserError(
+            f"{who} is an object of class {type(thing).__name__}, which {method} cannot use as its {who}",
+            cure=f"give the name or folder of one, or an object of class {' or '.join(names)}",
+        )
+
+
+def _named_folder(name: str) -> Path | None:
+    """Where a model of this name lies; None where there is no such folder."""
+    folder, _ = sized(name)
+    return model_home(folder) if folder.is_dir() or name in SHIPPED else None
+
+
+def _described(folder: Path) -> str:
+    found = find_model_class(folder)
+    return f"is {found.noun} (task {found.task})" if found else f"holds a {architecture(folder)} of transformers"
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -444,8 +497,8 @@ def find_model_class(folder: Path) -> type[Model] | None:
     where there is no model."""
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
     known = tasks()
-    if (named := side.get("task")) in known:
-        return known[str(named)].model
+    if (named := str(side.get("task"))) in known:
+        return known[named].model
     return next((cls.model for cls in known.values() if cls.model.holds(folder)), None)
 
 
@@ -455,7 +508,9 @@ def model_class(folder: Path) -> type[Model]:
         return found
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist", cure="give a folder in diffusers layout")
-    raise UserError(f"{folder} holds no model", cure="give a folder that diffusers or transformers loads")
+    named = architecture(folder)
+    what = f"a {named}, which is no finished model" if named else "no model"
+    raise UserError(f"{folder} holds {what}", cure="give a folder that diffusers or transformers loads, or a run")
 
 
 def load_model(name: str | Path) -> Model:

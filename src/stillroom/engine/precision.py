@@ -64,6 +64,8 @@ def checkpoint_activations(method: nn.Module) -> None:
         custom = getattr(role, "checkpoint_function", None)
         for part in role.modules():
             module: Any = part
+            if not getattr(module, "supports_gradient_checkpointing", True):  # it would raise, as ResNet does
+                continue
             if hasattr(module, "enable_gradient_checkpointing"):
 
                 def function(block: Any, *args: Any, _custom: Any = custom) -> Any:

@@ -3,6 +3,7 @@ what a training takes can be known before anything is read."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -134,6 +135,19 @@ def pipeline_from_configs(cls: Any, folder: Path, index: Mapping[str, Any]) -> A
         else:
             given[name] = part.from_pretrained(folder / name, local_files_only=True)
     return cls(**given)
+
+
+def unshared(thing: Any) -> Any:
+    """A copy of a network, or of what holds networks, in which parameters and buffers can be replaced: they are still
+    the same tensors, so it takes no memory."""
+    ordinary = [(cls, cls.__deepcopy__) for cls in (Tensor, nn.Parameter)]
+    try:
+        for cls, _ in ordinary:
+            cls.__deepcopy__ = lambda tensor, known: tensor  # type: ignore[method-assign]
+        return copy.deepcopy(thing)
+    finally:
+        for cls, copied in ordinary:
+            cls.__deepcopy__ = copied  # type: ignore[method-assign]
 
 
 def emptied(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

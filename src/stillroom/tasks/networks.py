@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.source import HOLDOUT
+from stillroom.data.source import HOLDOUT, ArrayData
 from stillroom.draws import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import ACCURACY, CLASSIFICATION, PAIR, classification_scores, pair_scores
@@ -23,6 +23,7 @@ class NetworkTask(Task):
     """A network is trained, beside any number of teachers. ``student`` names it, untrained or by folder; where it names
     none, the student begins as a copy of the first teacher."""
 
+    several = True
     data: Any
     own: nn.Module
     taught: dict[str, nn.Module]
@@ -121,8 +122,24 @@ class Recognition(NetworkTask):
         return told(shown, values, n=n, reference=f"{n:,} test {self.things} ({self.test.origin})")
 
 
-def split_rows(n: int) -> tuple[Tensor, Tensor]:
-    """Row numbers that train, and those held out: every fifth."""
+def check_images(data: ArrayData, name: str) -> tuple[int, int, int]:
+    """Channels, height and width. Raises UserError for data of other things, by the ``name`` that the user gave."""
+    if len(data.shape) != 3:
+        raise UserError(
+            f"data {name!r} holds rows of shape {list(data.shape)}, no images", cure="give images [N, C, H, W]"
+        )
+    channels, height, width = data.shape
+    return channels, height, width
+
+
+def split_rows(n: int, name: str, things: str) -> tuple[Tensor, Tensor]:
+    """Row numbers that train, and those held out: every fifth. Raises UserError for too few, by the ``name`` that the
+    user gave to these ``things``."""
+    if n < HOLDOUT:
+        raise UserError(
+            f"data {name!r} has {n} {things} to train on, too few: every fifth is held out to choose by",
+            cure=f"give at least {HOLDOUT}, better many of each class",
+        )
     held_out = torch.arange(n) % HOLDOUT == HOLDOUT - 1
     return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
 

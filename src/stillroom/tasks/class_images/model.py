@@ -28,6 +28,7 @@ class ImageGenerator(PictureGenerator):
     classes: names of the condition's classes in label order (may be empty).
     """
 
+    noun = "an image generator"
     does, usage, asked_by = "draws classes", "stillroom.load(DIR).sample(labels)", "labels"
 
     def __init__(self, denoiser: Denoiser, sampler: Sampler, classes: Sequence[str] = ()) -> None:

@@ -17,6 +17,8 @@ from stillroom.task import NOTHING, Card, Task, model_home, task
 from stillroom.tasks.class_images.model import ImageGenerator, class_count
 from stillroom.tasks.words import calls, made_from
 
+DENOISERS = (ImageGenerator, Denoiser)
+
 
 @task("class-images")
 class ClassImages(Task):
@@ -24,6 +26,7 @@ class ClassImages(Task):
     teacher."""
 
     model = ImageGenerator
+    objects = {"teacher": DENOISERS, "student": DENOISERS, "data": (ArrayData,)}
     data: ArrayData
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:

@@ -15,7 +15,7 @@ from stillroom.data.source import load_data
 from stillroom.diffusion.sampling import Sampler, sampler_from_dict
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
-from stillroom.folders.image_networks import ENCODERS, architecture, channels_of
+from stillroom.folders.image_networks import architecture, channels_of
 from stillroom.folders.pretrained import CONFIG, WEIGHTS, pretrained
 from stillroom.folders.processors import PROCESSOR, Pixels, save_processor
 from stillroom.folders.transformers_layout import auto_config, without_bar
@@ -34,6 +34,7 @@ class ImageClassifier(Model):
     is asked; of one with two heads, with the mixture of their probabilities.
     """
 
+    noun = "an image classifier"
     does, usage = "recognises images, it draws none", "stillroom.load(DIR).classify(images)"
     int8 = True
 
@@ -93,9 +94,8 @@ class ImageClassifier(Model):
 
     @classmethod
     def holds(cls, folder: Path) -> bool:
-        """A model of transformers that neither reads texts nor describes images."""
-        named = architecture(folder)
-        return bool(named) and named not in ENCODERS and not named.endswith("ForSequenceClassification")
+        """A model of transformers for image classification, or one of texts and images that is asked about classes."""
+        return "ForImageClassification" in architecture(folder) or is_text_image_model(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageClassifier:

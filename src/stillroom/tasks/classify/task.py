@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.source import ArrayData, load_data
+from stillroom.data.source import LABELS, ArrayData, load_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import ARCHITECTURES, channels_of, config_of, make_classifier
@@ -20,8 +20,10 @@ from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
 from stillroom.task import COLUMNS, IN_MEMORY, NOTHING, Card, Rows, model_home, task
 from stillroom.tasks.classify.model import ImageClassifier, asked
-from stillroom.tasks.networks import Recognition, split_rows
+from stillroom.tasks.networks import Recognition, check_images, split_rows
 from stillroom.tasks.words import made_from
+
+NETWORKS = (ImageClassifier, nn.Module)
 
 
 @task("classify")
@@ -32,15 +34,17 @@ class Classification(Recognition):
     model = ImageClassifier
     data: ArrayData
     things = "images"
+    objects = {"teacher": NETWORKS, "student": NETWORKS, "data": (ArrayData,)}
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         source = given["data"] if "data" in given else load_data(recipe.data, "train")
-        if len(source.classes) < 2:
+        check_images(source, recipe.data)
+        if len(source.classes) < 2 or LABELS not in source.cond:
             raise UserError(
                 f"data {recipe.data!r} has no classes to tell apart",
                 cure="put the images into one sub-folder per class",
             )
-        training, held_out = split_rows(source.n)
+        training, held_out = split_rows(source.n, recipe.data, self.things)
         self.data = source.take(training)
         self.data.parts["heldout"] = source.take(held_out)
         self.origin = source.origin

@@ -14,7 +14,8 @@ from stillroom.data.texts import load_texts
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
-from stillroom.folders.text_networks import CONFIG, load_text_network
+from stillroom.folders.image_networks import architecture
+from stillroom.folders.text_networks import load_text_network
 from stillroom.folders.transformers_layout import without_bar
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
@@ -28,6 +29,7 @@ class TextClassifier(Model):
     classes: names in the order of the outputs. length: tokens of a text; longer ones are cut.
     """
 
+    noun = "a text classifier"
     does, usage = "sorts texts, it draws nothing", "stillroom.load(DIR).classify(texts)"
     int8 = True
 
@@ -98,8 +100,7 @@ class TextClassifier(Model):
     @classmethod
     def holds(cls, folder: Path) -> bool:
         """A model of transformers for sequence classification."""
-        kinds = read_json(folder / CONFIG).get("architectures") or [] if (folder / CONFIG).is_file() else []
-        return any(kind.endswith("ForSequenceClassification") for kind in kinds)
+        return architecture(folder).endswith("ForSequenceClassification")
 
     @classmethod
     def load(cls, folder: str | Path) -> TextClassifier:

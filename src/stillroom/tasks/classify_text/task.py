@@ -24,12 +24,13 @@ from stillroom.folders.text_networks import (
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
 from stillroom.surgery.text_reader import counted_from, positions, token_table
-from stillroom.task import IN_MEMORY, NOTHING, Card, Model, Rows, model_home, task
+from stillroom.task import IN_MEMORY, NOTHING, Card, Model, Rows, find_model_class, model_home, task
 from stillroom.tasks.classify_text.model import TextClassifier
 from stillroom.tasks.networks import Recognition, split_rows
 from stillroom.tasks.words import listed, made_from
 
 EXAMPLES = 24
+NETWORKS = (TextClassifier, nn.Module)
 
 
 @task("classify-text")
@@ -44,6 +45,12 @@ class TextClassification(Recognition):
     model = TextClassifier
     data: TextData
     things = "texts"
+    objects = {"teacher": NETWORKS, "student": NETWORKS, "data": (Texts, TextData)}
+
+    @classmethod
+    def reads(cls, folder: Path) -> bool:
+        """A text classifier, or an encoder of texts that is given a head."""
+        return find_model_class(folder) in (None, TextClassifier)
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         source = given["data"] if "data" in given else load_texts(recipe.data, "train")
@@ -57,7 +64,7 @@ class TextClassification(Recognition):
         for name, network in self.everyone(recipe):
             self._check(name, network, source.classes)
         self.test = None
-        training, held_out = split_rows(source.n)
+        training, held_out = split_rows(source.n, recipe.data, self.things)
         if isinstance(source, TextData):
             self.data, self.length = source.take(training), source.shape[0]
             self.data.parts = dict(source.parts)

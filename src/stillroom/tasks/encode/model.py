@@ -28,6 +28,7 @@ class ImageEncoder(Model):
     """A network that describes images; what ``stillroom.load`` returns for one. Images are float32 ``[N, C, H, W]`` in
     [-1, 1]."""
 
+    noun = "an image encoder"
     does, usage = "describes images, it draws none", "stillroom.load(DIR).features(images)"
     int8 = True
 

@@ -20,11 +20,23 @@ from stillroom.networks.mae import ARCHITECTURES, make_encoder
 from stillroom.networks.vit import check_encoder, encoder_of
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
-from stillroom.task import COLUMNS, NOTHING, Card, Model, Rows, model_home, task, trained_teacher
+from stillroom.task import (
+    COLUMNS,
+    NOTHING,
+    Card,
+    Model,
+    Rows,
+    find_model_class,
+    model_home,
+    task,
+    trained_teacher,
+)
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.encode.model import ImageEncoder
-from stillroom.tasks.networks import NetworkTask
+from stillroom.tasks.networks import NetworkTask, check_images
 from stillroom.tasks.words import made_from, teacher_names
+
+NETWORKS = (ImageEncoder, ImageClassifier, nn.Module)
 
 
 @task("encode")
@@ -33,11 +45,17 @@ class Encoding(NetworkTask):
     but give no scores. Teachers may also be those that a bench trains on first use, by name."""
 
     model = ImageEncoder
+    objects = {"teacher": NETWORKS, "student": NETWORKS, "data": (ArrayData,)}
     data: ArrayData
+
+    @classmethod
+    def reads(cls, folder: Path) -> bool:
+        """An encoder, or what has one inside."""
+        return find_model_class(folder) in (None, ImageEncoder, ImageClassifier)
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         source = given["data"] if "data" in given else load_data(recipe.data, "train")
-        channels, height, width = source.shape
+        channels, height, width = check_images(source, recipe.data)
         if height != width:
             raise UserError(
                 f"data {recipe.data!r}: images are {width}x{height}, encoders take squares", cure="crop or scale them"

@@ -74,6 +74,7 @@ class PipelineGenerator(PictureGenerator):
     Raises UserError for classes, parts and samplers that are not supported, naming them.
     """
 
+    noun = "a text-to-image pipeline"
     does, usage, asked_by = "draws captions", "stillroom.load(DIR).sample(captions)", "captions"
 
     def __init__(

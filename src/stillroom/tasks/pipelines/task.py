@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stillroom.cache import cache_folder
-from stillroom.data.prompt_sources import FORMS, prompt_source
+from stillroom.data.prompt_sources import prompt_source
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Sampler
 from stillroom.errors import UserError
@@ -35,6 +35,7 @@ class Pipelines(Task):
 
     serves = ("class-images",)
     model = PipelineGenerator
+    objects = {"student": (PipelineGenerator, Denoiser), "data": (PromptedData,)}
     data: PromptedData
 
     @classmethod
@@ -45,16 +46,9 @@ class Pipelines(Task):
         return isinstance(teacher, PipelineGenerator) or hasattr(teacher, "register_modules")
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
-        folder, size = None, None
-        if "teacher" not in given:
-            folder, size = sized(recipe.teacher)
-            self.teacher = PipelineGenerator.load(recipe.teacher)
-        else:
-            one = given["teacher"]
-            self.teacher = one if isinstance(one, PipelineGenerator) else PipelineGenerator(one)
+        folder, size = (None, None) if "teacher" in given else sized(recipe.teacher)
+        self.teacher = _teacher(recipe, given)
         if "data" in given:
-            if not isinstance(given["data"], PromptedData):
-                raise UserError("a pipeline learns from prompts", cure=f"give {FORMS}")
             self.data = given["data"]
         else:
             source = prompt_source(recipe.data)
@@ -83,9 +77,9 @@ class Pipelines(Task):
         begins.null = dict(self.start.null)
         self.start = begins
 
-    def sketch(self, recipe: Recipe) -> None:
+    def sketch(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         """One picture with a prompt, as the pipeline's configs have it. The data are not looked at."""
-        self.teacher = PipelineGenerator.load(recipe.teacher)
+        self.teacher = _teacher(recipe, given)
         if (blank := self.teacher.family.blank) is not None:
             text = blank(self.teacher.pipeline)
             null = {name: value[0] for name, value in text.items()}
@@ -102,7 +96,7 @@ class Pipelines(Task):
         self.origin = "one prompt with a picture"
         self.data = PromptedData([shown], ["a"], null, self.origin)
         self.teacher.denoiser.null = dict(null)
-        self._begin(recipe)
+        self._begin(recipe, given)
 
     def check(self, method: Any) -> None:
         """Raises UserError where the method's sampler cannot be a scheduler of diffusers, or its discriminator would
@@ -145,6 +139,13 @@ class Pipelines(Task):
     @classmethod
     def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
         return pipeline_card(recipe, result)
+
+
+def _teacher(recipe: Recipe, given: Mapping[str, Any]) -> PipelineGenerator:
+    if "teacher" not in given:
+        return PipelineGenerator.load(recipe.teacher)
+    one = given["teacher"]
+    return one if isinstance(one, PipelineGenerator) else PipelineGenerator(one)
 
 
 def picture_time(draw: Any) -> float:

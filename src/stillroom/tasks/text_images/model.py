@@ -50,6 +50,7 @@ class TextImageGenerator(PictureGenerator):
     Raises UserError when network and space do not fit.
     """
 
+    noun = "a text-to-image model"
     does, usage, asked_by = "draws captions", "stillroom.load(DIR).sample(captions)", "captions"
 
     def __init__(self, network: nn.Module, sampler: Sampler, space: TextImageSpace) -> None:

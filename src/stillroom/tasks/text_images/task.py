@@ -38,8 +38,16 @@ class TextImages(Task):
     is said by the method's own ``options.synthesis``."""
 
     model = TextImageGenerator
+    objects = {
+        "teacher": (TextImageGenerator,), "student": (TextImageGenerator, nn.Module), "data": (CaptionedData,)
+    }  # fmt: skip
     data: CaptionedData
     space: TextImageSpace
+
+    @classmethod
+    def reads(cls, folder: Path) -> bool:
+        """Such a model, or a pipeline, of which it takes the parts."""
+        return (folder / "model_index.json").is_file() or super().reads(folder)
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         self.sources = self._teachers(recipe.teacher, given.get("teacher"))
@@ -62,13 +70,14 @@ class TextImages(Task):
             one = TextImageGenerator.load(model_home(recipe.student))
         self.start: nn.Module | None = one.network if isinstance(one, TextImageGenerator) else one
 
-    def sketch(self, recipe: Recipe) -> None:
-        """A batch of latents and captions in the shapes of the teachers' space."""
-        self.sources = self._teachers(recipe.teacher, None)
+    def sketch(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
+        """A batch of latents and captions in the shapes of the teachers' space. Data that are given are not looked
+        at."""
+        self.sources = self._teachers(recipe.teacher, given.get("teacher"))
         self.space = next(iter(self.sources.values())).space
-        self._begin(recipe)
+        self._begin(recipe, given)
         wanted, folder = synthesis_of(recipe), Path(recipe.data).expanduser()
-        if recipe.data != "scenes" and not wanted.images and not (folder / MANIFEST).is_file():
+        if "data" not in given and recipe.data != "scenes" and not wanted.images and not (folder / MANIFEST).is_file():
             raise _no_store(recipe.data)
         self.data = self._blank(recipe, self.space.shape)
         if wanted.small:
