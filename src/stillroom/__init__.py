@@ -54,7 +54,7 @@ def distill(
     from stillroom.run import run
 
     named, objects = _named(teacher=teacher, student=student, data=data)
-    given = {"engine.steps": steps, "engine.seed": seed, "name": name, **named}
+    given: dict[str, Any] = {"engine.steps": steps, "engine.seed": seed, "name": name, **named}
     given |= {f"options.{key}": value for key, value in options.items()}
     recipe = Recipe.load(method, **{key: value for key, value in given.items() if value is not None})
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name

@@ -227,7 +227,7 @@ def _least(
 def _total(tried: _Try) -> int | None:
     try:
         return _rehearsed(tried.recipe, tried.world, tried.given).total
-    except UserError:
+    except (UserError, ValueError):  # ValueError: batch norm's, of a micro-batch of one row
         return None
 
 
