@@ -108,6 +108,7 @@ def run_arguments(*more: str, teacher: str = "teacher", data: str = "data", meth
         (["compare"], "no runs"),
         (["compare", "nothing"], "run folder nothing does not exist"),
         (["compare", "data"], "no run folder"),
+        (["export", "nothing", "--to", "foo"], "--to: 'foo' is none of 'onnx', 'openvino', 'torch'"),
         (["report", "nothing"], "run folder nothing does not exist"),
         (["report", "data"], "no run folder"),
         (["doctor", "data"], "no run folder"),

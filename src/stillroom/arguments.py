@@ -65,4 +65,6 @@ def _one_line(box: str) -> str:
         return f"unknown argument {bad[1]!r}" + (f" (did you mean {meant[1]!r}?)" if meant else "")
     if bad := re.search(r"Error parsing (\S+?):.* from \['(.*?)'\]", text):
         return f"{bad[1]}: {bad[2]!r} is not of the right kind"
+    if bad := re.search(r"invalid choice '(.*?)' for argument '(\S+?)'\. Expected one of \((.*?),?\)", text):
+        return f"{bad[2]}: {bad[1]!r} is none of {bad[3]}"
     return text.split(" Argument helptext:")[0].split(" For full helptext")[0]

@@ -245,7 +245,7 @@ class Method(nn.Module):
             if name in given or parameter.default is not parameter.empty:
                 continue
             if name in ("teacher", "teachers"):
-                raise UserError(f"{self.slug} has no teacher", cure="name one")
+                raise UserError(f"{self.slug} has no teacher", cure="name one: --teacher FOLDER")
             raise UserError(f"{self.slug} wants a {name}, which is not there", cure=f"given: {', '.join(given)}")
         self.build(**{name: given[name] for name in wanted if name in given})
 

@@ -271,8 +271,9 @@ class Task:
 
     name: set by :func:`task`. serves: other tasks' names that methods may ask for and that this one can stand in for,
     where :meth:`takes` the teacher. model: the class of its finished models. things: what the data hold, in words.
-    objects: of which classes a ``teacher``, ``student`` or ``data`` must be that is given as an object; what is not in
-    it is not checked. several: whether a list of teachers may be given.
+    data_names: of data that it knows, those of other tasks are refused. objects: of which classes a ``teacher``,
+    ``student`` or ``data`` must be that is given as an object; what is not in it is not checked. several: whether a
+    list of teachers may be given.
     data: what the trainer reads. origin: where it came from. made: teachers that the method itself trained. folders: of
     teachers that were read from one, where scores may lie that were measured earlier.
     """
@@ -282,6 +283,7 @@ class Task:
     model: ClassVar[type[Model]]
     things: ClassVar[str] = "images"
     timed: ClassVar[tuple[int, ...]] = (1, 32)  # batch sizes
+    data_names: ClassVar[tuple[str, ...]] = ()
     objects: ClassVar[Mapping[str, tuple[type, ...]]] = NOTHING
     several: ClassVar[bool] = False
     data: Any
@@ -311,6 +313,8 @@ class Task:
             listed = who == "teacher" and self.several and isinstance(thing, list | tuple)
             for one in thing if listed else [thing]:
                 check_object(who, one, self.objects.get(who, (object,)), recipe.method)
+        if "data" not in given:
+            self._check_source(recipe)
         for who, names in (("teacher", recipe.teacher), ("student", recipe.student)):
             for name in [names] if Path(names).exists() else map(str.strip, names.split(",")):
                 folder = None if who in given or not name else _named_folder(name)
@@ -321,6 +325,18 @@ class Task:
                         f"(task {self.name})",
                         cure="name one by its folder or run" + (f", or one of: {', '.join(fit)}" if fit else ""),
                     )
+
+    def _check_source(self, recipe: Recipe) -> None:
+        """Raises UserError for the name of another task's data."""
+        if not self.data_names or recipe.data in self.data_names or Path(recipe.data).exists():
+            return
+        others = [cls for cls in tasks().values() if recipe.data in cls.data_names]
+        if others:
+            raise UserError(
+                f"data {recipe.data!r} are {others[0].things} for task {others[0].name}; {recipe.method} reads "
+                f"{self.things} (task {self.name})",
+                cure=f"give a folder or file of {self.things}, or one of: {', '.join(self.data_names)}",
+            )
 
     # --- before the training --------------------------------------------------------------------------------------
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
@@ -507,7 +523,10 @@ def model_class(folder: Path) -> type[Model]:
     if (found := find_model_class(folder)) is not None:
         return found
     if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist", cure="give a folder in diffusers layout")
+        raise UserError(
+            f"model folder {folder} does not exist",
+            cure=f"give a run, a folder that diffusers or transformers loads, or one of: {', '.join(SHIPPED)}",
+        )
     named = architecture(folder)
     what = f"a {named}, which is no finished model" if named else "no model"
     raise UserError(f"{folder} holds {what}", cure="give a folder that diffusers or transformers loads, or a run")

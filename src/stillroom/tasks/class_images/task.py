@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stillroom.data.source import ArrayData, load_data
+from stillroom.data.source import IMAGE_SETS, ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
 from stillroom.errors import UserError
@@ -26,6 +26,7 @@ class ClassImages(Task):
     teacher."""
 
     model = ImageGenerator
+    data_names = IMAGE_SETS
     objects = {"teacher": DENOISERS, "student": DENOISERS, "data": (ArrayData,)}
     data: ArrayData
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.source import LABELS, ArrayData, load_data
+from stillroom.data.source import IMAGE_SETS, LABELS, ArrayData, load_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import ARCHITECTURES, channels_of, config_of, make_classifier
@@ -34,6 +34,7 @@ class Classification(Recognition):
     model = ImageClassifier
     data: ArrayData
     things = "images"
+    data_names = IMAGE_SETS
     objects = {"teacher": NETWORKS, "student": NETWORKS, "data": (ArrayData,)}
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:

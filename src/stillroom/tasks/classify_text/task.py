@@ -45,6 +45,7 @@ class TextClassification(Recognition):
     model = TextClassifier
     data: TextData
     things = "texts"
+    data_names = tuple(NAMED)
     objects = {"teacher": NETWORKS, "student": NETWORKS, "data": (Texts, TextData)}
 
     @classmethod

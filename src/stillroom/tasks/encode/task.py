@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillroom.data.source import LABELS, ArrayData, load_data
+from stillroom.data.source import IMAGE_SETS, LABELS, ArrayData, load_data
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import ENCODERS, VISION_OF, architecture
@@ -45,6 +45,7 @@ class Encoding(NetworkTask):
     but give no scores. Teachers may also be those that a bench trains on first use, by name."""
 
     model = ImageEncoder
+    data_names = IMAGE_SETS
     objects = {"teacher": NETWORKS, "student": NETWORKS, "data": (ArrayData,)}
     data: ArrayData
 

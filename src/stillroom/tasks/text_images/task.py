@@ -38,6 +38,7 @@ class TextImages(Task):
     is said by the method's own ``options.synthesis``."""
 
     model = TextImageGenerator
+    data_names = ("scenes",)
     objects = {
         "teacher": (TextImageGenerator,), "student": (TextImageGenerator, nn.Module), "data": (CaptionedData,)
     }  # fmt: skip
