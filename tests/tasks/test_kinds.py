@@ -125,6 +125,18 @@ def test_a_model_of_another_kind_is_refused(bert: Path, act: Any, method: str, w
     assert "assets" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("distiller", "no text encoder './nope'; give a trained one's folder, or minilm$"),
+        ("gt-self-distill", "no classifier './nope'; give a trained one's folder, or one of: fashion-clip$"),
+    ],
+)
+def test_untrained_networks_are_not_offered_as_teachers(place: Path, method: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        sr.distill(method, teacher="./nope", steps=2)
+
+
 def test_encoders_of_texts_are_taken_but_are_no_finished_models(bert: Path) -> None:
     assert find_model_class(bert) is None
     assert get_task("classify-text").reads(bert)

@@ -68,6 +68,9 @@ class Classification(Recognition):
             return asked(found)
         if place and (name in ARCHITECTURES or name.endswith(".json")):
             raise UserError(f"teacher {name!r} is an untrained network", cure=f"it can be the student: student={name}")
+        if place:
+            fit = ", ".join(known for known in SHIPPED if self.reads(model_home(known)))
+            raise UserError(f"no classifier {name!r}", cure=f"give a trained one's folder, or one of: {fit}")
         with making():
             return make_classifier(name, self.data.shape[0], len(self.data.classes))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stillroom.data.texts import NAMED, TextData, Texts, check_vocabularies, load_texts
 from stillroom.diffusion.sampling import Sampler
 from stillroom.draws import mix
-from stillroom.errors import UserError
+from stillroom.errors import UserError, nearest
 from stillroom.folders.text_networks import (
     ENCODERS,
     MINILM,
@@ -118,6 +118,10 @@ class TextClassification(Recognition):
             return self._found[name, place]
         if place and (name in ENCODERS or name.endswith(".json")):
             raise UserError(f"teacher {name!r} is an untrained network", cure=f"it can be the student: student={name}")
+        if place:
+            raise UserError(
+                f"no text encoder {name!r}{nearest(name, (MINILM,))}", cure=f"give a trained one's folder, or {MINILM}"
+            )
         with making():
             return make_encoder(name, len(self.tokenizer), self._classes)
 
