@@ -272,7 +272,7 @@ def _table(file: Path) -> list[tuple[str, str]]:
         if isinstance(row, Mapping) and not {"text", "label"} <= row.keys():
             raise UserError(
                 f"{file}, row {number} has the columns {', '.join(map(str, row)) or 'none'}, not text and label",
-                cure="name the columns text and label",
+                cure="columns: text, label; none empty",
             )
         text, label = (row.get(key) if isinstance(row, Mapping) else None for key in ("text", "label"))
         if not isinstance(text, str) or not text.strip() or label is None or str(label) == "":
