@@ -140,14 +140,18 @@ def pipeline_from_configs(cls: Any, folder: Path, index: Mapping[str, Any]) -> A
 def unshared(thing: Any) -> Any:
     """A copy of a network, or of what holds networks, in which parameters and buffers can be replaced: they are still
     the same tensors, so it takes no memory."""
-    ordinary = [(cls, cls.__deepcopy__) for cls in (Tensor, nn.Parameter)]
-    try:
-        for cls, _ in ordinary:
-            cls.__deepcopy__ = lambda tensor, known: tensor  # type: ignore[method-assign]
-        return copy.deepcopy(thing)
-    finally:
-        for cls, copied in ordinary:
-            cls.__deepcopy__ = copied  # type: ignore[method-assign]
+    return copy.deepcopy(thing, {id(tensor): tensor for tensor in _tensors(thing)})
+
+
+def _tensors(thing: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Those of the networks in it, as deep as pipelines and finished models hold them."""
+    if isinstance(thing, nn.Module):
+        yield from thing.parameters()
+        yield from thing.buffers()
+    elif depth:
+        inner = thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+        for one in inner:
+            yield from _tensors(one, depth - 1)
 
 
 def emptied(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
