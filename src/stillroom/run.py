@@ -52,8 +52,8 @@ def run(recipe: Recipe, run_dir: str | Path, resume: bool = False, **given: Any)
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_folder(run_dir, resume)
-        for name in (*recipe.teacher.split(","), recipe.student):  # what is named by a word alone is shipped
-            stay_inside(sized(name.strip())[0])
+        for name in filter(None, map(str.strip, (*recipe.teacher.split(","), recipe.student))):
+            stay_inside(sized(name)[0])  # what is named by a word alone is shipped
     track = names_of(recipe.track)
     check_installed(track)
     cls = get_method(recipe.method)
