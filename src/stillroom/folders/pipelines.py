@@ -48,8 +48,8 @@ def sized(name: str | Path) -> tuple[Path, Size | None]:
 
 
 def is_pipeline(name: str | Path) -> bool:
-    """Whether a name is the folder of a diffusers pipeline."""
-    return (sized(name)[0] / INDEX).is_file()
+    """Whether a name is the folder of a diffusers pipeline. No name is not the working folder's."""
+    return str(name) != "" and (sized(name)[0] / INDEX).is_file()
 
 
 def check_index(folder: Path) -> dict[str, Any]:

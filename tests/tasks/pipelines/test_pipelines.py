@@ -544,3 +544,10 @@ def test_a_part_whose_name_leads_out_of_the_folder_is_refused(tmp_path: Path) ->
     (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"a part called '\.\./secret'"):
         PipelineGenerator.load(tmp_path / "pipe")
+
+
+def test_no_name_is_not_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert is_pipeline(".")
+    assert not is_pipeline("")
