@@ -247,6 +247,35 @@ def test_a_failing_claim_is_shown_failing(generator: ModuleType, tree: Path) -> 
     assert "❌ fails: One step is as good as many" in page_of(tree, "dmd2").read_text()
 
 
+def test_a_claim_that_was_not_measured_is_listed_with_the_arm_it_waits_for(generator: ModuleType, tree: Path) -> None:
+    result = changed()
+    waiting = {"id": "second", "statement": "It learns", "verdict": "not measured", "unmeasured": ["ablation"]}
+    result["claims"].append(result["claims"][0] | waiting)
+    record(tree, result)
+    readme = tree / "README.md"
+    readme.write_text(readme.read_text() + "\n<!-- generated: unmeasured -->\n<!-- end -->\n")
+    assert generator.main([], tree) == 0
+    page = page_of(tree, "dmd2").read_text()
+    assert (
+        "not measured: It learns (Table 1; FD-fashion@12345678, N=5000: dmd2 <= 1.2 x teacher); not run: `ablation`"
+        in page
+    )
+    assert "| ablation | not measured |" in page
+    assert "Takes 1 call, not 49: see. Not measured yet: 1 of its 2 claims. |" in readme.read_text()
+    assert "1 of the 2 claims of the proofs have no verdict yet" in readme.read_text()
+    assert "image level, world `fashion`: It learns; not run: `ablation`" in readme.read_text()
+
+
+def test_an_arm_diverged_only_where_the_record_says_so(generator: ModuleType, tree: Path) -> None:
+    nothing = {"values": [None], "mean": None, "sd": None, "cost": {"steps": 9}}
+    arms = RESULT["claims"][0]["arms"] | {"logs-no-such": nothing, "burst": nothing | {"diverged": 1}}  # type: ignore[index]
+    record(tree, changed(arms=arms))
+    generator.main([], tree)
+    page = page_of(tree, "dmd2").read_text()
+    assert "| logs-no-such | – |" in page
+    assert "| burst | diverged |" in page
+
+
 def test_two_worlds_of_one_level_have_tables_and_notes_of_their_own(generator: ModuleType, tree: Path) -> None:
     result = changed()
     other = json.loads(json.dumps(RESULT["claims"][0])) | {"id": "second", "world": "mnist"}  # type: ignore[index]

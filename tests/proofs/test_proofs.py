@@ -16,7 +16,17 @@ from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.proofs import get_proofs, proofs
 from stillroom.proofs.base import Arm, Claim, Proof, merge
-from stillroom.proofs.runner import arm_file, prove, read_arm, recipe_of, run_arm, table, to_json, write_result
+from stillroom.proofs.runner import (
+    arm_file,
+    prove,
+    read_arm,
+    recipe_of,
+    run_arm,
+    table,
+    to_json,
+    value_text,
+    write_result,
+)
 
 RESULTS = Path(__file__).parents[2] / "results"
 LESS = Claim("less", "left is at most half of right", "", "ced", "a", "<=", 0.5, "b")
@@ -134,11 +144,51 @@ def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> Non
             run = {"scores": scores, "cost": {"seconds": 1.0}, "health": {}, "commit": "c", "machine": "m"}
             file.write_text(json.dumps(run))
     result = write_result("sim", (0, 1), tmp_path)
-    assert [claim["id"] for claim in result["claims"]] == ["learns"]
-    assert result["claims"][0]["verdict"] == "holds"
-    assert result["claims"][0]["arms"]["sim"]["mean"] == pytest.approx(0.01)
+    judged = [claim for claim in result["claims"] if claim["verdict"] != "not measured"]
+    assert [claim["id"] for claim in judged] == ["learns"]
+    assert judged[0]["verdict"] == "holds"
+    assert judged[0]["arms"]["sim"]["mean"] == pytest.approx(0.01)
+    assert "unmeasured" not in judged[0]
     assert json.loads((tmp_path / "sim.json").read_text()) == result
-    assert table(result)[0][0] == "learns"
+
+
+def test_a_claim_without_its_arms_is_listed_as_not_measured(tmp_path: Path) -> None:
+    result = write_result("sim", (0,), tmp_path)
+    assert [claim["id"] for claim in result["claims"]] == [claim.id for p in get_proofs("sim") for claim in p.claims]
+    assert {claim["verdict"] for claim in result["claims"]} == {"not measured"}
+    robust = next(claim for claim in result["claims"] if claim["id"] == "robust" and claim["level"] == "image")
+    assert robust["unmeasured"] == ["huber-5x-lr", "raw-l2-5x-lr"]
+    assert result["floor"] == {}  # which no bench is asked for
+    rows = table(result)
+    assert ("robust", "huber-5x-lr", "fd not measured", "", "not measured: huber-5x-lr <= 0.8 x raw-l2-5x-lr") in rows
+
+
+@pytest.mark.parametrize(
+    ("arm", "told"),
+    [
+        (None, "not measured"),
+        ({"values": [None], "mean": None, "sd": None}, "–"),  # not trained: it has no number of the training's log
+        ({"values": [None] * 3, "mean": None, "sd": None, "cost": {"steps": 9}}, "–"),  # nor does every method log it
+        ({"values": [None] * 3, "mean": None, "sd": None, "diverged": 3}, "diverged"),
+        ({"values": [0.0] * 3, "mean": 0.0, "sd": 0.0, "diverged": 3}, "diverged"),  # the worst share is a number
+        ({"values": [1.0, None], "mean": None, "sd": None, "diverged": 1}, "diverged at 1 of 2 seeds"),
+        ({"values": [1.0, 0.0], "mean": 0.5, "sd": 0.5, "diverged": 1}, "0.5 ± 0.5, diverged at 1 of 2 seeds"),
+        ({"values": [1.0, 2.0], "mean": 1.5, "sd": 0.5}, "1.5 ± 0.5"),
+    ],
+)
+def test_an_arm_diverged_only_where_its_record_says_so(arm: dict[str, Any] | None, told: str) -> None:
+    assert value_text(arm) == told
+
+
+def test_recorded_results_hold_every_claim_and_say_diverged_as_their_arms_do() -> None:
+    for slug, known in proofs().items():
+        result = json.loads((RESULTS / f"{slug}.json").read_text())
+        assert [c["id"] for c in result["claims"]] == [claim.id for proof in known for claim in proof.claims], slug
+        arms = {(proof.bench, arm.name): (proof, arm) for proof in known for arm in proof.arms}
+        for claim in result["claims"]:
+            for name, told in claim["arms"].items():
+                files = [arm_file(RESULTS, *arms[claim["world"], name], seed) for seed in result["seeds"]]
+                assert told.get("diverged", 0) == sum('"diverged"' in file.read_text() for file in files), (slug, name)
 
 
 def test_results_are_strict_json_and_a_diverged_arm_reads_back_as_the_worst(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-VERDICTS = {"holds": "✅ holds", "fails": "❌ fails", "unresolved": "➖ unresolved"}
+VERDICTS = {
+    "holds": "✅ holds", "fails": "❌ fails", "unresolved": "➖ unresolved", "not measured": "◻️ not measured",
+}  # fmt: skip
 COSTS = {
     "seconds": "training, s",
     "steps": "training steps",
@@ -25,12 +27,17 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def spread(arm: dict[str, Any]) -> str:
-    """Mean and standard deviation over seeds."""
-    if arm["mean"] is None:  # an untrained arm has no number that only training logs
-        return "diverged" if (arm.get("cost") or {}).get("steps") else "–"
+def spread(arm: dict[str, Any] | None) -> str:
+    """Mean and standard deviation over seeds; in words where there is none."""
+    if arm is None:
+        return "not measured"
+    lost, seeds = arm.get("diverged", 0), len(arm["values"])
+    told = "" if not lost else "diverged" if lost == seeds else f"diverged at {lost} of {seeds} seeds"
+    if arm["mean"] is None or lost == seeds:  # an untrained arm has no number that only training logs
+        return told or "–"
     mean, sd = number(arm["mean"]), arm.get("sd")
-    return mean if sd is None or len(arm["values"]) < 2 else f"{mean} ± {number(sd)}"
+    text = mean if sd is None or seeds < 2 else f"{mean} ± {number(sd)}"
+    return f"{text}, {told}" if told else text
 
 
 def cell(text: Any) -> str:

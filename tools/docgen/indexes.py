@@ -65,8 +65,31 @@ def block_methods(sources: Sources, page: Page) -> str:
     for title, slugs in purposes(sources):
         for slug in slugs:
             link = f"[{slug}]({page.link(f'docs/methods/{slug}.md')})"
-            rows.append([f"**{title}**" if slug == slugs[0] else "", link, in_short(sources, slug)])
+            said = [in_short(sources, slug), *waiting(sources, slug)]
+            rows.append([f"**{title}**" if slug == slugs[0] else "", link, " ".join(said)])
     return table(["to get", "method", "what was measured here"], rows)
+
+
+def waiting(sources: Sources, slug: str) -> list[str]:
+    """How many of a method's claims were not measured, in words; nothing where all were."""
+    claims = sources.claims(slug)
+    count = sum(claim["verdict"] == "not measured" for claim in claims)
+    return [f"Not measured yet: {count} of its {len(claims)} claims."] if count else []
+
+
+def block_unmeasured(sources: Sources, page: Page) -> str:
+    """Every claim that has no verdict since arms were not run."""
+    claims = [(slug, claim) for slug in sources.implemented for claim in sources.claims(slug)]
+    rows = [
+        f"- [{slug}]({page.link(f'docs/methods/{slug}.md')}), {claim['level']} level, world `{claim['world']}`: "
+        f"{claim['statement']}{measured.untrained(claim)}"
+        for slug, claim in claims
+        if claim["verdict"] == "not measured"
+    ]
+    if not rows:
+        return f"All {len(claims)} claims of the proofs were measured."
+    said = f"{len(rows)} of the {len(claims)} claims of the proofs have no verdict yet, since arms were not "
+    return "\n".join([f"{said}run:", "", *rows])
 
 
 def block_planned(sources: Sources, page: Page) -> str:

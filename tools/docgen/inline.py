@@ -76,7 +76,7 @@ def benchmark(asked: str, sources: Sources) -> str:
 
 def check(condition: str, sources: Sources, page: Page) -> None:
     """``[METHOD/]WORLD/CLAIM VERDICT``."""
-    address, _, verdict = condition.rpartition(" ")
+    address, _, verdict = condition.partition(" ")
     *slug, world, name = address.split("/")
     found = sources.claim(slug[0] if slug else page.slug, world, name)["verdict"]
     if found != verdict:

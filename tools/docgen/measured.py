@@ -23,8 +23,8 @@ def verdict_cell(sources: Sources, slug: str) -> str:
 
 
 def first_claim(sources: Sources, slug: str) -> str:
-    """The two sides of the first claim."""
-    if not (claims := sources.claims(slug)):
+    """The two sides of the first claim that was measured."""
+    if not (claims := [c for c in sources.claims(slug) if c["verdict"] != "not measured"]):
         return ""
     claim = claims[0]
     sides = [f"{side} {spread(claim['arms'][side])}" for side in (claim["left"], claim["right"]) if side]
@@ -48,23 +48,27 @@ def claims_and_arms(sources: Sources, slug: str) -> str:
         note = (result.get("notes") or {}).get(world, "")
         said = [
             f"- {VERDICTS[claim['verdict']]}: {claim['statement']} ({claim['paper']}{'; ' if claim['paper'] else ''}"
-            f"{metric_name(claim['metric'], floor)}: {claim['margin']})"
+            f"{metric_name(claim['metric'], floor)}: {claim['margin']}){untrained(claim)}"
             for claim in here
         ]
         parts += [f"**{level.capitalize()} level**, world `{world}`, seeds {seeds}", "\n".join(said)]
         parts += [note] if note else []
-        parts += [arm_table(here, floor), f"Measured at {where(result)}."]
+        if any(claim["arms"] for claim in here):
+            parts += [arm_table(here, floor), f"Measured at {where(result)}."]
     return "\n\n".join(parts) or "No result has been recorded yet."
+
+
+def untrained(claim: dict[str, Any]) -> str:
+    """Which arms a claim still waits for."""
+    names = ", ".join(f"`{name}`" for name in claim.get("unmeasured", ()))
+    return f"; not run: {names}" if names else ""
 
 
 def arm_table(claims: list[dict[str, Any]], floor: dict[str, Any]) -> str:
     """One row per arm, one column per metric that the claims use; below, the bench's floor."""
     metrics = {claim["metric"]: claim["arms"] for claim in claims}
-    names = list(dict.fromkeys(name for claim in claims for name in claim["arms"]))
-    rows = [
-        [name, *(spread(measured[name]) if name in measured else "–" for measured in metrics.values())]
-        for name in names
-    ]
+    names = list(dict.fromkeys(name for claim in claims for name in (*claim["arms"], *claim.get("unmeasured", ()))))
+    rows = [[name, *(spread(measured.get(name)) for measured in metrics.values())] for name in names]
     if any(metric in floor for metric in metrics):
         rows.append(["the bench's floor", *(number(floor.get(metric)) for metric in metrics)])
     return table(["arm", *(metric_name(metric, floor) for metric in metrics)], rows)
@@ -75,6 +79,8 @@ def costs(sources: Sources, slug: str) -> str:
     parts = []
     for (level, world), here in by_world(sources.claims(slug)).items():
         arms = {name: arm.get("cost") or {} for claim in here for name, arm in claim["arms"].items()}
+        if not arms:
+            continue
         rows = [[name, *(number(cost.get(key)) for key in COSTS)] for name, cost in arms.items()]
         parts += [f"**{level.capitalize()} level**, world `{world}`", table(["arm", *COSTS.values()], rows)]
     if not parts:

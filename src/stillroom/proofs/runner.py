@@ -9,7 +9,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +38,8 @@ from stillroom.surgery.modules import parameter_count
 from stillroom.training import build_method, train
 
 RESULTS = Path("results")
+NOT_MEASURED = "not measured"
+"""The verdict on a claim whose arms were not all run."""
 CONTROLS = ("bench", "shuffled", "untrained")
 """What an arm's teacher may be beside the name of another one of the bench."""
 
@@ -197,7 +199,8 @@ def prove(
 
 
 def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> dict[str, Any]:
-    """Put together ``results/<slug>.json`` from the measured arms; claims whose arms are missing are left out."""
+    """Put together ``results/<slug>.json`` from the measured arms. A claim whose arms were not all run, at every
+    seed, has the verdict ``not measured`` and names them."""
     claims, floors, hashes, health, notes = [], {}, [], {}, {}
     commits, machines = set(), set()
     for proof in get_proofs(slug):
@@ -207,19 +210,18 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
             hashes += [f.stem for f in files]
             if all(f.exists() for f in files):
                 measured[arm.name] = [read_arm(f, bench_class(proof.bench).scores) for f in files]
+        claims += [_judge(claim, proof, measured) for claim in proof.claims]
+        notes[proof.bench] = proof.note
         if not measured:
             continue
-        floors[proof.bench], notes[proof.bench] = get_bench(proof.bench).floor(), proof.note
+        floors[proof.bench] = get_bench(proof.bench).floor()
         commits |= {run["commit"] for runs in measured.values() for run in runs}
         machines |= {run["machine"] for runs in measured.values() for run in runs}
         if proof.level != "mechanism" and proof.arms[0].name in measured:
             health = _bands(measured[proof.arms[0].name])
-        for claim in proof.claims:
-            if claim.left in measured and (not claim.right or claim.right in measured):
-                claims.append(_judge(claim, proof, measured))
     result = {
         "method": slug,
-        "bench": sorted(floors),
+        "bench": sorted(notes),
         "commit": sorted(commits),
         "recipe_hash": sorted(hashes),
         "machine": sorted(machines),
@@ -261,11 +263,15 @@ def score(run: dict[str, Any], metric: str) -> float:
 
 
 def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    lefts = [score(run, claim.metric) for run in measured[claim.left]]
-    rights: list[float | None] = [None] * len(lefts)
-    if claim.right:
-        rights = [score(run, claim.metric) for run in measured[claim.right]]
-    return {
+    unmeasured = [side for side in (claim.left, claim.right) if side and side not in measured]
+    verdict = NOT_MEASURED
+    if not unmeasured:
+        lefts = [score(run, claim.metric) for run in measured[claim.left]]
+        rights: list[float | None] = [None] * len(lefts)
+        if claim.right:
+            rights = [score(run, claim.metric) for run in measured[claim.right]]
+        verdict = claim.verdict(lefts, rights)
+    found = {
         "id": claim.id,
         "statement": claim.statement,
         "paper": claim.paper,
@@ -276,9 +282,10 @@ def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]
         "right": claim.right,
         "op": claim.op,
         "margin": claim.margin,
-        "verdict": claim.verdict(lefts, rights),
+        "verdict": verdict,
         "arms": {name: _summary(runs, claim.metric) for name, runs in measured.items()},
     }
+    return found | ({"unmeasured": unmeasured} if unmeasured else {})
 
 
 def _summary(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
@@ -286,12 +293,14 @@ def _summary(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     finite = all(map(math.isfinite, values))
     keys = sorted({key for run in runs for key in run["cost"]})
     cost = {key: fmean(run["cost"][key] for run in runs if key in run["cost"]) for key in keys}
-    return {
+    found = {
         "values": values,
         "mean": fmean(values) if finite else None,
         "sd": stdev(values) if finite and len(values) > 1 else None,
         "cost": cost,
     }
+    diverged = sum("diverged" in run for run in runs)
+    return found | ({"diverged": diverged} if diverged else {})
 
 
 def _bands(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -326,11 +335,24 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for claim in result["claims"]:
         for side in filter(None, (claim["left"], claim["right"])):
-            arm = claim["arms"][side]
-            value = "diverged" if arm["mean"] is None else f"{arm['mean']:.4g} ± {arm['sd'] or 0:.2g}"
-            cost = f"{arm['cost'].get('seconds', 0):.0f} s, {arm['cost'].get('nfe', 0):.0f} nfe"
+            arm = claim["arms"].get(side)
+            value, cost = value_text(arm), ""
+            if arm is not None:
+                cost = f"{arm['cost'].get('seconds', 0):.0f} s, {arm['cost'].get('nfe', 0):.0f} nfe"
             verdict = f"{claim['verdict']}: {claim['margin']}" if side == claim["left"] else ""
             rows.append(
                 (claim["id"] if side == claim["left"] else "", side, f"{claim['metric']} {value}", cost, verdict)
             )
     return rows
+
+
+def value_text(arm: Mapping[str, Any] | None) -> str:
+    """An arm's mean and standard deviation over seeds. ``diverged`` where its trainings did; a dash where it has no
+    such number (what only training logs, of an arm that is not trained); ``not measured`` where it was not run."""
+    if arm is None:
+        return NOT_MEASURED
+    lost, seeds = arm.get("diverged", 0), len(arm["values"])
+    told = "" if not lost else "diverged" if lost == seeds else f"diverged at {lost} of {seeds} seeds"
+    if arm["mean"] is None or lost == seeds:
+        return told or "–"
+    return f"{arm['mean']:.4g} ± {arm['sd'] or 0:.2g}" + (f", {told}" if told else "")
