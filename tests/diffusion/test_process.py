@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gaussians import KINDS, PROCESSES, exact
 from stillroom.diffusion.denoiser import Prediction, Reparametrised
@@ -24,6 +25,7 @@ from stillroom.diffusion.process import (
     match_snr,
     process_from_dict,
 )
+from stillroom.networks.token_head import respaced
 
 ALL = [*PROCESSES.values(), RectifiedFlow(shift=3.0), VP("squaredcos_cap_v2"), VP("linear", 1000, 1e-4, 0.02)]
 IDS = ["flow", "trig", "edm", "vp", "flow-shift3", "vp-cosine", "vp-linear"]
@@ -246,3 +248,13 @@ def test_an_unknown_beta_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="sigmoid"):
         VP("sigmoid").alpha(torch.tensor(1.0))
     assert TrigFlow().t_max == math.pi / 2
+
+
+def test_a_plan_leaves_no_fake_tables_behind() -> None:
+    """A plan may be the first to ask for a schedule; a training in the same process reads the same tables."""
+    process = VP(beta_start=0.00081)  # nobody else's
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert process.alpha(torch.zeros(3)).shape == (3,)
+        respaced(process, 7)
+    assert type(process.alpha(torch.zeros(3))) is Tensor
+    assert all(type(value) is Tensor for value in vars(respaced(process, 7)).values())

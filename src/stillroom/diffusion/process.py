@@ -8,13 +8,30 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stillroom.errors import UserError, nearest
+
+Make = TypeVar("Make", bound=Callable[..., Any])
+
+
+def tabulated(make: Make) -> Make:
+    """``make``, whose answers are kept. They hold ordinary tensors, also where a plan is the first to ask: fake ones
+    would be kept for whoever trains in the same process afterwards."""
+
+    @functools.lru_cache(maxsize=32)
+    @functools.wraps(make)
+    def kept(*args: Any) -> Any:
+        with _disable_current_modes():
+            return make(*args)
+
+    return cast(Make, kept)
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -170,7 +187,7 @@ class EDM(Process):
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-@functools.lru_cache(maxsize=32)
+@tabulated
 def _log_ratio_table(schedule: str, steps: int, beta_start: float, beta_end: float) -> Tensor:
     """``log(sigma / alpha)`` at the integer times of a discrete schedule, float64."""
     if schedule == "linear":

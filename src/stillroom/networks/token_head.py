@@ -3,7 +3,6 @@ section 3.2; LightGen, arXiv 2503.08619, eq. 6)."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillroom.diffusion.process import VP
+from stillroom.diffusion.process import VP, tabulated
 
 FREQUENCIES = 256
 Prediction = Literal["eps", "v"]
@@ -43,7 +42,7 @@ class Respaced:
         return Respaced(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-@functools.lru_cache(maxsize=32)
+@tabulated
 def respaced(process: VP, steps: int) -> Respaced:
     """``steps`` evenly spaced times of the process, the noisiest always among them; all of them gives the process.
 
