@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from stillroom.diffusion.process import VP
 from stillroom.errors import UserError
+from stillroom.networks import token_head
 from stillroom.networks.mar import MAR, CrossBlock, MARSettings, take
 from stillroom.networks.token_head import Prediction, TokenDiffusionHead, respaced
 from tiny_mar import DIM, PLACES, latents, make_mar, random_parts, texts
@@ -208,6 +210,12 @@ class Exact(TokenDiffusionHead):
     def times(self, t: Tensor) -> Tensor:
         return torch.stack([t.float(), torch.zeros_like(t.float())], -1)
 
+    def modulations(self, about: Tensor, times: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+        return (about + time for time in times.flip(0))
+
+    def modulated(self, x_t: Tensor, parts: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        return self(x_t, parts)
+
     def forward(self, x_t: Tensor, y: Tensor) -> tuple[Tensor, None]:
         table, t = respaced(self.process, 1000), y[..., :1].round().long()
         signal, noise = table.signal[t], table.noise[t]
@@ -261,8 +269,8 @@ class Says(TokenDiffusionHead):
         super().__init__(1, 1, 2, 0)
         self.said = torch.tensor(eps), torch.tensor(v)
 
-    def forward(self, x_t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(a[: len(y), None, None].expand(-1, *x_t.shape[-2:]) for a in self.said)  # type: ignore[return-value]
+    def modulated(self, x_t: Tensor, parts: Any) -> tuple[Tensor, Tensor]:
+        return tuple(a[: len(parts[0]), None, None].expand(-1, *x_t.shape[-2:]) for a in self.said)  # type: ignore[return-value]
 
 
 def test_guidance_acts_on_the_noise_and_the_variance_is_the_conditional_ones() -> None:
@@ -276,6 +284,41 @@ def test_guidance_acts_on_the_noise_and_the_variance_is_the_conditional_ones() -
     fresh = torch.randn(2, 1, generator=torch.Generator().manual_seed(5))
     x = table.scale[1] * noise - table.eps_weight[1] * eps + 0.5 * (0.5 * table.log_beta[1]).exp() * fresh
     assert torch.allclose(found, table.scale[0] * x - table.eps_weight[0] * eps, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("rows", [1, 12, 30, 10_000])
+def test_the_modulation_of_many_steps_is_that_of_each(
+    rows: int, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 rows a step, 7 steps: one by one, two and five at a time (the last ones fewer), all at once."""
+    head, inputs = make_head(learned_variance=learned), head_inputs()
+    z, plan = torch.stack([inputs["z"], inputs["z"].flip(0)])[:, :, :1], head.plan(7)
+    monkeypatch.setattr(token_head, "ROWS", rows)
+    with torch.no_grad():
+        about = head.embed_z(z)
+        found = list(head.modulations(about, plan[1]))
+        assert len(found) == 7
+        for time, parts in zip(plan[1].flip(0), found, strict=True):
+            expected = head.modulation(torch.nn.functional.silu(about + time)).chunk(8, -1)
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parts, expected, strict=True))
+
+
+def test_sampling_asks_the_head_as_its_loss_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler's way through many steps at once gives the tokens that ``forward``, step by step, gives."""
+    head, inputs = make_head(), head_inputs()
+    z, noise, plan = torch.stack([inputs["z"], inputs["z"].flip(0)]), inputs["eps"][:, 0], head.plan(9)
+
+    def drawn() -> Tensor:
+        return head.sample(
+            z, noise, plan, guidance=2.5, temperature=0.9, clip=2.0, generator=torch.Generator().manual_seed(3)
+        )
+
+    found = drawn()
+    asked = head.modulated
+    monkeypatch.setattr(head, "modulations", lambda about, times: iter([about + t for t in times.flip(0)]))
+    monkeypatch.setattr(head, "modulated", lambda x, y: asked(x, head._modulate(torch.nn.functional.silu(y))))
+    assert torch.allclose(found, drawn(), rtol=1e-4, atol=1e-5)
 
 
 def test_one_step_is_the_implied_clean_token() -> None:

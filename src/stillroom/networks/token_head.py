@@ -4,7 +4,7 @@ section 3.2; LightGen, arXiv 2503.08619, eq. 6)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from stillroom.diffusion.process import VP, tabulated
 
 FREQUENCIES = 256
+ROWS = 256
+"""Of a product that modulates several steps at once: with more, one step's is as fast, and takes less memory."""
 Prediction = Literal["eps", "v"]
 
 
@@ -140,7 +142,11 @@ class TokenDiffusionHead(nn.Module):
         """``(said [..., dim], place)`` at ``x_t`` under ``y [..., width]``, the sum of the embeddings of time and of
         ``z``: the prediction, and the variance's place (None where it is fixed). ``x_t`` may lack leading dimensions
         of ``y``."""
-        parts, h = self._modulate(F.silu(y)), self.embed_x(x_t)
+        return self.modulated(x_t, self._modulate(F.silu(y)))
+
+    def modulated(self, x_t: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The same, the modulation given: ``(shift, scale, gate)`` of each block, then the last ``(shift, scale)``."""
+        h = self.embed_x(x_t)
         for i, block in enumerate(self.blocks):
             h = block(h, *parts[3 * i : 3 * i + 3])
         shift, scale = parts[-2:]
@@ -154,6 +160,19 @@ class TokenDiffusionHead(nn.Module):
         # One product per part: the backward pass of a split would first put the parts' gradients together again.
         weights, biases = self.modulation.weight.chunk(count), self.modulation.bias.chunk(count)
         return [F.linear(y, w, b) for w, b in zip(weights, biases, strict=True)]
+
+    def modulations(self, about: Tensor, times: Tensor) -> Iterator[Sequence[Tensor]]:
+        """The modulation of every step under ``about [..., width]``, the embedding of ``z``, and ``times [S, width]``,
+        the noisiest first. It does not depend on the tokens: where there are few, that of several steps is one product,
+        which reads the largest weight of the head once for all of them."""
+        together = max(1, ROWS // (about.numel() // self.width))
+        for end in range(len(times), 0, -together):
+            if together == 1:
+                yield self._modulate(F.silu(about + times[end - 1]))
+                continue
+            some = times[max(0, end - together) : end].view(-1, *[1] * (about.ndim - 1), self.width)
+            count = 3 * len(self.blocks) + 2
+            yield from reversed([parts.chunk(count, -1) for parts in self.modulation(F.silu(about + some)).unbind()])
 
     def errors(self, z: Tensor, x: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Denoising errors with everything random given: ``R`` draws per token share one ``z``.
@@ -211,8 +230,8 @@ class TokenDiffusionHead(nn.Module):
         """
         table, times = plan
         about, x = self.embed_z(z), noise.float()
-        for i in reversed(range(len(table.times))):
-            both, v = self(x, about + times[i])
+        for i, parts in zip(reversed(range(len(times))), self.modulations(about, times), strict=True):
+            both, v = self.modulated(x, parts)
             said = both[0] if len(z) == 1 else both[1] + guidance * (both[0] - both[1])
             if self.prediction == "v" or clip > 0:
                 x0 = self._x0(said, x, table.signal[i], table.noise[i])
