@@ -98,12 +98,12 @@ def test_the_hash_is_of_what_determines_the_result() -> None:
         ("engine.steps=-5", "engine.steps"),
         ("engine.steps=true", "'engine.steps' must be a whole number"),
         ("engine.precision=fp8", "fp32, bf16"),
-        ("engine.seed=-1", "'engine.seed' must be from 0"),
+        ("engine.seed=-1", "'engine.seed' must be a whole number from 0 to"),
         ("engine.export=emma", "engine.export"),
         ("engine.ema=0.99", "'engine.ema' must be a list"),
         ("engine=3", "'engine' must be a mapping"),
         ("engine.steps.x=3", "engine.steps"),
-        ("evaluate.n=-1", "'evaluate.n' must be at least 0"),
+        ("evaluate.n=-1", "'evaluate.n' must be a whole number, at least 0"),
         ("name=a/b", "'name' must be letters"),
         ("method=dmd3", "did you mean 'dmd2'"),
         ("options=[1, 2", "override options"),
@@ -136,6 +136,82 @@ def test_a_wrong_file_is_named(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Recipe.load(path)
     assert words in str(caught.value)
+
+
+NO_NUMBER = ("x", "null", "true", "[1]", "{}", ".nan")
+BELOW, NEGATIVE, ENDLESS = ("0", "-1"), ("-1",), (".inf",)
+NO_WHOLE = (*NO_NUMBER, "1.5", ".inf")
+IMPOSSIBLE = {
+    **dict.fromkeys(("batch", "accumulate", "keep", "log_every", "checkpoint_every"), (*BELOW, *NO_WHOLE)),
+    **dict.fromkeys(("steps", "warmup", "seed"), (*NEGATIVE, *NO_WHOLE)),
+    **dict.fromkeys(("precision", "parallel", "schedule", "draws"), ("x", "1", "null", "[fp32]")),
+    **dict.fromkeys(("compile", "activation_checkpointing", "offload", "check_freezing"), ("on", "1", "x", "null")),
+    **dict.fromkeys(("loss_limit", "growth_limit"), (*BELOW, *NO_NUMBER)),
+    **dict.fromkeys(("optim", "optim.all"), ("x", "1", "[1]")),
+    **dict.fromkeys(
+        ("optim.all.lr", "optim.generator.weight_decay", "optim.critic.clip_norm", "optim.all.clip_value"),
+        (*NEGATIVE, *NO_NUMBER, *ENDLESS),
+    ),
+    "optim.all.nan_to_num": (*NEGATIVE, *NO_NUMBER, *ENDLESS),
+    "optim.all.eps": (*BELOW, *NO_NUMBER, *ENDLESS),
+    "optim.all.betas": ("0.9", "[0.9]", "[0.9, 0.99, 1]", "[0.9, 1]", "[-0.1, 0.9]", "[x, 0.9]", "[.nan, 0.9]", "null"),
+    "optim.all.name": ("adamm", "1", "null", "[adam]"),
+    "ema": ("x", "1", "[x]", "[{}]", "[{decay: 1}]", "[{decay: -0.1}]", "[{decay: x}]", "[{half_life: 0}]",
+            "[{half_life: .inf}]", "[{decay: 0.9, ramp: -1}]", "[{decay: 0.9, of: teacher}]",
+            "[{decay: 0.9, name: student}]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", IMPOSSIBLE)
+def test_every_impossible_value_of_the_engine_is_refused_by_name(key: str) -> None:
+    for value in IMPOSSIBLE[key]:
+        with pytest.raises(UserError) as caught:
+            Recipe.load("dmd2", [f"engine.{key}={value}"])
+        assert f"engine.{key}" in str(caught.value), value
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.fake.rank=0", "'lora.fake.rank' must be a whole number, at least 1, got 0"),
+        ("lora.fake.alpha=0", "'lora.fake.alpha' must be a number or null, above 0, got 0"),
+        ("lora.fake.targets=[]", "'lora.fake.targets' must be a list (each text), with at least one value, got []"),
+        ("lora.fake.targets=to_q", "'lora.fake.targets' must be a list"),
+        ("lora.fke.rank=8", "did you mean 'lora.fake'"),
+        ("evaluate.seed=1e30", "'evaluate.seed' must be a whole number from 0 to"),
+        ("options.guidance=.inf", "'options.guidance' must be a number"),
+    ],
+)
+def test_an_impossible_value_is_told_what_is_legal(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Recipe.load("dmd2", [override])
+    assert words in str(caught.value)
+
+
+def test_plain_values_are_read_as_yaml_1_2_says() -> None:
+    overrides = [
+        "engine.steps=010",
+        "engine.keep=0o10",
+        "engine.optim.all.lr=1e-4",
+        "student=on",
+        "data=1e4",
+    ]
+    recipe = Recipe.load("dmd2", overrides)
+    assert (recipe.engine.steps, recipe.engine.keep, recipe.engine.optim["all"]["lr"]) == (10, 8, 1e-4)
+    with pytest.raises(UserError, match=r"'options.backward_simulation' must be true or false, got 'on'"):
+        Recipe.load("dmd2", ["options.backward_simulation=on"])
+    for text in ("1:30", "1_000", "2026-11-29"):
+        with pytest.raises(UserError, match=f"'engine.steps' must be a whole number, at least 0, got '{text}'"):
+            Recipe.load("dmd2", [f"engine.steps={text}"])
+
+
+@pytest.mark.parametrize("text", ["1e4", "0o10", "010", "on", "1:30", "2026-11-29", "null", "~", "<<", ".5", "1_000"])
+def test_a_text_that_looks_like_something_else_survives_the_round_trip(text: str, tmp_path: Path) -> None:
+    recipe = Recipe.load("dmd2", [f"data={text}", f"student={text}"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+    assert yaml.safe_load(recipe.to_yaml())["data"] == text
 
 
 KEYS = st.sampled_from(

@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -57,14 +57,15 @@ class Paper:
 class Optim:
     """A turn's optimizer as its paper states it; a recipe may override any field. Clips of 0 mean "off"."""
 
-    lr: float = 1e-4
-    name: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    clip_norm: float = 0.0
-    clip_value: float = 0.0
-    nan_to_num: float = 0.0  # > 0: gradients are sanitised, nan -> 0 and +-inf -> +-this (SiD's rule)
+    lr: float = field(default=1e-4, metadata={"min": 0})
+    name: Literal["adam", "adamw", "sgd", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"min": 0, "below": 1})
+    weight_decay: float = field(default=0.0, metadata={"min": 0})
+    eps: float = field(default=1e-8, metadata={"above": 0})
+    clip_norm: float = field(default=0.0, metadata={"min": 0, "cure": "0 switches it off"})
+    clip_value: float = field(default=0.0, metadata={"min": 0, "cure": "0 switches it off"})
+    # > 0: gradients are sanitised, nan -> 0 and +-inf -> +-this (SiD's rule)
+    nan_to_num: float = field(default=0.0, metadata={"min": 0, "cure": "0 switches it off"})
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,23 @@ def _inside(value: Any) -> Iterable[Any]:
 MERGE = "tag:yaml.org,2002:merge"
 
 
+# YAML 1.2's core schema, by the first letters of what it names. PyYAML's own, of YAML 1.1, makes 8 of 010, 90 of 1:30,
+# True of on and a date of 2026-11-29, and leaves 1e-4 a text.
+_PLAIN: tuple[tuple[str, str, str], ...] = (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+)
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error, ``1e-4`` is a number (YAML 1.1 reads text), and neither
-    nesting nor aliases can grow without bound."""
+    """PyYAML's safe loader, but plain words and numbers are read as YAML 1.2 says, a key given twice is an error, and
+    neither nesting nor aliases can grow without bound."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
 
     depth = 0
 
@@ -95,12 +109,28 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text if base == 10 else text[2:], base)
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that a reader of YAML 1.1 or of YAML 1.2 would take for something else."""
+
+    yaml_implicit_resolvers = {first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+
+for _kind, _words, _first in _PLAIN:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_words})$"), [*_first])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"$"), [""])
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def dump_yaml(tree: Any) -> str:
+    """Plain values as a YAML text, which :func:`parse_yaml` gives back."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str, where: str) -> Any:

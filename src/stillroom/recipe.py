@@ -6,27 +6,24 @@ key, says what is allowed and suggests the nearest known key.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import re
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Union, get_args, get_origin
-
-import yaml
+from typing import Any
 
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.track import names_of
 from stillroom.errors import UserError
-from stillroom.parsing import parse_yaml, read_yaml
+from stillroom.parsing import dump_yaml, parse_yaml, read_yaml
+from stillroom.values import Typed, construct, convert, nearest_key, unknown
 
 DEFAULT = "lightgen-quick"
 """The recipe of ``stillroom run`` without arguments."""
@@ -91,9 +88,9 @@ class Recipe:
             raise UserError("recipe key 'method' is missing", cure="`stillroom methods` lists them all")
         options = known.pop("options", None) or {}
         if not isinstance(options, Mapping):
-            options = _convert(options, dict, "options")  # a text that is no mapping is refused here
-        recipe = _construct(cls, known, "", extra={"options": options})
-        recipe.options = dataclasses.asdict(_construct(_options_of(recipe.method), dict(options), "options."))
+            options = convert(options, dict, "options")  # a text that is no mapping is refused here
+        recipe = construct(cls, known, "", {"options": options}, _keys_of(str(known["method"])))
+        recipe.options = dataclasses.asdict(recipe.method_options())
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*|", recipe.name):
             raise UserError(
                 f"recipe key 'name' must be letters, digits, '.', '_' or '-', got {recipe.name!r}",
@@ -105,36 +102,42 @@ class Recipe:
         return recipe
 
     def _check_against_method(self) -> None:
-        from stillroom.method import Optim, get_method
+        from stillroom.method import get_method
 
-        turns = [turn.name for turn in get_method(self.method).turns_for(self.method_options())]
-        for turn, settings in self.engine.optim.items():
-            if turn != "all" and turn not in turns:
-                raise _unknown(f"engine.optim.{turn}", [f"engine.optim.{name}" for name in ("all", *turns)])
-            if not isinstance(settings, Mapping):
-                raise UserError(f"recipe key 'engine.optim.{turn}' must be a mapping, got {settings!r}")
-            _construct(Optim, dict(settings), f"engine.optim.{turn}.")
-        self._check_lora()
-        averages = ["student", *(str(entry.get("name", "ema")) for entry in self.engine.ema)]
+        turns = get_method(self.method).turns_for(self.method_options())
+        self.engine.check_turns([turn.name for turn in turns])
+        trained = list(dict.fromkeys(role for turn in turns for role in turn.trains))
+        self._check_lora(trained)
+        averages = ["student"]
+        for i, entry in enumerate(self.engine.ema):
+            if (of := entry.get("of", "student")) not in trained and trained:
+                raise UserError(
+                    f"recipe key 'engine.ema[{i}].of' is {of!r}{nearest_key(of, trained)}",
+                    cure=f"trained here: {', '.join(trained)}",
+                )
+            averages.append(entry.get("name", "ema"))
         if self.engine.export not in averages:
             raise UserError(
-                f"recipe key 'engine.export' is {self.engine.export!r}{_hint(self.engine.export, averages)}",
+                f"recipe key 'engine.export' is {self.engine.export!r}{nearest_key(self.engine.export, averages)}",
                 cure=f"allowed here: {', '.join(averages)}",
             )
 
-    def _check_lora(self) -> None:
+    def _check_lora(self, trained: list[str]) -> None:
+        """Types, limits and roles; whether the role's network takes an adapter is seen when it is built."""
         if not self.lora:
             return
         from stillroom.surgery.lora import lora_role
 
-        kinds = typing.get_type_hints(lora_role)
+        kinds = typing.get_type_hints(lora_role, include_extras=True)
         for name in ("teacher", "role", "return"):
             del kinds[name]
         for role, settings in self.lora.items():
+            if role not in trained:
+                raise unknown(f"lora.{role}", [f"lora.{name}" for name in trained])
             for key, value in settings.items():
                 if key not in kinds:
-                    raise _unknown(f"lora.{role}.{key}", [f"lora.{role}.{kind}" for kind in kinds])
-                settings[key] = _convert(value, kinds[key], f"lora.{role}.{key}")
+                    raise unknown(f"lora.{role}.{key}", [f"lora.{role}.{kind}" for kind in kinds])
+                settings[key] = convert(value, kinds[key], f"lora.{role}.{key}")
 
     # --- out ---------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class Recipe:
         return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return dump_yaml(self.to_dict())
 
     def hash(self) -> str:
         """Twelve hex digits of SHA-256 over all that determines the result (name, trackers and offload do not)."""
@@ -152,7 +155,7 @@ class Recipe:
 
     def method_options(self) -> Any:
         """The options as an instance of the method's ``Options``."""
-        return _construct(_options_of(self.method), dict(self.options), "options.")
+        return construct(_options_of(self.method), dict(self.options), "options.")
 
 
 def shipped() -> list[str]:
@@ -161,10 +164,6 @@ def shipped() -> list[str]:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-class _Text(str):
-    """A value typed on the command line: parsed as YAML unless its key wants text."""
-
-
 def _read(source: str | Path) -> dict[str, Any]:
     """The keys of a recipe. A file that says ``base: NAME`` holds only what differs from that shipped recipe."""
     path = Path(source)
@@ -185,7 +184,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     base = tree.pop("base")
     if base not in shipped() or base == path.stem:
         raise UserError(
-            f"{path}: base {base!r} is no shipped recipe{_hint(str(base), shipped())}",
+            f"{path}: base {base!r} is no shipped recipe{nearest_key(str(base), shipped())}",
             cure=f"give one of: {', '.join(shipped())}",
         )
     merged = _read(base)
@@ -201,7 +200,7 @@ def _bare(slug: str) -> dict[str, Any]:
     known = methods()
     if slug not in known:
         raise UserError(
-            f"no method or recipe {slug!r}{_hint(slug, [*known, *shipped()])}",
+            f"no method or recipe {slug!r}{nearest_key(slug, [*known, *shipped()])}",
             cure="`stillroom methods` lists them all; a recipe file ends in .yaml",
         )
     return {"method": slug}
@@ -219,7 +218,7 @@ def override(
         if not separator or not key:
             raise UserError(f"override {text!r} is not of the form key=value", cure="for example engine.steps=100")
         # A whole mapping is merged into what is there, as dotted keys are.
-        _put(tree, key, parse_yaml(value, f"override {key}") if value.lstrip().startswith("{") else _Text(value))
+        _put(tree, key, parse_yaml(value, f"override {key}") if value.lstrip().startswith("{") else Typed(value))
     return tree
 
 
@@ -238,10 +237,6 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
             _put(tree[last], name, item)
     else:
         tree[last] = copy.deepcopy(value)
-
-
-RENAMED = {"options.start": "student", "synthesis": "options.synthesis"}
-"""Keys of earlier recipes, of methods that know them no more, and what they are called now."""
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
@@ -264,153 +259,10 @@ def known_keys(slug: str) -> list[str]:
     return keys
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, by the whole dotted key or by its last part."""
-    known = list(known)
-    if word in RENAMED:
-        return f" (did you mean {RENAMED[word]!r}?)"
-    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.6):
-        return f" (did you mean {close[0]!r}?)"
-    by_tail = {key.rsplit(".", 1)[-1]: key for key in known}
-    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_tail, n=1, cutoff=0.6)
-    return f" (did you mean {by_tail[close[0]]!r}?)" if close else ""
-
-
-def _unknown(key: str, siblings: Iterable[str], everywhere: Iterable[str] = ()) -> UserError:
-    siblings = list(siblings)
-    hint = _hint(key, siblings) or _hint(key, everywhere)
-    # The list of an engine's or a method's keys is long: it is given only to those who need it.
-    return UserError(f"unknown recipe key {key!r}{hint}", cure="" if hint else f"known here: {', '.join(siblings)}")
-
-
-def _construct(cls: type, tree: dict[str, Any], prefix: str, extra: Mapping[str, Any] | None = None) -> Any:
-    """An instance of the dataclass from plain values, each converted to its field's type or refused by name."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = dict(extra or {})
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if name not in fields:
-            slug = str(tree.get("method", "")) if not prefix else ""
-            raise _unknown(key, [prefix + f for f in fields], _keys_or_none(slug))
-        values[name] = _convert(value, hints[name], key)
-        limits = fields[name].metadata
-        low, high = limits.get("min", -math.inf), limits.get("max", math.inf)
-        if (
-            isinstance(values[name], int | float)
-            and not isinstance(values[name], bool)
-            and not low <= values[name] <= high
-        ):
-            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"recipe key {key!r} must be {allowed}, got {values[name]}")
-    try:
-        return cls(**values)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"recipe key {prefix.rstrip('.') or 'method'!r}: {error}") from error
-
-
-def _keys_or_none(slug: str) -> list[str]:
-    try:
-        return known_keys(slug)
-    except UserError:
-        return []
-
-
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    if isinstance(value, _Text):
-        value = str(value) if kind is str else parse_yaml(value, f"override {key}")
-    result = _fit(value, kind, key)
-    if result is _NO:
-        raise UserError(f"recipe key {key!r} must be {describe(kind)}, got {value!r:.200}{_choice_hint(value, kind)}")
-    return result
-
-
-_NO = object()
-
-
-def _fit(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind``, or ``_NO``. Integers pass as floats, whole floats as integers, booleans as neither."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if isinstance(value, kind):
-            return value
-        return _construct(kind, dict(value), f"{key}.") if isinstance(value, Mapping) else _NO
-    if origin is Literal:
-        return value if value in arguments and type(value) in {type(a) for a in arguments} else _NO
-    if origin in (Union, types.UnionType):
-        fits = (_fit(value, argument, key) for argument in sorted(arguments, key=lambda a: not _exact(value, a)))
-        return next((fit for fit in fits if fit is not _NO), _NO)
-    if kind is types.NoneType:
-        return None if value is None else _NO
-    if kind is bool:
-        return value if isinstance(value, bool) else _NO
-    if kind in (int, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-        return (
-            kind(value) if number and (kind is float or (math.isfinite(value) and float(value).is_integer())) else _NO
-        )
-    if kind is str:
-        return (
-            value
-            if isinstance(value, str)
-            else str(value)
-            if isinstance(value, int | Path) and not isinstance(value, bool)
-            else _NO
-        )
-    if (origin or kind) in (list, tuple, Sequence):
-        return _fit_sequence(value, origin or kind, arguments, key)
-    if (origin or kind) in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            return _NO
-        inner = arguments[1] if len(arguments) == 2 else Any
-        return {str(name): _convert(item, inner, f"{key}.{name}") for name, item in value.items()}
-    return value
-
-
-def _fit_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], key: str) -> Any:
-    if not isinstance(value, list | tuple):
-        return _NO
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-        if len(value) != len(arguments):
-            return _NO
-        kinds = list(arguments)
-    else:
-        kinds = [arguments[0] if arguments else Any] * len(value)
-    items = [_convert(item, kind, f"{key}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))]
-    return tuple(items) if origin is tuple else items
-
-
-def _exact(value: Any, kind: Any) -> bool:
-    return isinstance(kind, type) and type(value) is kind
-
-
-def _choices(kind: Any) -> list[str]:
-    return [str(argument) for argument in get_args(kind)] if get_origin(kind) is Literal else []
-
-
-def _choice_hint(value: Any, kind: Any) -> str:
-    return _hint(value, _choices(kind)) if isinstance(value, str) else ""
-
-
-def describe(kind: Any) -> str:
-    """What a value of this type looks like, in words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(argument) for argument in arguments)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-    if kind in names:
-        return names[kind]
-    if (origin or kind) is tuple and arguments and arguments[-1] is not Ellipsis:
-        return f"a list of {len(arguments)} values"
-    if (origin or kind) in (list, tuple, Sequence):
-        return f"a list (each {describe(arguments[0])})" if arguments else "a list"
-    return "a mapping"
+def _keys_of(slug: str) -> Iterator[str]:
+    """:func:`known_keys`, found when somebody asks; none for an unknown method."""
+    with contextlib.suppress(UserError):
+        yield from known_keys(slug)
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 from torch import Tensor
 
 from stillroom.bench import Bench, benches
@@ -28,6 +27,7 @@ from stillroom.folders.denoisers import OWN_NETWORKS
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.losses.score import FakeLoss, fake_score_loss
 from stillroom.method import Batch, Method, Optim, Terms, turn
+from stillroom.parsing import parse_yaml, read_yaml
 from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.class_images.model import ImageGenerator
 
@@ -102,7 +102,7 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         if not equals or not value or not way or not isinstance(inner, dict):
             section = "engine" if "engine" in values else "codec.engine"
             raise UserError(f"override {text!r} is not understood", cure=f"write {section}.steps=100 or the like")
-        inner[leaf] = yaml.safe_load(value)
+        inner[leaf] = parse_yaml(value, f"override {path}")
     return values
 
 
@@ -123,7 +123,7 @@ class TeacherRecipe:
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> TeacherRecipe:
         """The shipped recipe ``name`` with ``engine.key=value`` overrides."""
-        values = override(yaml.safe_load(recipe_file(name).read_text(encoding="utf-8")), overrides)
+        values = override(read_yaml(recipe_file(name)), overrides)
         if isinstance(times := values["options"].get("times"), dict):
             values["options"]["times"] = TimeLaw(**times)
         return cls(**values)

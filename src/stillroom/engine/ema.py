@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from stillroom.engine.config import EMARule
 from stillroom.engine.distributed import local
-
-
-@dataclass(frozen=True)
-class EMARule:
-    """How fast an average forgets: a fixed ``decay`` per update of the role, or a ``half_life`` in images.
-
-    With a half-life H the decay of an update that saw B images is ``0.5 ** (B / min(H, ramp * images_seen))``, the rule
-    of EDM (arXiv:2206.00364, App. F.2): early on, it forgets the initial weights faster; ``ramp = 0`` turns that off.
-    """
-
-    name: str = "ema"
-    of: str = "student"
-    decay: float | None = None
-    half_life: float | None = None
-    ramp: float = 0.05
-
-    def decay_at(self, images_seen: int, batch: int) -> float:
-        """The decay of one update; ``images_seen`` counts the images of the role's updates, this one included."""
-        if self.half_life is None:
-            assert self.decay is not None
-            return self.decay
-        half_life = min(self.half_life, self.ramp * images_seen) if self.ramp > 0 else self.half_life
-        return 0.5 ** (batch / half_life)
 
 
 class EMA:

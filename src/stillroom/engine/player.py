@@ -14,9 +14,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from stillroom.engine.distributed import DataParallel, Plain, Sharded, full, local
 from stillroom.engine.eight_bit import adamw_8bit
 from stillroom.errors import UserError
-from stillroom.method import Method, Optim, Turn, nearest
-
-_OPTIMIZERS = ("adam", "adamw", "sgd", "adamw8bit")
+from stillroom.method import Method, Optim, Turn
+from stillroom.values import construct
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -114,20 +113,5 @@ class Player:
 
 def resolve_optim(turn: Turn, overrides: Mapping[str, Mapping[str, Any]]) -> Optim:
     """The turn's own settings, then the recipe's for "all", then the recipe's for this turn."""
-    known = {f.name for f in dataclasses.fields(Optim)}
-    merged: dict[str, Any] = {}
-    for key in ("all", turn.name):
-        for name, value in overrides.get(key, {}).items():
-            if name not in known:
-                raise UserError(
-                    f"unknown key engine.optim.{key}.{name}{nearest(name, known)}",
-                    cure="known: " + ", ".join(sorted(known)),
-                )
-            merged[name] = tuple(value) if name == "betas" else value
-    optim = dataclasses.replace(turn.optim, **merged)
-    if optim.name not in _OPTIMIZERS:
-        raise UserError(
-            f"turn {turn.name!r} asks for the optimizer {optim.name!r}{nearest(optim.name, _OPTIMIZERS)}",
-            cure="known: " + ", ".join(_OPTIMIZERS),
-        )
-    return optim
+    settings = {**dataclasses.asdict(turn.optim), **overrides.get("all", {}), **overrides.get(turn.name, {})}
+    return construct(Optim, settings, f"engine.optim.{turn.name}.")

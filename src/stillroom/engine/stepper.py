@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from stillroom.draws import Draws, mix
 from stillroom.engine import precision, state
-from stillroom.engine.config import EngineConfig
+from stillroom.engine.config import EMARule, EngineConfig
 from stillroom.engine.distributed import DataParallel, Sharded, World, local, shard, statistics
-from stillroom.engine.ema import EMA, EMARule
+from stillroom.engine.ema import EMA
 from stillroom.engine.export import Outline
 from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
@@ -104,12 +104,7 @@ class Stepper:
     def _make_players(self) -> None:
         m, c = self.method, self.config
         turns = {turn.name: turn for turn in m.turns()}
-        for key in c.optim:
-            if key != "all" and key not in turns:
-                raise UserError(
-                    f"engine.optim names the turn {key!r}{nearest(key, turns)}, which {m.slug!r} does not have",
-                    cure="its turns: " + ", ".join(turns),
-                )
+        c.check_turns(list(turns))
         if c.steps and not turns:
             raise UserError(f"{m.slug!r} has no turns: its steps would do nothing", cure="set engine.steps to 0")
         self.spans = lay_out(m.stages(), c.steps, self.data, m.slug)

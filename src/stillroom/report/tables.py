@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillroom.method import Method, get_method, option_fields
-from stillroom.recipe import describe
 from stillroom.report.rows import facts
+from stillroom.values import describe, describe_limits
 
 
 def comparison(folders: Sequence[Path]) -> Table:
@@ -50,7 +50,7 @@ def options_of(method: type[Method]) -> list[Option]:
     found = []
     for name, field in option_fields(method).items():
         default = field.default_factory() if callable(field.default_factory) else field.default
-        allowed = describe(kinds[name]) + _limits(field.metadata)
+        allowed = describe(kinds[name]) + describe_limits(field.metadata)
         found.append(Option(name, _short(default), allowed, _remark(lines, name)))
     return found
 
@@ -65,13 +65,6 @@ def _remark(lines: Sequence[str], name: str) -> str:
     while at and (comment := re.match(r" *# (.*)$", lines[at := at - 1])):
         above.insert(0, comment[1])
     return " ".join(above)
-
-
-def _limits(metadata: Mapping[str, Any]) -> str:
-    low, high = metadata.get("min"), metadata.get("max")
-    if low is None:
-        return ""
-    return f", at least {low}" if high is None else f" from {low} to {high}"
 
 
 def options_table(slug: str) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.utils.checkpoint
@@ -59,9 +59,9 @@ class LoraSwitch:
 def lora_role(
     teacher: Denoiser,
     role: str,
-    rank: int = 8,
-    alpha: float | None = None,
-    targets: Sequence[str] = ("to_q", "to_v"),
+    rank: Annotated[int, {"min": 1}] = 8,
+    alpha: Annotated[float | None, {"above": 0}] = None,
+    targets: Annotated[Sequence[str], {"filled": True}] = ("to_q", "to_v"),
 ) -> Denoiser:
     """A denoiser that is ``teacher`` plus a trainable adapter named ``role`` on the modules whose names end in
     ``targets`` (module path suffixes). Starts equal to the teacher (``B = 0``); ``alpha`` defaults to ``rank``.

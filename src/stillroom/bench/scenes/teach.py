@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from stillroom.bench.teach import Denoising, TeacherRecipe, override, recipe_file, score_samplers
@@ -48,7 +47,7 @@ from stillroom.method import Batch, Method, Optim, Terms, turn
 from stillroom.networks.codec import LatentCodec
 from stillroom.networks.text_encoder import TextEncoder
 from stillroom.networks.text_image_space import TextImageSpace
-from stillroom.parsing import read_json
+from stillroom.parsing import read_json, read_yaml
 from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.text_images.data import CaptionedData, encode_images
 from stillroom.tasks.text_images.model import TextImageGenerator
@@ -280,7 +279,7 @@ def teach_space(
     from diffusers import AutoencoderKL
     from transformers import T5Config, T5EncoderModel
 
-    recipe = override(yaml.safe_load(recipe_file("scenes-space").read_text()), overrides)
+    recipe = override(read_yaml(recipe_file("scenes-space")), overrides)
     length, runs = recipe["text"]["length"], Path(run_dir) if run_dir else None
     test, asked = scene_set(recipe["evaluate"]["n"], 1, "test")
 
