@@ -17,13 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.track import names_of
 from stillroom.errors import UserError
 from stillroom.parsing import dump_yaml, parse_yaml, read_yaml
 from stillroom.values import Typed, construct, convert, nearest_key, unknown
+
+if TYPE_CHECKING:
+    from stillroom.method import Turn
 
 DEFAULT = "lightgen-quick"
 """The recipe of ``stillroom run`` without arguments."""
@@ -83,6 +86,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Recipe:
         """Build and check a recipe. Options are checked against the method's own ``Options``."""
+        from stillroom.method import get_method
+
         known = dict(tree)
         if "method" not in known:
             raise UserError("recipe key 'method' is missing", cure="`stillroom methods` lists them all")
@@ -90,7 +95,9 @@ class Recipe:
         if not isinstance(options, Mapping):
             options = convert(options, dict, "options")  # a text that is no mapping is refused here
         recipe = construct(cls, known, "", {"options": options}, _keys_of(str(known["method"])))
-        recipe.options = dataclasses.asdict(recipe.method_options())
+        method = get_method(recipe.method)
+        options = construct(method.Options, recipe.options, "options.")
+        recipe.options = dataclasses.asdict(options)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*|", recipe.name):
             raise UserError(
                 f"recipe key 'name' must be letters, digits, '.', '_' or '-', got {recipe.name!r}",
@@ -98,13 +105,10 @@ class Recipe:
             )
         recipe.name = recipe.name or recipe.method
         names_of(recipe.track)
-        recipe._check_against_method()
+        recipe._check_turns(method.turns_for(options))
         return recipe
 
-    def _check_against_method(self) -> None:
-        from stillroom.method import get_method
-
-        turns = get_method(self.method).turns_for(self.method_options())
+    def _check_turns(self, turns: Sequence[Turn]) -> None:
         self.engine.check_turns([turn.name for turn in turns])
         trained = list(dict.fromkeys(role for turn in turns for role in turn.trains))
         self._check_lora(trained)

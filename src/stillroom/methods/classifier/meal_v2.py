@@ -22,7 +22,7 @@ from stillroom.networks.recognition import ForwardPass, class_logits
 from stillroom.surgery.initial import fresh_weights
 from stillroom.surgery.modules import weights_hash
 
-OPTIM = {"name": "sgd", "betas": (0.9, 0.0)}
+OPTIM: dict[str, Any] = {"name": "sgd", "betas": (0.9, 0.0)}
 
 
 @register(
