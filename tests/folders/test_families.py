@@ -103,7 +103,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[], dict
             "num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2,
             "cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 6,
         },
-        FLOW | {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0},
+        FLOW | {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0,
+                "use_flow_sigmas": True},
         lambda: {"encoder_hidden_states": torch.randn(3, 5, 6)},
     ),
 }  # fmt: skip
@@ -264,9 +265,16 @@ def test_conditions_that_a_network_does_not_take_are_named() -> None:
         denoiser(torch.zeros(1, 2, 8, 8), 1.0, {"prompt": torch.ones(1)})
 
 
-@pytest.mark.parametrize("process", [RectifiedFlow(3.0), EDM(0.01, 50.0, 0.4, 5.0), VP("squaredcos_cap_v2", 500)])
+@pytest.mark.parametrize(
+    "process",
+    [
+        RectifiedFlow(3.0), EDM(0.01, 50.0, 0.4, 5.0), VP("squaredcos_cap_v2", 500), VP(zero_snr=True),
+        VP("trained", 4, betas=(0.1, 0.2, 0.3, 0.4)), VP("trained", 4, betas=(0.1, 0.2, 0.3, 1.0), zero_snr=True),
+    ],
+)  # fmt: skip
 def test_a_process_survives_diffusers_scheduler_config(process: Any) -> None:
     kinds = {"edm": ["edm"], "vp": ["eps", "v", "x0"]}.get(process.name, ["v"])
+    kinds = kinds[1:] if getattr(process, "zero_snr", False) else kinds
     for kind in kinds:
         assert process_from_scheduler(scheduler_config(process, kind)) == (process, kind)
 
@@ -295,10 +303,21 @@ def test_diffusers_own_schedulers_are_read(name: str, changes: dict[str, Any], p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"beta_schedule": "sigmoid"}, "cannot build the scheduler DDIMScheduler.*sigmoid"),
+        ({"num_train_timesteps": "many"}, "cannot build"),
+        ({"beta_end": 2.0}, "betas of no noise schedule"),
+        ({"_class_name": ["my_code", "Scheduler"]}, "no scheduler"),
+        ({"_class_name": "UNet2DModel"}, "no scheduler 'UNet2DModel'"),
+        ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "no discrete noise schedule"),
+        (FLOW | {"invert_sigmas": True}, "invert_sigmas"),
+        (FLOW | {"num_train_timesteps": 500}, "500 num_train_timesteps"),
+        (FLOW | {"shift": -1.0}, r"shift -1\.0"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, "use_flow_sigmas False"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "'epsilon' and use_flow_sigmas True"),
         ({"prediction_type": "noise"}, "noise"),
-        ({"trained_betas": [0.1]}, "beta"),
-        ({"rescale_betas_zero_snr": True}, "zero SNR"),
+        ({"trained_betas": [0.1]}, "betas of no noise schedule"),
+        ({"rescale_betas_zero_snr": True}, "zero SNR.*noise says nothing"),
         ({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 1.0,
           "prediction_type": "v_prediction"}, "v_prediction"),
     ],
@@ -307,6 +326,45 @@ def test_diffusers_own_schedulers_are_read(name: str, changes: dict[str, Any], p
 def test_schedulers_that_would_be_read_wrongly_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         process_from_scheduler(SD | changes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DDPMScheduler"},
+        {"_class_name": "LCMScheduler", "num_train_timesteps": 1000},  # scaled_linear by default, not linear
+        {"_class_name": "TCDScheduler"},
+        {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "written_by": "another version"},
+        {"_class_name": "DDPMScheduler", "num_train_timesteps": 500},
+        {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
+        {"_class_name": "DDPMScheduler", "num_train_timesteps": 4, "trained_betas": [0.1, 0.2, 0.3, 0.4]},
+        {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"_class_name": "DDPMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "sample",
+         "beta_schedule": "sigmoid"},
+        {"_class_name": "EulerDiscreteScheduler", **{k: v for k, v in SD.items() if k.startswith("beta")},
+         "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        # a class that does not know the key draws without it
+        {"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=lambda config: "-".join(map(str, config.values()))[:60],
+)  # fmt: skip
+def test_noise_rates_are_those_that_the_class_itself_computes(config: dict[str, Any]) -> None:
+    import diffusers
+
+    process, _ = process_from_scheduler(config)
+    assert isinstance(process, VP)
+    given = {k: v for k, v in config.items() if k != "_class_name"}
+    theirs = getattr(diffusers, config["_class_name"]).from_config(given).alphas_cumprod.double()
+    assert process.steps == len(theirs)
+    ours = process.alpha(torch.arange(process.steps, dtype=torch.float64)) ** 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_what_a_config_leaves_out_is_its_class_s_own_default() -> None:
+    assert process_from_scheduler({"_class_name": "EDMEulerScheduler"}) == (EDM(0.002, 80.0, 0.5, 7.0), "edm")
+    assert process_from_scheduler({"_class_name": "DDPMScheduler"}) == (VP("linear", 1000, 1e-4, 0.02), "eps")
+    assert process_from_scheduler({"_class_name": "LCMScheduler"}) == (VP(), "eps")
+    assert process_from_scheduler({"_class_name": "DDPMScheduler", "predict_epsilon": False})[1] == "x0"
 
 
 def test_what_cannot_be_built_says_what_is_missing() -> None:

@@ -188,9 +188,13 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @tabulated
-def _log_ratio_table(schedule: str, steps: int, beta_start: float, beta_end: float) -> Tensor:
-    """``log(sigma / alpha)`` at the integer times of a discrete schedule, float64."""
-    if schedule == "linear":
+def _log_ratio_table(
+    schedule: str, steps: int, beta_start: float, beta_end: float, trained: tuple[float, ...], zero_snr: bool
+) -> Tensor:
+    """``log(sigma / alpha)`` at the integer times of a discrete schedule, float64; infinite where alpha is 0."""
+    if trained:
+        betas = torch.tensor(trained, dtype=torch.float64)
+    elif schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
     elif schedule == "scaled_linear":
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
@@ -201,6 +205,9 @@ def _log_ratio_table(schedule: str, steps: int, beta_start: float, beta_end: flo
     else:
         raise ValueError(f"unknown beta schedule {schedule!r}; known: {', '.join(BETA_SCHEDULES)}")
     kept = torch.cumprod(1 - betas, 0)
+    if zero_snr:  # arXiv 2305.08891, alg. 1
+        rates = kept.sqrt()
+        kept = ((rates - rates[-1]) * (rates[0] / (rates[0] - rates[-1]))) ** 2
     return 0.5 * torch.log((1 - kept) / kept)
 
 
@@ -213,40 +220,90 @@ def _like(rate: Tensor, t: Tensor) -> Tensor:
 class VP(Process):
     """``alpha^2 + sigma^2 = 1`` with the ``steps`` discrete alphas of DDPM (arXiv 2006.11239), ``v = alpha eps - sigma
     x0``. Times are real in [0, steps - 1]; between integers ``log(sigma/alpha)`` is interpolated linearly, so integer
-    times reproduce the discrete alphas. Time 0 carries the schedule's smallest noise, not none."""
+    times reproduce the discrete alphas. Time 0 carries the schedule's smallest noise, not none.
+
+    betas: the ``steps`` noise variances themselves, for a schedule that has no name; then ``schedule`` and its ends say
+    nothing. zero_snr: the schedule is stretched until alpha is 0 at ``t_max`` (arXiv 2305.08891, alg. 1); before that
+    time, alpha falls linearly from the last discrete alpha that is not 0.
+    """
 
     name: ClassVar[str] = "vp"
     schedule: str = "scaled_linear"
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    betas: tuple[float, ...] = ()
+    zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(float(beta) for beta in self.betas))
+        if self.betas and len(self.betas) != self.steps:
+            raise UserError(
+                f"process 'vp' has {len(self.betas)} betas for {self.steps} steps", cure="give one for each"
+            )
+        if self.steps < (3 if self.zero_snr else 2):
+            raise UserError(f"process 'vp' has {self.steps} steps", cure="give more")
+        if not all(0 < beta < 1 for beta in self.betas[:-1]) or (self.betas[-1:] == (1.0,) and not self.zero_snr):
+            raise UserError("process 'vp' has betas outside of 0 to 1", cure="a beta of 1 is the last, with zero_snr")
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {"betas": (), "zero_snr": False}
+        return {key: value for key, value in super().to_dict().items() if plain.get(key) != value}
 
     @property
     def t_max(self) -> float:
         return float(self.steps - 1)
 
     def _table(self, like: Tensor) -> Tensor:
-        return _log_ratio_table(self.schedule, self.steps, self.beta_start, self.beta_end).to(like.device)
+        named = (self.schedule, self.steps, self.beta_start, self.beta_end)
+        return _log_ratio_table(*named, self.betas, self.zero_snr).to(like.device)
+
+    @property
+    def _intervals(self) -> int:
+        """Intervals between whole times in which ``log(sigma/alpha)`` is finite at both ends."""
+        return self.steps - 2 if self.zero_snr else self.steps - 1
 
     def _log_ratio(self, t: Tensor) -> Tensor:
         table, at = self._table(t), t.double()
-        low = at.detach().floor().clamp(0, self.steps - 2).long()
+        low = at.detach().floor().clamp(0, self._intervals - 1).long()
         return torch.lerp(table[low], table[low + 1], at - low)
 
+    def _last_alpha(self, table: Tensor) -> Tensor:
+        """The smallest discrete alpha that is not 0."""
+        return torch.sigmoid(-2 * table[self._intervals]).sqrt()
+
+    def _falling(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a time lies in the last interval of a schedule that ends without signal, and alpha there."""
+        return t.double() > self._intervals, self._last_alpha(self._table(t)) * (self.t_max - t.double()).clamp(max=1)
+
     def alpha(self, t: Tensor) -> Tensor:
+        if self.zero_snr:
+            falls, alpha = self._falling(t)
+            early = torch.sigmoid(-2 * self._log_ratio(t.clamp(max=self._intervals))).sqrt()
+            return _like(torch.where(falls, alpha, early), t)
         return _like(torch.sigmoid(-2 * self._log_ratio(t)).sqrt(), t)
 
     def sigma(self, t: Tensor) -> Tensor:
+        if self.zero_snr:
+            falls, alpha = self._falling(t)
+            early = torch.sigmoid(2 * self._log_ratio(t.clamp(max=self._intervals))).sqrt()
+            return _like(torch.where(falls, (1 - alpha**2).sqrt(), early), t)
         return _like(torch.sigmoid(2 * self._log_ratio(t)).sqrt(), t)
 
     def velocity_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -self.sigma(t), self.alpha(t)
 
     def time_of(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        ratio = sigma.double().log() - alpha.double().log()
+        alpha64 = alpha.double()
+        ratio = sigma.double().log() - alpha64.log()
         table = self._table(ratio)
-        low = (torch.searchsorted(table, ratio.detach().contiguous()) - 1).clamp(0, self.steps - 2)
+        if self.zero_snr:
+            rate, last = alpha64 / torch.hypot(alpha64, sigma.double()), self._last_alpha(table)
+            falls, end = rate < last, self.t_max - rate / last
+            ratio = torch.where(falls, table[self._intervals], ratio)
+        low = (torch.searchsorted(table, ratio.detach().contiguous()) - 1).clamp(0, self._intervals - 1)
         position = low + (ratio - table[low]) / (table[low + 1] - table[low])
+        position = torch.where(falls, end, position) if self.zero_snr else position
         return position.clamp(0, self.t_max).to(alpha)
 
 
@@ -261,7 +318,7 @@ def process_from_dict(values: dict[str, Any]) -> Process:
         raise UserError(f"unknown process {name!r}{nearest(name, PROCESSES)}", cure=f"known: {', '.join(PROCESSES)}")
     try:
         return PROCESSES[name](**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         known = ", ".join(f.name for f in fields(PROCESSES[name])) or "none"
         raise UserError(f"process {name!r}: {error}", cure=f"its settings: {known}") from None
 

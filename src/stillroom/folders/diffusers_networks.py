@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, plain_call
@@ -49,34 +50,112 @@ def diffusers_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> T
 
 
 def process_from_scheduler(config: dict[str, Any]) -> tuple[Process, str]:
-    """``(process, prediction kind)`` of a diffusers scheduler config.
+    """``(process, prediction kind)`` of a diffusers scheduler config. diffusers itself builds the scheduler, so that
+    what the config leaves out is its class's own default, and the noise rates are those that it computes.
 
     Raises UserError for schedulers whose process or prediction kind is not one of ours, naming them.
     """
-    name = config.get("_class_name", "")
-    if "FlowMatch" in name or config.get("prediction_type") == "flow_prediction":
-        return RectifiedFlow(shift=float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0)), "v"
-    if config.get("rescale_betas_zero_snr"):
-        raise UserError(f"scheduler {name} rescales its betas to zero SNR", cure="such teachers are not supported yet")
+    name, scheduler = _scheduler(config)
+    config = dict(scheduler.config)
+    kind = str(config.get("prediction_type", "epsilon"))
+    if "FlowMatch" in name or kind == "flow_prediction" or config.get("use_flow_sigmas"):
+        return _flow(name, config), "v"
     if name.startswith("EDM"):
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise UserError(
-                f"scheduler {name} has prediction_type {config['prediction_type']!r}", cure="supported here: epsilon"
-            )
-        return EDM(config["sigma_min"], config["sigma_max"], config["sigma_data"], config.get("rho", 7.0)), "edm"
-    kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in kinds:
-        raise UserError(f"scheduler {name or '?'} has prediction_type {kind!r}", cure=f"supported: {', '.join(kinds)}")
-    schedule = config.get("beta_schedule", "linear")
-    if schedule not in BETA_SCHEDULES or config.get("trained_betas") is not None:
+        if kind != "epsilon":
+            raise UserError(f"scheduler {name} has prediction_type {kind!r}", cure="supported here: epsilon")
+        return EDM(*(float(config[key]) for key in ("sigma_min", "sigma_max", "sigma_data", "rho"))), "edm"
+    if kind not in KINDS:
+        raise UserError(f"scheduler {name} has prediction_type {kind!r}", cure=f"supported: {', '.join(KINDS)}")
+    if not hasattr(scheduler, "alphas_cumprod") or config.get("timestep_type", "discrete") != "discrete":
         raise UserError(
-            f"scheduler {name or '?'} has beta_schedule {schedule!r}", cure=f"supported: {', '.join(BETA_SCHEDULES)}"
+            f"scheduler {name} has no discrete noise schedule",
+            cure="give the scheduler that the model was trained with",
         )
-    return (
-        VP(schedule, config["num_train_timesteps"], config.get("beta_start", 1e-4), config.get("beta_end", 0.02)),
-        kinds[kind],
+    process = _variance_preserving(name, scheduler, config)
+    if process.zero_snr and kind == "epsilon":
+        raise UserError(
+            f"scheduler {name} rescales its betas to zero SNR, where a prediction of the noise says nothing",
+            cure="set rescale_betas_zero_snr to false, or prediction_type to what the network was trained to predict",
+        )
+    return process, KINDS[kind]
+
+
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+"""diffusers' prediction types as ours, of variance-preserving processes."""
+
+
+def _scheduler(config: dict[str, Any]) -> tuple[str, Any]:
+    """``(class name, scheduler)`` of a config."""
+    import diffusers
+
+    name = config.get("_class_name", "")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type) or not issubclass(cls, diffusers.SchedulerMixin) or not hasattr(cls, "from_config"):
+        raise UserError(f"diffusers has no scheduler {name!r}", cure="use the class name from scheduler_config.json")
+    given = {key: value for key, value in config.items() if key != "_class_name"}
+    if given.pop("predict_epsilon", True) is False:  # diffusers before 0.10 said so
+        given.setdefault("prediction_type", "sample")
+    loud = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()  # keys of other versions are no one's concern
+    try:
+        return name, cls.from_config(given)
+    except Exception as problem:  # of a config's nonsense anything may come
+        detail = " ".join(str(problem).split())[:200]
+        raise UserError(
+            f"diffusers cannot build the scheduler {name} ({detail})", cure="copy scheduler_config.json again"
+        ) from None
+    finally:
+        diffusers.utils.logging.set_verbosity(loud)
+
+
+def _flow(name: str, config: dict[str, Any]) -> RectifiedFlow:
+    if "FlowMatch" not in name and (
+        config.get("prediction_type") != "flow_prediction" or not config.get("use_flow_sigmas")
+    ):
+        raise UserError(
+            f"scheduler {name} has prediction_type {config.get('prediction_type')!r} and use_flow_sigmas "
+            f"{bool(config.get('use_flow_sigmas'))}",
+            cure="a flow needs prediction_type flow_prediction with use_flow_sigmas",
+        )
+    if config.get("invert_sigmas"):
+        raise UserError(f"scheduler {name} inverts its sigmas (invert_sigmas)", cure="such flows are not supported")
+    if config.get("num_train_timesteps", 1000) != 1000:
+        raise UserError(
+            f"scheduler {name} has {config['num_train_timesteps']} num_train_timesteps",
+            cure="supported for flows: 1000",
+        )
+    shift = config.get("shift", config.get("flow_shift")) or 1.0
+    if not isinstance(shift, int | float) or not 0 < shift < float("inf"):
+        raise UserError(f"scheduler {name} has shift {shift!r}", cure="a shift is a positive number")
+    return RectifiedFlow(float(shift))
+
+
+def _variance_preserving(name: str, scheduler: Any, config: dict[str, Any]) -> VP:
+    """The process with a scheduler's own noise rates: by the name of its schedule where that gives them, else by its
+    betas."""
+    kept, steps = scheduler.alphas_cumprod.double(), len(scheduler.alphas_cumprod)
+    if steps < 2 or not bool((kept.diff() < 0).all()) or not 0 <= float(kept[-1]) < float(kept[0]) < 1:
+        raise UserError(
+            f"scheduler {name} has betas of no noise schedule", cure="betas lie between 0 and 1, two or more of them"
+        )
+    zero = (
+        bool(config.get("rescale_betas_zero_snr"))
+        and "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
     )
+    named = [config.get(key) for key in ("beta_schedule", "beta_start", "beta_end")]
+    if named[0] in BETA_SCHEDULES and config.get("trained_betas") is None:
+        process = VP(str(named[0]), steps, float(named[1]), float(named[2]), zero_snr=zero)  # type: ignore[arg-type]
+        rates = process.alpha(torch.arange(steps, dtype=torch.float64)) ** 2
+        if torch.allclose(rates, kept, rtol=1e-3, atol=1e-6):  # theirs are float32
+            return process
+    betas = config.get("trained_betas") or scheduler.betas.tolist()
+    if not zero:
+        zero = float(kept[-1]) == 0.0
+    if config.get("trained_betas") is None and zero:
+        rates = kept[:-1]
+        betas = (1 - rates / torch.cat([torch.ones(1, dtype=torch.float64), rates[:-1]])).tolist()
+        betas.append(1.0)
+    return VP("trained", steps, betas=tuple(betas), zero_snr=zero)
 
 
 def scheduler_config(process: Process, prediction: str) -> dict[str, Any]:
@@ -91,11 +170,16 @@ def scheduler_config(process: Process, prediction: str) -> dict[str, Any]:
             "sigma_data": process.sigma_data, "rho": process.rho,
         }  # fmt: skip
     if isinstance(process, VP):
-        kinds = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-        return {
+        kind = next(theirs for theirs, ours in KINDS.items() if ours == prediction)
+        found = {
             "_class_name": "DDIMScheduler", "num_train_timesteps": process.steps, "beta_schedule": process.schedule,
-            "beta_start": process.beta_start, "beta_end": process.beta_end, "prediction_type": kinds[prediction],
+            "beta_start": process.beta_start, "beta_end": process.beta_end, "prediction_type": kind,
         }  # fmt: skip
+        if process.betas:
+            found |= {"beta_schedule": "linear", "trained_betas": list(process.betas)}
+        if process.zero_snr:  # only trailing steps ask at the time of pure noise
+            found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return found
     raise UserError(
         f"diffusers has no scheduler for the {process.name} process", cure="re-parametrise the student first"
     )

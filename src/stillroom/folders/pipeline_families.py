@@ -31,7 +31,8 @@ class Family:
     positions per token along each side, where latents are packed outside the network (packed). arguments: of the
     pipeline's own call, for a picture without guidance. guided: the name of the guidance scale among them; offset:
     what it lacks of ours, where 1 is none. size: of a picture, where the network's config does not say. frames:
-    latents are clips ``[C, 1, h, w]`` of one frame. checks: ``(what is unsupported, test of the pipeline)``. blank:
+    latents are clips ``[C, 1, h, w]`` of one frame. encode_image: ``(pipeline, images)`` to latents in the units that
+    its network sees; by default the autoencoder's shift and scale. checks: ``(what is unsupported, test of the pipeline)``. blank:
     zeros for the longest text, where the length of what ``encode`` makes depends on the text.
     """
 
@@ -50,6 +51,7 @@ class Family:
     offset: float = 0.0
     size: Size | None = None
     frames: bool = False
+    encode_image: Callable[[Any, Tensor], Tensor] | None = None
     checks: tuple[tuple[str, Callable[[Any], bool]], ...] = ()
     blank: Callable[[Any], dict[str, Tensor]] | None = None
 
@@ -120,19 +122,50 @@ class Family:
     @torch.no_grad()
     def latents(self, pipeline: Any, images: Tensor) -> Tensor:
         """Latents as the network sees them, from images ``[B, 3, H, W]`` in [-1, 1]: the posterior's mean."""
-        vae = pipeline.vae
-        images = images.to(next(vae.parameters()))
-        statistics = vae.config.get("latents_mean")
-        encoded = vae.encode(images.unsqueeze(2) if statistics is not None else images)
-        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        if statistics is not None:
-            mean, std = (
-                torch.tensor(vae.config[name]).to(latents).reshape(1, -1, 1, 1, 1)
-                for name in ("latents_mean", "latents_std")
-            )
-            latents = (latents - mean) / std
-            return latents.float() if self.frames else latents[:, :, 0].float()
-        return ((latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]).float()
+        encode = self.encode_image or scaled_latents
+        return encode(pipeline, images.to(next(pipeline.vae.parameters()))).float()
+
+
+def posterior_mean(vae: Any, images: Tensor) -> Tensor:
+    """What an autoencoder of diffusers makes of images, in its own units."""
+    encoded = vae.encode(images)
+    for name in ("latent", "latents"):  # those that have no posterior: AutoencoderDC, AutoencoderTiny
+        if hasattr(encoded, name):
+            return getattr(encoded, name)
+    return encoded.latent_dist.mode()
+
+
+def scaled_latents(pipeline: Any, images: Tensor) -> Tensor:
+    config = pipeline.vae.config
+    return (posterior_mean(pipeline.vae, images) - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the latents, shaped to ``like [B, C, ...]``."""
+    shape = (1, -1, *(1,) * (like.ndim - 2))
+    mean, std = (torch.tensor(vae.config[name]).to(like).reshape(shape) for name in ("latents_mean", "latents_std"))
+    return mean, std
+
+
+def _sdxl_latents(pipeline: Any, images: Tensor) -> Tensor:
+    """As SDXL and Kolors undo it before they decode: statistics, where the autoencoder has them, then the scale."""
+    vae = pipeline.vae
+    if vae.config.get("latents_mean") is None or vae.config.get("latents_std") is None:
+        return scaled_latents(pipeline, images)
+    latents = posterior_mean(vae, images)
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) * vae.config["scaling_factor"] / std
+
+
+def _clip_latents(pipeline: Any, images: Tensor) -> Tensor:
+    """Of autoencoders of video: clips ``[B, C, 1, h, w]`` of one frame."""
+    latents = posterior_mean(pipeline.vae, images.unsqueeze(2))
+    mean, std = _statistics(pipeline.vae, latents)
+    return (latents - mean) / std
+
+
+def _frame_latents(pipeline: Any, images: Tensor) -> Tensor:
+    return _clip_latents(pipeline, images)[:, :, 0]
 
 
 def _padded(parts: list[Tensor]) -> Tensor:
@@ -323,6 +356,7 @@ FAMILIES: dict[str, Family] = {
         "Stable Diffusion XL",
         ("StableDiffusionXLPipeline",),
         _sdxl,
+        encode_image=_sdxl_latents,
         zero_null="force_zeros_for_empty_prompt",
         checks=(("a UNet with an embedding of the guidance scale (time_cond_proj_dim)",
                  lambda p: p.unet.config.get("time_cond_proj_dim") is not None),),
@@ -362,6 +396,7 @@ FAMILIES: dict[str, Family] = {
         call=_qwen_call,
         guide=_qwen_guide,
         blank=_qwen_blank,
+        encode_image=_frame_latents,
         null=" ",
         patch=2,
         packed=True,
@@ -387,6 +422,7 @@ FAMILIES: dict[str, Family] = {
         arguments={"guidance_scale": 1.0, "num_frames": 1},
         size=(480, 832),
         frames=True,
+        encode_image=_clip_latents,
         checks=(
             ("two experts (boundary_ratio)", lambda p: p.config.get("boundary_ratio") is not None),
             ("a time for each token (expand_timesteps)", lambda p: bool(p.config.get("expand_timesteps"))),

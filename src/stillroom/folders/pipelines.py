@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from stillroom.folders.pipeline_families import (
     network_name,
     network_of,
 )
+from stillroom.folders.pretrained import in_float32
 from stillroom.folders.transformers_layout import CONFIG, check_config, without_bar
+from stillroom.folders.weights import copy_weights, is_weight_file, weight_files
 from stillroom.parsing import read_json
 from stillroom.surgery.skeleton import pipeline_from_configs, unread
 
@@ -93,38 +96,95 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def _from_pretrained(class_name: str, folder: Path) -> Any:
     import diffusers
 
+    cls = getattr(diffusers, class_name)
     if unread():
-        return pipeline_from_configs(getattr(diffusers, class_name), folder, read_json(folder / INDEX))
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        with without_bar():
-            pipeline = getattr(diffusers, class_name).from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True
-            )
-    except Exception as problem:  # of a config's nonsense anything may come
-        raise UserError(
-            f"the pipeline {folder} cannot be read ({str(problem)[:300]})",
-            cure="copy the folder again; only safetensors files are read, never pickles",
-        ) from None
-    finally:
-        diffusers.utils.logging.enable_progress_bar()
+        return pipeline_from_configs(cls, folder, read_json(folder / INDEX))
+    pipeline = read_pipeline(cls, folder)
     name = network_name(pipeline)
-    known = {key for file in (folder / name).glob("*.safetensors") for key in _keys(file)}
+    files = weight_files(folder / name)
+    known = files.keys() if files is not None else set()
     if missing := sorted(set(network_of(pipeline).state_dict()) - known):
         raise UserError(f"the weights in {folder / name} lack {missing[0]}", cure="copy the folder again")
     return pipeline
 
 
-def _keys(file: Path) -> list[str]:
-    from safetensors import safe_open
+def read_pipeline(cls: Any, folder: Path) -> Any:
+    """``cls.from_pretrained`` of a pipeline's folder: every part in float32, whatever its config says and in whatever
+    precision its files are. Raises UserError for what cannot be read."""
+    import diffusers
 
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
+    index = read_json(folder / INDEX)
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        with without_bar():
+            return cls.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                **in_float32(cls),
+                **_of_variants(folder, index),
+            )
+    except UserError:
+        raise
+    except Exception as problem:  # of a config's nonsense anything may come
+        raise UserError(
+            f"the pipeline {folder} cannot be read ({' '.join(str(problem).split())[:300]})",
+            cure="copy the folder again; only safetensors files are read, never pickles",
+        ) from None
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
 
 
-def _unsafe(folder: str, names: list[str]) -> list[str]:
-    """What is not copied: weights in formats that run code, and code."""
-    return [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py", ".msgpack", ".h5", ".onnx"))]
+def _of_variants(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The parts whose weights have the name of a variant alone (``model.fp16.safetensors``), in float32."""
+    found: dict[str, Any] = {}
+    for part, (library, name) in _parts(index).items():
+        files = weight_files(folder / part)
+        if files is None or not files.variant:
+            continue
+        cls = part_class(library, name)
+        found[part] = cls.from_pretrained(
+            folder / part, local_files_only=True, use_safetensors=True, **in_float32(cls, files)
+        )
+    return found
+
+
+def part_class(library: str, name: str) -> Any:
+    """The class of a part, from one of ``LIBRARIES``. Raises UserError for one that it does not have."""
+    import diffusers
+    import transformers
+
+    places = {"diffusers": diffusers, "transformers": transformers}
+    place = places.get(library) or getattr(diffusers.pipelines, library)
+    if not hasattr(place, name):
+        raise UserError(f"{library} has no class {name!r}", cure="update it, or give another model")
+    return getattr(place, name)
+
+
+def copy_part(source: Path, target: Path) -> None:
+    """Copy a part of a pipeline. Weights of a variant get their plain names, twins in other precisions are left out, and
+    its config says float32: what is loaded without further words fits a student in float32."""
+    shutil.copytree(source, target, ignore=_left_out, dirs_exist_ok=True)
+    copy_weights(source, target)
+    if (target / CONFIG).is_file():
+        tree = _in_float32(read_json(target / CONFIG))
+        if "_class_name" not in tree:  # of transformers, which would take the type of the file
+            tree["dtype"] = "float32"
+        (target / CONFIG).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_float32(tree: Any) -> Any:
+    """A config, and those inside it, with float32 wherever it names a type."""
+    if not isinstance(tree, dict):
+        return tree
+    types = ("dtype", "torch_dtype")
+    return {key: "float32" if key in types else _in_float32(value) for key, value in tree.items()}
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    """What is not copied as it is: weights, among them those in formats that run code, and code."""
+    code = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py", ".msgpack", ".h5", ".onnx")
+    return [name for name in names if name.endswith(code) or is_weight_file(name)]
 
 
 def fingerprint(folder: Path) -> str:
@@ -200,6 +260,10 @@ def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: st
     config = {k: v for k, v in scheduler_config(process, prediction).items() if k != "_class_name"}
     config["steps_offset"] = 1  # unused here, but Stable Diffusion's pipelines insist on it
     top = torch.tensor(t_init * process.t_max, dtype=torch.float64)
+    ends_in_noise = process.zero_snr and t_init == 1.0
+    if ends_in_noise and (n == 1 or sampler.renoise == "ddim"):
+        return diffusers.DDIMScheduler(**config, clip_sample=False)  # Euler's has no noise rate without signal
+    config.pop("timestep_spacing", None)
     if n == 1:  # one "karras" step lies at sigma_max; its noise is scaled as in training, its time need not be whole
         sigma = float(process.sigma(top) / process.alpha(top))
         return diffusers.EulerDiscreteScheduler(
@@ -224,4 +288,5 @@ def _ending_at(config: dict[str, Any], process: VP, top: Tensor) -> dict[str, An
     times = torch.arange(steps, dtype=torch.float64)
     kept = process.alpha(times) ** 2
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-    return config | {"num_train_timesteps": steps, "trained_betas": betas.tolist()}
+    config = config | {"num_train_timesteps": steps, "trained_betas": betas.tolist()}
+    return config | ({"rescale_betas_zero_snr": False} if process.zero_snr else {})

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from stillroom.errors import UserError
 from stillroom.folders.transformers_layout import PLAIN, check_config, without_bar
-from stillroom.folders.weights import read_shards
+from stillroom.folders.weights import WeightFiles, read_shards, weight_files
 from stillroom.surgery.skeleton import from_config, unread
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -36,6 +37,18 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
     return network.float().eval()
 
 
+def in_float32(cls: Any, files: WeightFiles | None = None) -> dict[str, Any]:
+    """Arguments with which ``cls.from_pretrained`` of diffusers or transformers reads these weights in float32,
+    whatever their config says."""
+    import diffusers
+    from packaging.version import Version
+
+    name = "dtype"
+    if not cls.__module__.startswith("transformers") and Version(diffusers.__version__) < Version("0.42"):
+        name = "torch_dtype"
+    return {name: torch.float32} | ({"variant": files.variant} if files and files.variant else {})
+
+
 def load_pretrained(cls: Any, folder: Path, may_lack: tuple[str, ...] = ()) -> nn.Module:
     """``cls.from_pretrained`` of a local folder of diffusers or transformers: safetensors only, complete, float32.
 
@@ -46,13 +59,13 @@ def load_pretrained(cls: Any, folder: Path, may_lack: tuple[str, ...] = ()) -> n
     check_config(folder)
     if unread():
         return from_config(cls, folder)
-    if not any(folder.glob("*.safetensors")):
+    if (files := weight_files(folder)) is None:
         raise UserError(f"{folder} holds no weights", cure="only safetensors files are read, never pickles")
     try:
         with without_bar():
             network, report = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False,
-                **({"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}),
+                **({"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}), **in_float32(cls, files),
             )  # fmt: skip
     except Exception as problem:  # of a config's nonsense anything may come
         raise UserError(

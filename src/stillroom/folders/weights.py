@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -45,3 +49,80 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"weights {path} cannot be read ({error})", cure="copy the file again; it is damaged") from None
+
+
+# --- the files of a part ----------------------------------------------------------------------------------------------
+INDEX_ENDING = ".index.json"
+_NAMED = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?(\.(?P<late>\w+))?\.safetensors"
+)
+_INDEX = re.compile(r"(?P<stem>diffusion_pytorch_model|model)\.safetensors\.index(\.(?P<variant>\w+))?\.json")
+_PREFERRED = ("", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of one part in the names of diffusers and transformers.
+
+    variant: what stands in the names before ``.safetensors`` (``fp16``), or nothing. files: file -> its plain name.
+    index: of shards, if there are any.
+    """
+
+    variant: str
+    files: dict[Path, str]
+    index: Path | None
+
+    def keys(self) -> set[str]:
+        """Names of the tensors. Raises UserError for a damaged file."""
+        from safetensors import SafetensorError, safe_open
+
+        found: set[str] = set()
+        for file in self.files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    found |= set(opened.keys())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"weights {file} cannot be read ({error})", cure="copy the file again") from None
+        return found
+
+
+def weight_files(folder: Path) -> WeightFiles | None:
+    """The weights in a folder: those of plain names, else of one variant, the most precise first. None without any."""
+    files: dict[str, dict[Path, str]] = {}
+    indices: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if found := _NAMED.fullmatch(path.name):
+            variant = found["variant"] or found["late"] or ""
+            plain = f"{found['stem']}{found['shard'] or ''}.safetensors"
+            files.setdefault(variant, {})[path] = plain
+        elif found := _INDEX.fullmatch(path.name):
+            indices[found["variant"] or ""] = path
+    if not files:
+        return None
+    variant = min(files, key=lambda name: (_PREFERRED.index(name) if name in _PREFERRED else 9, name))
+    index, chosen = indices.get(variant), files[variant]
+    whole = {path: plain for path, plain in chosen.items() if "-of-" not in plain}
+    if whole:  # one file goes before shards, as diffusers and transformers read them
+        index, chosen = None, whole
+    return WeightFiles(variant, chosen, index)
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Copy a part's weights under their plain names, which are read without further words."""
+    if (found := weight_files(source)) is None:
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for path, plain in found.files.items():
+        shutil.copyfile(path, target / plain)
+    if found.index is not None:
+        tree = read_json(found.index)
+        names = {path.name: plain for path, plain in found.files.items()}
+        with reading(found.index):
+            tree["weight_map"] = {key: names[name] for key, name in tree["weight_map"].items()}
+        stem = next(iter(names.values())).partition("-")[0]
+        (target / f"{stem}.safetensors{INDEX_ENDING}").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether :func:`weight_files` looks at a file of this name."""
+    return bool(_NAMED.fullmatch(name) or _INDEX.fullmatch(name))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillroom.data.captioned_folders import FolderTeacher, centre_square
 from stillroom.errors import UserError, nearest
-from stillroom.folders.pipelines import check_parts, is_pipeline
+from stillroom.folders.pipelines import check_parts, is_pipeline, read_pipeline
 from stillroom.folders.shipped import SHIPPED
 from stillroom.surgery.modules import weights_hash
 from stillroom.task import SIDE_FILE, PictureGenerator, find_model_class, load_generator, model_home
@@ -163,13 +163,7 @@ class PipelineTeacher:
         from diffusers import DiffusionPipeline
 
         check_parts(Path(folder))
-        try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except Exception as error:  # of an index's nonsense anything may come
-            raise UserError(
-                f"diffusers cannot load the pipeline in {folder}: {str(error)[:300]}",
-                cure="give a folder in diffusers layout",
-            ) from error
+        pipeline = read_pipeline(DiffusionPipeline, Path(folder))
         return cls(pipeline.to(device or "cpu"), **settings)
 
     def sample_each(self, captions: list[str], seeds: list[int]) -> Tensor:

@@ -195,6 +195,7 @@ def test_latents_come_back_as_pictures(teacher: PipelineGenerator) -> None:
     with torch.no_grad():
         encoded = vae.encode(images if captured["z"].ndim == 4 else images.unsqueeze(2))
     raw = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    assert captured["z"].ndim == raw.ndim
     torch.testing.assert_close(captured["z"], raw, rtol=1e-4, atol=1e-4)
 
 

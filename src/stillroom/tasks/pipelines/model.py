@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,8 +31,8 @@ from stillroom.folders.pipelines import (
     LORA,
     _from_pretrained,
     _parts,
-    _unsafe,
     check_index,
+    copy_part,
     few_step_scheduler,
     is_pipeline,
     save_lora,
@@ -97,6 +96,9 @@ class PipelineGenerator(PictureGenerator):
             denoiser = Denoiser(network, process, kind, shape=shape, **asked)  # type: ignore[arg-type]
         self.denoiser = denoiser.eval()
         self.sampler = sampler or OwnScheduler()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and any(p.dtype != torch.float32 for p in part.parameters()):
+                part.float()  # an object's parts may be halves; those of a folder never are
         self.pipeline = copy.copy(pipeline)
         parts: dict[str, Any] = {network_name(pipeline): denoiser.network}
         if isinstance(self.sampler, FewStepSampler):
@@ -236,7 +238,7 @@ class PipelineGenerator(PictureGenerator):
             index = read_json(self.folder / INDEX)
             for part in _parts(index):
                 if part not in (name, "scheduler") and (self.folder / part).is_dir():
-                    shutil.copytree(self.folder / part, folder / part, ignore=_unsafe, dirs_exist_ok=True)
+                    copy_part(self.folder / part, folder / part)
         else:
             others = {k: v for k, v in self.pipeline.components.items() if k not in (name, "scheduler")}
             index = dict(self.pipeline.config)
