@@ -81,7 +81,7 @@ def test_twins_in_half_precision_beside_whole_files_are_passed_over(tmp_path: Pa
     for name, value in pipeline.text_encoder.state_dict().items():
         assert torch.equal(value, teacher.pipeline.text_encoder.state_dict()[name])
     teacher.student(teacher.denoiser, ONE).save(tmp_path / "student")
-    assert not [path for path in (tmp_path / "student").rglob("*.fp16.*")]
+    assert not list((tmp_path / "student").rglob("*.fp16.*"))
     assert drawn_by_diffusers(tmp_path / "student")[1] == {torch.float32}
 
 

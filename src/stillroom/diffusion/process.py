@@ -297,13 +297,14 @@ class VP(Process):
         alpha64 = alpha.double()
         ratio = sigma.double().log() - alpha64.log()
         table = self._table(ratio)
+        rate, last, falls = alpha64 / torch.hypot(alpha64, sigma.double()), self._last_alpha(table), None
         if self.zero_snr:
-            rate, last = alpha64 / torch.hypot(alpha64, sigma.double()), self._last_alpha(table)
-            falls, end = rate < last, self.t_max - rate / last
+            falls = rate < last
             ratio = torch.where(falls, table[self._intervals], ratio)
         low = (torch.searchsorted(table, ratio.detach().contiguous()) - 1).clamp(0, self._intervals - 1)
         position = low + (ratio - table[low]) / (table[low + 1] - table[low])
-        position = torch.where(falls, end, position) if self.zero_snr else position
+        if falls is not None:
+            position = torch.where(falls, self.t_max - rate / last, position)
         return position.clamp(0, self.t_max).to(alpha)
 
 

@@ -32,8 +32,8 @@ class Family:
     pipeline's own call, for a picture without guidance. guided: the name of the guidance scale among them; offset:
     what it lacks of ours, where 1 is none. size: of a picture, where the network's config does not say. frames:
     latents are clips ``[C, 1, h, w]`` of one frame. encode_image: ``(pipeline, images)`` to latents in the units that
-    its network sees; by default the autoencoder's shift and scale. checks: ``(what is unsupported, test of the pipeline)``. blank:
-    zeros for the longest text, where the length of what ``encode`` makes depends on the text.
+    its network sees; by default the autoencoder's shift and scale. checks: ``(what is unsupported, test of the
+    pipeline)``. blank: zeros for the longest text, where the length of what ``encode`` makes depends on the text.
     """
 
     title: str

@@ -162,8 +162,8 @@ def part_class(library: str, name: str) -> Any:
 
 
 def copy_part(source: Path, target: Path) -> None:
-    """Copy a part of a pipeline. Weights of a variant get their plain names, twins in other precisions are left out, and
-    its config says float32: what is loaded without further words fits a student in float32."""
+    """Copy a part of a pipeline. Weights of a variant get their plain names, twins in other precisions are left out,
+    and its config says float32: what is loaded without further words fits a student in float32."""
     shutil.copytree(source, target, ignore=_left_out, dirs_exist_ok=True)
     copy_weights(source, target)
     if (target / CONFIG).is_file():

@@ -26,7 +26,9 @@ def pretrained(cls: Any, folder: Path) -> nn.Module:
         return from_config(cls, folder)
     try:
         with without_bar():
-            network, report = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **PLAIN)
+            network, report = cls.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **PLAIN, **in_float32(cls, weight_files(folder))
+            )
     except Exception as error:  # of a config's nonsense anything may come
         read_shards(folder / WEIGHTS)  # what is missing or damaged is named here
         detail = str(error).strip().splitlines()[-1]

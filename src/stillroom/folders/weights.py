@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from stillroom.errors import UserError, reading
 from stillroom.parsing import read_json
 
+INDEX_ENDING = ".index.json"
+
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill ``network`` from a safetensors file. Raises UserError when it is missing, corrupt or of another shape."""
@@ -26,8 +28,13 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def read_shards(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of the shards that diffusers splits a large one into."""
-    index = path.with_name(f"{path.name}.index.json")
+    """All tensors of a safetensors file, or of the shards that diffusers splits a large one into, or of a variant that
+    lies there alone."""
+    index = path.with_name(f"{path.name}{INDEX_ENDING}")
+    if not path.exists() and not index.exists():
+        found = weight_files(path.parent)
+        if found is not None and found.variant:
+            return {key: value for file in found.files for key, value in read_tensors(file).items()}
     if path.exists() or not index.exists():
         return read_tensors(path)
     with reading(index):
@@ -52,7 +59,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 # --- the files of a part ----------------------------------------------------------------------------------------------
-INDEX_ENDING = ".index.json"
 _NAMED = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?(\.(?P<late>\w+))?\.safetensors"
 )
