@@ -13,10 +13,10 @@ from stillroom.diffusion.denoiser import Prediction
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow, TrigFlow
 from stillroom.losses import adversarial
 from stillroom.losses.score import (
+    SQUARED,
     denoising_loss,
     dot,
     fake_score_loss,
-    identity,
     mean_abs_normaliser,
     power,
     pseudo_huber,
@@ -52,7 +52,7 @@ def loss_gradient(a: float, s: float, n: int = 301, detach_inside: bool = False,
     fake, real = student.x0(x_t, a, s), TEACHER.x0(inside, a, s)
     if detach_inside:  # u is cut, the score of the student beside it is not
         d = (student.x0(inside, a, s) - real).detach()
-        return _grad(-(weights * parts["weight"] * dot(parts["psi"](d), fake - x0)).sum(), mean, std)
+        return _grad(-(weights * parts["weight"] * dot(parts["distance"].psi(d), fake - x0)).sum(), mean, std)
     loss = score_difference_loss(
         x0, fake, real, **parts | {"weight": weights * parts.get("weight", 1.0) * len(weights)}
     )
@@ -93,14 +93,14 @@ def test_score_implicit_matching_is_the_gradient_through_the_student_s_score_alo
 ) -> None:
     """The right side varies the student inside the score and keeps the law that is sampled."""
     k, c = a / s**2, 1.0  # c in score units; the loss takes it in x0 units
-    value, psi, weight = {
-        "l2": (lambda y: y**2, identity, 2 * k**2),
+    value, in_x0, weight = {
+        "l2": (lambda y: y**2, SQUARED, 2 * k**2),
         "pseudo_huber": (lambda y: (y**2 + c * c).sqrt() - c, pseudo_huber(c / k), k),
         "power": (lambda y: y**4, power(4.0), k**4),
     }[distance]
     law = Law((A,), (B,))
     exact = central(lambda m, b: fisher(Law((m,), (b,)), law, value, a, s), (A, B))
-    ours = loss_gradient(a, s, sim=1.0, psi=psi, weight=weight)
+    ours = loss_gradient(a, s, sim=1.0, distance=in_x0, weight=weight)
     assert float((ours - exact).norm() / exact.norm()) < 1e-3
 
 
@@ -109,9 +109,9 @@ def test_cutting_the_graph_inside_the_distance_gives_another_gradient(distance: 
     """Guards the test above: it must be able to fail, which needs a teacher that is not Gaussian."""
     a, s, c = 1.0, 0.5, 1.0
     k = a / s**2
-    psi, weight = (identity, 2 * k**2) if distance == "l2" else (pseudo_huber(c / k), k)
-    right = loss_gradient(a, s, sim=1.0, psi=psi, weight=weight)
-    wrong = loss_gradient(a, s, detach_inside=True, psi=psi, weight=weight)
+    in_x0, weight = (SQUARED, 2 * k**2) if distance == "l2" else (pseudo_huber(c / k), k)
+    right = loss_gradient(a, s, sim=1.0, distance=in_x0, weight=weight)
+    wrong = loss_gradient(a, s, detach_inside=True, distance=in_x0, weight=weight)
     assert float((wrong - right).norm() / right.norm()) > 0.05
 
 
@@ -126,6 +126,25 @@ def test_sid_at_one_half_is_the_gradient_of_the_whole_fisher_divergence(a: float
     assert float((half - exact).norm() / exact.norm()) < 1e-4
     alone = loss_gradient(a, s, sim=1.0, weight=weight)
     assert float((alone - exact).norm() / exact.norm()) > 0.05
+
+
+@pytest.mark.parametrize("distance", ["pseudo_huber", "power"])
+def test_one_half_of_a_distance_s_own_value_makes_its_gradient_exact(distance: str) -> None:
+    """The student moves inside the score and in the law that is sampled."""
+    a, s, c = 1.0, 0.5, 1.0
+    k = a / s**2
+    value, in_x0, weight = {
+        "pseudo_huber": (lambda y: (y**2 + c * c).sqrt() - c, pseudo_huber(c / k), k),
+        "power": (lambda y: y.abs() ** 3, power(3.0), k**3),
+    }[distance]
+
+    def divergence(m: float, b: float) -> Tensor:
+        p = Law((m,), (b,))
+        return fisher(p, p, value, a, s)
+
+    exact = central(divergence, (A, B))
+    ours = loss_gradient(a, s, sim=1.0, fgm=0.5, distance=in_x0, weight=weight)
+    assert float((ours - exact).norm() / exact.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
@@ -159,13 +178,15 @@ def test_the_normaliser_has_a_floor() -> None:
 
 def test_psi_of_a_vector_works_on_the_norm_of_a_whole_sample() -> None:
     d = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    torch.testing.assert_close(pseudo_huber(12.0)(d), torch.tensor([[3 / 13, 4 / 13], [0.0, 0.0]]))
-    torch.testing.assert_close(power(3.0)(d), torch.tensor([[45.0, 60.0], [0.0, 0.0]]))
+    torch.testing.assert_close(pseudo_huber(12.0).psi(d), torch.tensor([[3 / 13, 4 / 13], [0.0, 0.0]]))
+    torch.testing.assert_close(power(3.0).psi(d), torch.tensor([[45.0, 60.0], [0.0, 0.0]]))
     # both are gradients of their distance
-    for psi, value in ((pseudo_huber(0.7), lambda y: (y @ y + 0.49).sqrt()), (power(1.5), lambda y: (y @ y) ** 0.75)):
+    by_hand = {pseudo_huber(0.7): lambda y: (y @ y + 0.49).sqrt() - 0.7, power(1.5): lambda y: (y @ y) ** 0.75}
+    for distance, value in (by_hand | {SQUARED: lambda y: y @ y / 2}).items():
         y = torch.tensor([0.3, -1.1], requires_grad=True)
-        torch.testing.assert_close(psi(y.detach()[None])[0], torch.autograd.grad(value(y), y)[0])
-    assert bool(torch.isfinite(power(1.5)(torch.zeros(1, 3))).all())
+        torch.testing.assert_close(distance.value(y[None])[0], value(y))
+        torch.testing.assert_close(distance.psi(y.detach()[None])[0], torch.autograd.grad(value(y), y)[0])
+    assert bool(torch.isfinite(power(1.5).psi(torch.zeros(1, 3))).all())
 
 
 def test_parts_with_weight_zero_need_no_graph_and_tensor_weights_are_per_sample() -> None:
@@ -240,10 +261,10 @@ def test_pseudo_huber_bears_larger_learning_rates_than_the_plain_square() -> Non
             fake = (variance * x_t + sigma**2 * mean) / (variance + sigma**2)
             flat = [v.reshape(-1, 8) for v in (x0, fake, real)]
             if distance == "l2":  # the raw theorem, in units of scores
-                weight, psi = (2 / sigma**4).squeeze(1).repeat(len(rates)), identity
+                weight, in_x0 = (2 / sigma**4).squeeze(1).repeat(len(rates)), SQUARED
             else:
-                weight, psi = torch.ones(64 * len(rates)), pseudo_huber(0.03)
-            loss = len(rates) * score_difference_loss(*flat, sim=1.0, psi=psi, weight=weight)
+                weight, in_x0 = torch.ones(64 * len(rates)), pseudo_huber(0.03)
+            loss = len(rates) * score_difference_loss(*flat, sim=1.0, distance=in_x0, weight=weight)
             moved = torch.autograd.grad(loss, (a, b))
             with torch.no_grad():
                 for p, g in zip((a, b), moved, strict=True):

@@ -5,12 +5,16 @@ With ``D_r`` the teacher's ("real") and ``D_f`` the fake score's x0-predictions 
 
     L = omega * n * ( l_di <sg d, x0> - l_sim <psi(d), e> + l_fgm |d|^2 )
 
+where psi(d) = d is the gradient of |d|^2 / 2. For another distance D, psi is its gradient and the last part
+``2 l_fgm D(d)``.
+
 Network parameters are frozen by the turn; the graph through ``x0`` and ``x_t`` is kept unless something is ``sg``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,8 +22,6 @@ from torch import Tensor
 
 from stillroom.diffusion.denoiser import Prediction
 from stillroom.diffusion.process import EDM, Process, expand
-
-Psi = Callable[[Tensor], Tensor]
 
 HEALTH = {
     "fake_error": "the fake score's denoising loss on the student's samples, of the kind that fake_loss names: how "
@@ -41,19 +43,34 @@ def square(a: Tensor) -> Tensor:
     return dot(a, a)
 
 
-def identity(d: Tensor) -> Tensor:
-    """psi of the squared L2 distance: SiD, and SIM's L2 ablation."""
-    return d
+@dataclass(frozen=True)
+class Distance:
+    """A distance of two predictions as a function of their difference ``d [B, ...]``, by its norm over all elements of
+    a sample. ``value``: ``D(d) [B]``; ``psi``: the gradient of D, like d."""
+
+    value: Callable[[Tensor], Tensor]
+    psi: Callable[[Tensor], Tensor]
 
 
-def pseudo_huber(c: float) -> Psi:
-    """psi(d) = d / sqrt(|d|^2 + c^2), the norm over all elements of a sample (arXiv 2410.16794, section 3)."""
-    return lambda d: d * expand((square(d) + c * c).rsqrt(), d)
+SQUARED = Distance(value=lambda d: square(d) / 2, psi=lambda d: d)
+"""``|d|^2 / 2``: SiD's, and SIM's L2 ablation."""
 
 
-def power(beta: float) -> Psi:
-    """psi(d) = beta |d|^(beta - 2) d for the power family |d|^beta, beta > 1 (arXiv 2410.16794)."""
-    return lambda d: beta * d * expand(square(d).clamp_min(1e-20) ** (beta / 2 - 1), d)
+def pseudo_huber(c: Tensor | float) -> Distance:
+    """``sqrt(|d|^2 + c^2) - c``, psi(d) = d / sqrt(|d|^2 + c^2) (arXiv 2410.16794, section 3). ``c``: a number or
+    ``[B]``."""
+    return Distance(
+        value=lambda d: (square(d) + c * c).sqrt() - c,
+        psi=lambda d: d * expand((square(d) + c * c).rsqrt(), d),
+    )
+
+
+def power(beta: float) -> Distance:
+    """``|d|^beta``, psi(d) = beta |d|^(beta - 2) d, beta > 1 (arXiv 2410.16794)."""
+    return Distance(
+        value=lambda d: square(d).clamp_min(1e-20) ** (beta / 2),
+        psi=lambda d: beta * d * expand(square(d).clamp_min(1e-20) ** (beta / 2 - 1), d),
+    )
 
 
 def mean_abs_normaliser(x0: Tensor, real: Tensor, floor: float = 1e-5) -> Tensor:
@@ -69,13 +86,14 @@ def score_difference_loss(
     di: Tensor | float = 0.0,
     sim: Tensor | float = 0.0,
     fgm: Tensor | float = 0.0,
-    psi: Psi = identity,
+    distance: Distance = SQUARED,
     weight: Tensor | float = 1.0,
 ) -> Tensor:
     """The generic loss, averaged over the batch: a scalar.
 
     x0, fake, real: generated data and the two x0-predictions at its noised version, ``[B, ...]``.
     di, sim, fgm: weights of the three parts, numbers or ``[B]``; parts with weight 0 are not computed.
+    distance: what psi is the gradient of.
     weight: ``omega * n`` per sample, detached by the caller where its paper says so.
     Minimising moves x0 from the fake towards the real prediction.
     """
@@ -84,9 +102,9 @@ def score_difference_loss(
     if not _is_zero(di):
         loss = loss + di * dot(d.detach(), x0)
     if not _is_zero(sim):
-        loss = loss - sim * dot(psi(d), fake - x0)
+        loss = loss - sim * dot(distance.psi(d), fake - x0)
     if not _is_zero(fgm):
-        loss = loss + fgm * square(d)
+        loss = loss + 2 * fgm * distance.value(d)
     return (weight * loss).mean()
 
 

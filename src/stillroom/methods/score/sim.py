@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses.score import (
     HEALTH,
+    SQUARED,
+    Distance,
     FakeLoss,
-    Psi,
     fake_score_loss,
-    identity,
     mean_abs_normaliser,
     power,
     pseudo_huber,
@@ -52,6 +53,11 @@ class SIM(Method):
         L   = -w <psi(d), D_f - x0>
         psi = d / sqrt(|d|^2 + c^2)  Pseudo-Huber;    d  squared;    beta |d|^(beta - 2) d  power
 
+    That is the distance of x0-predictions with w = 1. The distance of the scores themselves (``score_space``) is the
+    same with y = k d, k = alpha / sigma^2, and s_p - grad log q = k (D_f - x0), hence with
+
+        w = k  and c / k in the place of c, Pseudo-Huber;    w = k^2  squared;    w = k^beta  power
+
     Nothing is detached but the weights of both networks: y keeps its dependence on x_t.
 
     Departures: the constant ``c`` (0.01 sqrt(dim) in x0 units) and the unit time weight, where the paper is silent.
@@ -62,10 +68,11 @@ class SIM(Method):
     @dataclass
     class Options:
         distance: Literal["pseudo_huber", "l2", "power", "sid"] = "pseudo_huber"  # "sid": l2 over mean|x0 - D_r|
-        c: float = 0.0  # Pseudo-Huber constant in x0 units over all elements; 0 takes 0.01 * sqrt(dim)
+        # Pseudo-Huber constant over all elements, in units of x0, with score_space of scores; 0 takes 0.01 * sqrt(dim).
+        c: float = field(default=0.0, metadata={"min": 0})
         beta: float = 1.5  # exponent of the power family
-        score_space: bool = False  # True: scores weigh as they are, k^2 = (alpha / sigma^2)^2, as in the raw theorem
-        fgm: float = 0.0  # > 0 adds the sampling-law term that SIM leaves out; 1/2 with l2 is the exact Fisher gradient
+        score_space: bool = False  # True: the distance is one of scores, as in the raw theorem, not of x0-predictions
+        fgm: float = 0.0  # > 0 adds the sampling-law term that SIM leaves out; with 1/2 the gradient is the exact one
         guidance: float = 1.0  # on the teacher
         t_init: float = 0.714  # sigma_init 2.5: sigma / (alpha + sigma) = 2.5 / 3.5 on a rectified flow
         generator_times: TimeLaw = TimeLaw("karras", 0.0, 0.8)
@@ -79,12 +86,15 @@ class SIM(Method):
         self.student = self.clone(student or teacher, "student")
         self.fake = self.clone(teacher, "fake")
 
-    def distance_grad(self) -> Psi:
-        """psi, the derivative d' of the distance, up to a constant factor."""
+    def distance(self, k: Tensor | None = None) -> tuple[Distance, Tensor | float]:
+        """The distance of x0-predictions, and its weight. With k = alpha / sigma^2 ``[B]``: that of scores, k d."""
         o = self.options
         if o.distance == "pseudo_huber":
-            return pseudo_huber(o.c or 0.01 * torch.Size(self.student.shape).numel() ** 0.5)
-        return power(o.beta) if o.distance == "power" else identity
+            c = o.c or 0.01 * torch.Size(self.student.shape).numel() ** 0.5
+            return (pseudo_huber(c), 1.0) if k is None else (pseudo_huber(c / k), k)
+        if o.distance == "power":
+            return power(o.beta), 1.0 if k is None else k**o.beta
+        return SQUARED, 1.0 if k is None else k**2
 
     @turn(trains="fake", optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
@@ -106,14 +116,12 @@ class SIM(Method):
         t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         x_t = process.add_noise(x0, eps, t)
         real, fake = self.teacher(x_t, t, cond, o.guidance).x0, self.fake(x_t, t, cond).x0
-        weight = x0.new_ones(len(x0))
-        if o.score_space:
-            weight = weight * (process.alpha(t) / process.sigma(t) ** 2) ** 2
+        distance, weight = self.distance(process.alpha(t) / process.sigma(t) ** 2 if o.score_space else None)
         if o.distance == "sid":
             weight = weight * mean_abs_normaliser(x0, real)
         self.note("score_gap", (fake - real).square().mean())
         self.note("sample_std", x0.std())
-        loss = score_difference_loss(x0, fake, real, sim=1.0, fgm=o.fgm, psi=self.distance_grad(), weight=weight)
+        loss = score_difference_loss(x0, fake, real, sim=1.0, fgm=o.fgm, distance=distance, weight=weight)
         return {"sim": loss}
 
     def sampler(self) -> FewStepSampler:
