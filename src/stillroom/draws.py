@@ -18,11 +18,14 @@ class Draws:
     """All randomness of a turn. Every draw is made for the *global* batch and sliced to this process's rows, so that
     the same recipe gives the same numbers on one process, on many, and under gradient accumulation.
 
-    ``rows``: this micro-batch's rows of the ``total`` rows of the step.
+    ``rows``: this micro-batch's rows of the ``total`` rows of the step. ``shared``: the generator of :meth:`index`,
+    where ``generator`` draws this micro-batch alone.
     """
 
-    def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
-        self.generator, self.rows, self.total = generator, rows, total
+    def __init__(
+        self, generator: torch.Generator, rows: slice, total: int, shared: torch.Generator | None = None
+    ) -> None:
+        self.generator, self.rows, self.total, self.shared = generator, rows, total, shared or generator
 
     @property
     def local(self) -> int:
@@ -46,4 +49,11 @@ class Draws:
 
     def index(self, high: int) -> int:
         """One integer in {0..high-1}, shared by the whole batch and by all processes."""
-        return int(torch.randint(high, (), generator=self.generator, device=self.generator.device))
+        return self._integer(high, self.shared)
+
+    def seed(self) -> int:
+        """A seed for draws of another kind, of ``total`` rows from which ``rows`` are taken."""
+        return self._integer(2**31 - 1, self.generator)
+
+    def _integer(self, high: int, generator: torch.Generator) -> int:
+        return int(torch.randint(high, (), generator=generator, device=generator.device))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stillroom.engine import precision
 from stillroom.engine.config import EngineConfig
+from stillroom.engine.distributed import World
 from stillroom.engine.ema import EMA, EMARule
 from stillroom.engine.interrupt import Interrupted
 from stillroom.engine.player import clip_norm, learning_rate_factor
@@ -200,6 +201,24 @@ def test_accumulated_micro_batches_equal_the_batch() -> None:
 
 def test_per_rank_draws_are_another_stream_of_the_same_law() -> None:
     assert not same(weights(fit()), weights(fit(draws="per-rank")))
+
+
+def test_per_rank_draws_share_whole_numbers_between_micro_batches_and_processes_and_nothing_else() -> None:
+    run = trainer(accumulate=2, draws="per-rank")
+    found = []
+    for rank in (0, 1):
+        run.world = World(rank, 2, run.world.device)
+        for micro in (0, 1):
+            run.seed(run.method, 5, 0, micro)
+            draw = run.method.draw
+            first = draw.index(2**30)  # before and after draws of rows
+            found.append((first, draw.normal(4, 2), draw.seed(), draw.index(2**30), draw.uniform(4, 2)))
+    whole = {(row[0], row[3]) for row in found}
+    assert len(whole) == 1
+    assert len(set(next(iter(whole)))) == 2
+    assert len({row[2] for row in found}) == 4
+    for place in (1, 4):
+        assert len({tuple(row[place].flatten().tolist()) for row in found}) == 4
 
 
 def test_same_seed_same_weights_other_seed_others() -> None:

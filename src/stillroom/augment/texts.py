@@ -105,7 +105,7 @@ def nearest_tokens(table: Tensor, special: Collection[int], count: int = 8, bloc
 
 def mixup_weights(rows: int, draw: Draws, concentration: float) -> Tensor:
     """One ``Beta(a, a)`` weight for each row, ``[rows]`` float32 (arXiv 1710.09412)."""
-    random = np.random.default_rng(draw.index(2**31 - 1))
+    random = np.random.default_rng(draw.seed())
     weights = random.beta(concentration, concentration, draw.total)[draw.rows]
     assert len(weights) == rows
     return torch.from_numpy(weights).float()

@@ -83,9 +83,8 @@ class EngineConfig:
     checkpoint_every: int = field(default=1000, metadata=_WHOLE)
     keep: int = field(default=2, metadata=_WHOLE)
     log_every: int = field(default=50, metadata=_WHOLE)
-    draws: Literal["global", "per-rank"] = (
-        "global"  # "per-rank": each process draws only its own rows; cheaper, depends on the world size
-    )
+    # "per-rank": own rows alone are drawn; cheaper, depends on the split of the batch
+    draws: Literal["global", "per-rank"] = "global"
     loss_limit: float = field(default=1e9, metadata=_LIMIT)  # a term beyond this magnitude counts as divergence
     # so does an RMS weight beyond this factor of max(1, the RMS weight at the start)
     growth_limit: float = field(default=100.0, metadata=_LIMIT)

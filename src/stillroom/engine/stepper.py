@@ -82,7 +82,7 @@ class Stepper:
         m, c = self.method, self.config
         self.sharded = self.world.size > 1 and c.parallel == "fsdp"
         self.offload = place(m, self.world.device, c.offload)
-        self._generator = torch.Generator(device=self.world.device)
+        self._generator, self._shared = (torch.Generator(device=self.world.device) for _ in range(2))
         self.seed(m, -1, -1, 0)
         m.eval()
         m.prepare(self.data)
@@ -266,7 +266,8 @@ class Stepper:
             m.shared = shared[k]
             self.seed(m, self.step, player.index, k)
             counted.append(m.counts(batch))
-        names = list(counted[0])
+        if not (names := list(counted[0])):
+            return [{} for _ in batches]
         own = torch.stack([torch.stack([c[name].double() for name in names]) for c in counted])
         mean = self.world.mean(own.mean(0))
         return [dict(zip(names, row / mean.clamp(min=1 / parts), strict=True)) for row in own]
@@ -290,7 +291,8 @@ class Stepper:
         else:
             self._generator.manual_seed(mix(c.seed, step, turn, w.rank, micro))
             size = rows.stop - rows.start
-            m.draw = Draws(self._generator, slice(0, size), size)
+            self._shared.manual_seed(mix("shared", c.seed, step, turn))
+            m.draw = Draws(self._generator, slice(0, size), size, self._shared)
         # dropout inside networks draws from torch's own generator
         torch.manual_seed(mix("torch", c.seed, step, turn, w.rank, micro))
 

@@ -20,9 +20,12 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return softplus(-fake_logits).reshape(len(fake_logits), -1).mean(1)
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """``softplus(-l_real) + softplus(l_fake)`` (binary cross-entropy, real = 1), averaged: a scalar."""
-    return softplus(-real_logits).mean() + softplus(fake_logits).mean()
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``softplus(-l_real) + softplus(l_fake)`` (binary cross-entropy, real = 1), averaged: a scalar. ``weight [B]``: of
+    each pair of samples, where both are seen at one time."""
+    if weight is None:
+        return softplus(-real_logits).mean() + softplus(fake_logits).mean()
+    return (weight * (generator_loss(real_logits) + generator_loss(-fake_logits))).mean()
 
 
 def logit_discrimination(

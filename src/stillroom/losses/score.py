@@ -27,7 +27,8 @@ HEALTH = {
     "fake_error": "the fake score's denoising loss on the student's samples, of the kind that fake_loss names: how "
     "well it follows the student",
     "score_gap": "mean of (D_f - D_r)^2 over elements and batch, D_f and D_r the fake score's and the teacher's "
-    "x0-predictions at x_t: 0 where the student's distribution is the teacher's",
+    "x0-predictions at x_t, under the guidance that each has in the loss: 0 where the student's distribution is the "
+    "teacher's and both are asked as they were trained; with guidance in one of them it levels off above 0",
     "sample_std": "standard deviation of all elements of a batch of the student's samples: falls where they collapse",
 }
 """What methods of this kind note in a run."""
@@ -87,6 +88,7 @@ def score_difference_loss(
     sim: Tensor | float = 0.0,
     fgm: Tensor | float = 0.0,
     distance: Distance = SQUARED,
+    own: Tensor | None = None,
     weight: Tensor | float = 1.0,
 ) -> Tensor:
     """The generic loss, averaged over the batch: a scalar.
@@ -94,6 +96,7 @@ def score_difference_loss(
     x0, fake, real: generated data and the two x0-predictions at its noised version, ``[B, ...]``.
     di, sim, fgm: weights of the three parts, numbers or ``[B]``; parts with weight 0 are not computed.
     distance: what psi is the gradient of.
+    own: the fake score's x0-prediction inside e, where it is asked there under a guidance of its own.
     weight: ``omega * n`` per sample, detached by the caller where its paper says so.
     Minimising moves x0 from the fake towards the real prediction.
     """
@@ -102,7 +105,7 @@ def score_difference_loss(
     if not _is_zero(di):
         loss = loss + di * dot(d.detach(), x0)
     if not _is_zero(sim):
-        loss = loss - sim * dot(distance.psi(d), fake - x0)
+        loss = loss - sim * dot(distance.psi(d), (fake if own is None else own) - x0)
     if not _is_zero(fgm):
         loss = loss + 2 * fgm * distance.value(d)
     return (weight * loss).mean()

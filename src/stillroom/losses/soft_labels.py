@@ -5,6 +5,8 @@ Logits and probabilities are ``[..., C]``; a loss is made per position ``[...]``
 - ``mean``: over the positions that count; ``batchmean``: their sum over the size of the first dimension; ``sum``;
   ``none``: per position, zero where it does not count.
 - ``keep``: bool ``[...]``, True where a position counts (real tokens, labelled rows); None: all.
+- A class whose logit is -inf has probability 0. Where that is so on both sides it adds nothing to values and gradients:
+  they are those of the other classes.
 - ``temperature`` tau divides the logits; gradients shrink by 1 / tau^2, which ``temperature_squared`` undoes by the
   factor tau^2 (arXiv 1503.02531).
 
@@ -74,8 +76,13 @@ def soft_cross_entropy(
     """``- sum_c p_c log softmax(z_S / tau)_c`` for target probabilities p ``[..., C]``, as they are (no temperature
     acts on them). Its floor is the entropy of the target, not 0."""
     _same_classes(student_logits, target)
-    values = -(target.detach().float() * _log_probabilities(student_logits, temperature)).sum(-1)
+    values = _cross_entropy(target.detach().float(), _log_probabilities(student_logits, temperature))
     return reduce(values * (temperature**2 if temperature_squared else 1.0), reduction, keep)
+
+
+def _cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
+    """``- sum_c p_c log q_c`` per position; a class with p = 0 adds 0, whatever q is."""
+    return -(p * log_q.masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def _divergence(first: Tensor, second: Tensor, scale: float, reduction: Reduction, keep: Tensor | None) -> Tensor:
@@ -137,7 +144,9 @@ def jsd(
     _same_classes(student_logits, teacher_logits)
     student = _log_probabilities(student_logits, temperature)
     teacher = _log_probabilities(teacher_logits.detach(), temperature)
-    mixture = torch.logaddexp(teacher + torch.tensor(beta).log(), student + torch.tensor(1 - beta).log())
+    neither = (teacher == -torch.inf) & (student == -torch.inf)  # there the mixture's slope is no number
+    parts = (teacher.masked_fill(neither, 0.0), beta), (student.masked_fill(neither, 0.0), 1 - beta)
+    mixture = torch.logaddexp(*(log_p + torch.tensor(share).log() for log_p, share in parts))
     scale = temperature**2 if temperature_squared else 1.0
     first = _divergence(teacher, mixture, beta * scale, reduction, keep)
     return first + _divergence(student, mixture, (1 - beta) * scale, reduction, keep)
@@ -193,12 +202,12 @@ def decoupled_loss(
     _same_classes(student_logits, teacher_logits)
     teacher_logits, own = teacher_logits.detach(), labels.long()[:, None]
     target = _log_probabilities(teacher_logits, 1.0).exp().gather(1, own)
-    label = -(target * _log_probabilities(student_logits, 1.0).gather(1, own)).mean()
+    label = _cross_entropy(target, _log_probabilities(student_logits, 1.0).gather(1, own)).mean()
     others = torch.ones_like(student_logits, dtype=torch.bool).scatter(1, own, False)
     rest = (len(own), student_logits.shape[-1] - 1)
     q_student = _log_probabilities(student_logits[others].view(rest), temperature)
     q_teacher = _log_probabilities(teacher_logits[others].view(rest), temperature)
-    return label - alpha * temperature**2 * (q_teacher.exp() * q_student).sum(-1).mean()
+    return label + alpha * temperature**2 * _cross_entropy(q_teacher.exp(), q_student).mean()
 
 
 def probability_mse(probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def test_the_transport_plan_is_optimal_and_carries_no_gradient(kind: str) -> Non
 
     method, batch = built(intermediate=kind, layer_map="emd", critics="shared"), data().batch(0, 0, 6)
     seen = method.look(batch)
-    total = method.intermediate(seen)
+    total, _ = method.intermediate(seen)
     cost = method.losses(seen)
     plan = method.plan(cost)
     assert not plan.requires_grad
@@ -289,7 +289,9 @@ def test_edited_copies_are_answered_by_the_teacher_and_have_no_label() -> None:
     z, t = states(method.student, edited)[0], states(method.teacher, edited)[0]
     torch.testing.assert_close(terms["augmented_prediction"], -(t.softmax(-1) * z.log_softmax(-1)).sum() / 6)
     seen = method.look(edited)
-    torch.testing.assert_close(terms["augmented_intermediate"], method.intermediate(seen))
+    torch.testing.assert_close(terms["augmented_intermediate"], method.intermediate(seen)[0])
+    own = method.intermediate(method.look(batch))[1]
+    torch.testing.assert_close(method.notes["mutual_information"], own.detach())
 
 
 class Certain(nn.Module):

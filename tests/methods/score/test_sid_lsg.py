@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from points import FLOW, NULL, B, batch, build, labels_seen
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaussians import draws, play
-from stillroom.diffusion.denoiser import Cond
+from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
+from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.draws import Draws
+from stillroom.methods.score.sid_lsg import SiDLSG
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
@@ -62,6 +65,75 @@ def test_sid_s_presets_guide_the_scores_as_documented(guidance: str) -> None:
     assert asked == {"fake": KAPPAS[guidance][0]}
     play(method, "generator", batch())
     assert (asked["fake"], asked["teacher"]) == KAPPAS[guidance][1:]
+
+
+def test_the_fake_score_s_own_scale_is_that_of_the_difference_unless_it_is_given() -> None:
+    """(Y_r - Y_f) [(D_f^(k3) - x0) + (1 - alpha) (Y_r - Y_f)] / w with k2 = -1, k3 = 1."""
+    method = build("sid-lsg", guidance="anti-cfg", kappa_3=1.0, alpha=0.7)
+    data, twin, o = batch(), draws(B), method.options
+    loss = play(method, "generator", data)["sid"]
+    x0 = method.student(torch.tensor(o.t_init) * twin.normal(B, 2), torch.tensor(o.t_init), data["cond"]).x0
+    t, eps = o.generator_times.sample(twin, FLOW), twin.normal(B, 2)
+    x_t = (1 - t)[:, None] * x0 + t[:, None] * eps
+    real = method.teacher(x_t, t, data["cond"]).x0
+    fake, own = (method.fake(x_t, t, data["cond"], k).x0 for k in (-1.0, 1.0))
+    w = (x0 - real).abs().mean(1)
+    by_hand = ((real - fake) * ((own - x0) + 0.3 * (real - fake))).sum(1) / w
+    torch.testing.assert_close(loss, by_hand.mean())
+    same = play(build("sid-lsg", guidance="anti-cfg", kappa_3=-1.0), "generator", data)
+    torch.testing.assert_close(same, play(build("sid-lsg", guidance="anti-cfg"), "generator", data))
+
+
+class Affine(nn.Module):
+    """``x0 = mean[label] + std x`` in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor([[-1.0], [1.0]]))
+        self.log_std = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return self.mean[cond["label"]] + self.log_std.exp() * x
+
+
+def with_exact_scores(steps: int, n: int, **options: Any) -> tuple[float, float]:
+    """Share on the own class's side and spread where a student ends whose teacher, N(-1, 1) against N(1, 1), and whose
+    fake score are exact."""
+
+    def mixture(mean: Tensor, std: Tensor) -> MixtureDenoiser:
+        law = GaussianMixture(mean.detach(), std.detach().expand(2), classes=torch.arange(2))
+        return MixtureDenoiser(law, FLOW)
+
+    method = SiDLSG(SiDLSG.Options(t_init=1.0, condition_drop=0.0, **options))
+    method.build(mixture(torch.tensor([[-1.0], [1.0]]), torch.ones(1)))
+    network = Affine()
+    method.student = Denoiser(network, FLOW, "x0", null={"label": 2}, shape=(1,))
+    optimizer = torch.optim.Adam(network.parameters(), 0.1, betas=(0.0, 0.99))
+    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    generator, labels, ends = torch.Generator().manual_seed(0), torch.arange(n) % 2, []
+    for _ in range(steps):
+        method.fake = mixture(network.mean, network.log_std.exp())
+        method.draw = Draws(generator, slice(0, n), n)
+        optimizer.zero_grad()
+        method.generator({"cond": {"label": labels}})["sid"].backward()
+        optimizer.step()
+        fall.step()
+        ends.append(torch.stack([(network.mean[1] - network.mean[0])[0] / 2, network.log_std.exp()[0]]).detach())
+    shift, std = torch.stack(ends[-20:]).mean(0)
+    return float(torch.special.ndtr(shift / std)), float(std)
+
+
+def test_anti_cfg_guides_without_widening_once_the_fake_score_s_own_scale_is_one() -> None:
+    """A formula's answer, no network's: the preset at alpha = 1 widens the classes, and either mend gathers them."""
+    preset, own_scale, fisher = (
+        with_exact_scores(100, 128, guidance="anti-cfg", **options)
+        for options in ({}, {"kappa_3": 1.0}, {"alpha": 0.5})
+    )
+    assert preset[0] < 0.95
+    assert preset[1] > 1.1
+    for accuracy, spread in (own_scale, fisher):
+        assert accuracy > 0.995
+        assert spread < 0.8
 
 
 def test_sid_drops_conditions_sample_by_sample_and_only_under_guidance() -> None:

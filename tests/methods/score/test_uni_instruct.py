@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from points import batch, build
+import torch.nn.functional as F
+from points import FLOW, B, batch, build
 
-from gaussians import play
+from gaussians import draws, play
+from stillroom.draws import Draws
+from stillroom.method import Batch
 
 
 def test_uni_instruct_with_reverse_kl_and_no_gan_is_sid_at_alpha_one() -> None:
@@ -45,3 +48,54 @@ def test_uni_instruct_warms_up_as_reverse_kl_without_a_gan() -> None:
     full = play(method, "generator", batch())
     assert full.keys() == {"score", "gan"}
     assert float(full["score"]) != pytest.approx(float(warm["score"]))
+
+
+@pytest.mark.parametrize("slug", ["uni-instruct", "sid-lsg"])
+def test_the_critic_s_gan_term_may_weigh_times_as_edm_does(slug: str) -> None:
+    """``mean (r^2 + sd^2) / (r sd)^2 [softplus(l_fake) + softplus(-l_real)] / 2`` at r = sigma / alpha, sd = 0.5."""
+    method = build(slug, gan_weight=0.1, gan_time_weight="edm", critic_gan_weight=3.0)
+    o, data, twin = method.options, batch(), draws(B)
+    term = play(method, "critic", data)["gan"]
+    x0 = method.student(torch.tensor(o.t_init) * twin.normal(B, 2), torch.tensor(o.t_init), data["cond"]).x0
+    t, eps = o.critic_times.sample(twin, FLOW), twin.normal(B, 2)
+    logits = []
+    for x in (x0, data["x"]):
+        x_t = (1 - t)[:, None] * x + t[:, None] * eps
+        logits.append(method.discriminator(method.fake, x_t, t, data["cond"])[1].reshape(B, -1))
+    ratio = t / (1 - t)
+    each = (F.softplus(logits[0]) + F.softplus(-logits[1])).mean(1)
+    torch.testing.assert_close(term, 3 * ((ratio**2 + 0.25) / (0.5 * ratio) ** 2 * each / 2).mean())
+
+
+def test_ratios_normalised_over_the_batch_are_the_same_in_micro_batches() -> None:
+    """As the engine splits a batch: counts first, then each part with its share as weight."""
+    method = build("uni-instruct", divergence="chi2", gan_weight=0.1, normalise_ratio=True)
+
+    def played(parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        whole, size = batch(), B // parts
+        splits = [slice(k * size, (k + 1) * size) for k in range(parts)]
+        rows: list[Batch] = [{"x": whole["x"][s], "cond": {"label": whole["cond"]["label"][s]}} for s in splits]
+
+        def draw(s: slice) -> Draws:
+            return Draws(torch.Generator().manual_seed(0), s, B)
+
+        counted = []
+        for s, row in zip(splits, rows, strict=True):
+            method.draw = draw(s)
+            counted.append(method.counts(row)["ratio"])
+        total, gradients = torch.zeros(()), []
+        for s, row, own in zip(splits, rows, counted, strict=True):
+            method.draw, method.weights = draw(s), {"ratio": own / torch.stack(counted).mean()} if parts > 1 else {}
+            method.zero_grad()
+            loss = sum(method.generator(row).values()) / parts
+            loss.backward()
+            total = total + loss.detach()
+            gradients.append(torch.cat([p.grad.flatten() for p in method.student.parameters()]))
+        method.weights = {}
+        return total, torch.stack(gradients).sum(0)
+
+    torch.testing.assert_close(played(4), played(1), rtol=1e-4, atol=1e-5)
+
+
+def test_without_normalised_ratios_nothing_is_counted() -> None:
+    assert build("uni-instruct").counts(batch()) == {}

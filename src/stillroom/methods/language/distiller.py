@@ -82,7 +82,7 @@ class Distiller(Method):
     health = {
         "teacher_agreement": "share of a batch for which argmax z_S is argmax z_T",
         "mutual_information": "I_alpha in nats, averaged over pairs of layers by the layer map; at most about "
-        "1 + log(B / alpha) for a batch of B. With augmentation that of the augmented copy",
+        "1 + log(B / alpha) for a batch of B; of the batch itself, not of its augmented copy",
     }
 
     task = "classify-text"
@@ -258,7 +258,9 @@ class Distiller(Method):
         o = self.options
         terms: Terms = {}
         if o.intermediate != "none":
-            found = self.intermediate(seen)
+            found, bound = self.intermediate(seen)
+            if o.intermediate == "mi" and tokens == "tokens":
+                self.note("mutual_information", bound)
             terms["intermediate"] = o.intermediate_weight * (
                 found if o.intermediate == "mi" else self.over(tokens, found)
             )
@@ -272,14 +274,13 @@ class Distiller(Method):
         return terms
 
     # --- intermediate states ------------------------------------------------------------------------------------------
-    def intermediate(self, seen: Pass) -> Tensor:
-        """``sum_ij m_ij l_ij``; m is the fixed map, or the optimal transport plan for the costs of this batch."""
+    def intermediate(self, seen: Pass) -> tuple[Tensor, Tensor]:
+        """``sum_ij m_ij l_ij``, and minus its average by m, which for MI-alpha is the bound. m is the fixed map, or the
+        optimal transport plan for the costs of this batch."""
         losses = self.losses(seen)
         plan = self.plan(losses)
         total = mapped_loss(plan, losses)
-        if self.options.intermediate == "mi":
-            self.note("mutual_information", -total / plan.sum().to(total))
-        return total
+        return total, -total / plan.sum().to(total)
 
     def plan(self, losses: Tensor) -> Tensor:
         """``m [M, N]``."""

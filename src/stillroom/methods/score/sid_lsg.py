@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
@@ -11,13 +11,19 @@ from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial, score
-from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
+from stillroom.losses.score import (
+    FakeLoss,
+    fake_score_loss,
+    mean_abs_normaliser,
+    score_difference_loss,
+    snr_weight,
+)
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=1e-6, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
 
-# (kappa_1, kappa_2 = kappa_3, kappa_4): fake score while it trains, fake score and teacher in the generator's loss.
+# (kappa_1, kappa_2, kappa_4): fake score while it trains, fake score and teacher in the generator's loss.
 PRESETS = {"none": (1.0, 1.0, 1.0), "zero-cfg": (0.0, 0.0, 1.0), "anti-cfg": (1.0, -1.0, 1.0)}
 
 
@@ -38,10 +44,10 @@ class SiDLSG(Method):
     features.
 
     With ``D^k(x_t, c) = D(x_t, null) + k (D(x_t, c) - D(x_t, null))``, and Y_f = D_f^(k2), Y_r = D_r^(k4) the fake
-    score's and the teacher's x0-predictions at x_t:
+    score's and the teacher's x0-predictions at x_t, k3 = k2 unless ``kappa_3`` says otherwise:
 
         L_G = <Y_r - Y_f, (Y_r - x0) - alpha (Y_r - Y_f)> / w,    w = sg mean |x0 - Y_r|     SiD, arXiv 2404.04057
-            = (-<d, e> + (1 - alpha) |d|^2) / w,                  d = Y_f - Y_r, e = Y_f - x0
+            = (-<d, e> + (1 - alpha) |d|^2) / w,                  d = Y_f - Y_r, e = D_f^(k3) - x0
         L_F = |eps_f^(k1)(x_t, c) - eps|^2                        guided while it learns: LSG, arXiv 2406.01561
         tau_k = t_init (1 - k / K), k uniform in 0 .. K - 1       one output of the K-step student, arXiv 2505.12674
 
@@ -51,9 +57,11 @@ class SiDLSG(Method):
 
     Departures: the numbers of Anti-CFG and the schedule of the few-step version are reconstructed (its code was not
     released). Anti-CFG trains the fake score plainly and asks it at -1: trained at -1 as well, the regressed
-    combination would learn the conditional mean itself and guide nothing. The loss's overall factor (lsg, 100 for EDM
-    teachers) is left to the learning rate, so ``gan_weight`` is relative to a score loss of weight 1; a sample that is
-    not finite stops the run instead of being dropped.
+    combination would learn the conditional mean itself and guide nothing. Asked at -1 in e too, as the preset does, the
+    first part is no score identity (which holds at k3 = k1) and widens the student; ``kappa_3: 1`` mends that. The
+    loss's overall factor (lsg, 100 for EDM teachers) is left to the learning rate, so ``gan_weight`` is relative to a
+    score loss of weight 1; the critic's GAN term stands beside a mean over elements and has no weight over times
+    (SiDA's code: a sum, and EDM's weight); a sample that is not finite stops the run instead of being dropped.
     """
 
     health = score.HEALTH | adversarial.HEALTH
@@ -65,10 +73,14 @@ class SiDLSG(Method):
         alpha: float = 1.0  # 0.5: exact Fisher gradient; 1: score identity alone; 1.2: over-corrected
         guidance: Literal["none", "lsg", "long", "short", "zero-cfg", "anti-cfg"] = "none"
         guidance_scale: float = 1.5  # kappa of lsg, long (> 1) and short (< 1)
+        # kappa_3: the fake score's scale inside Y_f - x0; null: kappa_2, as in the papers. 1 is what Anti-CFG needs.
+        kappa_3: float | None = field(default=None, metadata={"later": True})
         condition_drop: float = 0.1  # per sample, in the fake score's turn, only where kappa_1 or kappa_2 is not 1
         step_choice: Literal["uniform", "last"] = "uniform"  # "last": train only the K-th output (ablation)
         gan_weight: float = 0.0  # lambda_adv; > 0 needs real images
-        critic_gan_weight: float = 1.0
+        critic_gan_weight: float = 1.0  # beside a mean over elements; the released code's 1, beside a sum: 1 / numel
+        # Of the critic's GAN term over times: 1, or EDM's weight as in the released code ("edm").
+        gan_time_weight: Literal["one", "edm"] = field(default="one", metadata={"later": True})
         gan_head: Literal["mean", "mlp"] = "mean"
         gan_block: str = ""
         generator_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
@@ -88,6 +100,7 @@ class SiDLSG(Method):
         k = o.guidance_scale
         own = {"lsg": (k, k, k), "long": (1.0, 1.0, k), "short": (k, 1.0, 1.0)}
         self.k_train, self.k_fake, self.k_real = {**PRESETS, **own}[o.guidance]
+        self.k_own = self.k_fake if o.kappa_3 is None else o.kappa_3
 
     def sample_student(self, batch: Batch, grad: bool) -> Tensor:
         """``x0`` after a uniformly drawn one of the K steps, or after the last."""
@@ -125,7 +138,8 @@ class SiDLSG(Method):
         if o.gan_weight:  # the same time and noise for real and generated
             real_t = process.add_noise(batch["x"], eps, t)
             _, real_logits = self.discriminator(self.fake, real_t, t, batch["cond"])
-            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
+            weight = snr_weight(process, t) if o.gan_time_weight == "edm" else None
+            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits, weight) / 2
             self.note("real_logit", real_logits.mean())
             self.note("fake_logit", fake_logits.mean())
         return terms
@@ -140,8 +154,9 @@ class SiDLSG(Method):
         real = self.teacher(x_t, t, cond, self.k_real).x0
         p, logits = self.ask_fake(x_t, t, cond, cond, self.k_fake)
         fake = p.x0
+        own = fake if self.k_own == self.k_fake else self.fake(x_t, t, cond, self.k_own).x0
         weight = mean_abs_normaliser(x0, real)
-        terms = {"sid": score_difference_loss(x0, fake, real, sim=1.0, fgm=1 - o.alpha, weight=weight)}
+        terms = {"sid": score_difference_loss(x0, fake, real, sim=1.0, fgm=1 - o.alpha, own=own, weight=weight)}
         if o.gan_weight:
             per_sample = adversarial.generator_loss(logits.clamp(-10, 10)) * x0[0].numel() * weight
             terms["gan"] = o.gan_weight * per_sample.mean()

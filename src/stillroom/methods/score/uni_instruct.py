@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -13,7 +13,14 @@ from stillroom.diffusion.sampling import FewStepSampler, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial, score
 from stillroom.losses.divergence import density_ratio, get_divergence
-from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss, square
+from stillroom.losses.score import (
+    FakeLoss,
+    fake_score_loss,
+    mean_abs_normaliser,
+    score_difference_loss,
+    snr_weight,
+    square,
+)
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
 
@@ -51,8 +58,9 @@ class UniInstruct(Method):
 
     Departures: the ratio is exp(logit), not the scaled adversarial loss of the released code (which is about +-1), and
     its gradient is kept by default, since detaching it makes all but reverse_kl wrong. The GAN's weight of 0.01 stands
-    against a score loss of weight 1 (in the released code against 100), and gradients are not clipped by value unless
-    the recipe says so (``clip_value: 1`` there).
+    against a score loss of weight 1 (in the released code against 100); the critic's GAN term stands beside a mean over
+    elements and has no weight over times (there a sum, and EDM's weight: ``critic_gan_weight`` of 1 / numel and
+    ``gan_time_weight: edm``); gradients are not clipped by value unless the recipe says so (``clip_value: 1`` there).
     """
 
     @dataclass
@@ -60,9 +68,11 @@ class UniInstruct(Method):
         divergence: Literal["reverse_kl", "forward_kl", "jeffreys", "js", "chi2", "hellinger"] = "jeffreys"
         ratio_grad: bool = True  # False: C(r) is detached, as in the released code
         fgm: bool = False  # True: the exact gradient; the published method drops this part
-        normalise_ratio: bool = False  # divide r by its batch mean
+        normalise_ratio: bool = False  # divide r by its batch mean; costs a pass more where the batch is split
         gan_weight: float = 0.01
-        critic_gan_weight: float = 1.0
+        critic_gan_weight: float = 1.0  # beside a mean over elements; the released code's 1, beside a sum: 1 / numel
+        # Of the critic's GAN term over times: 1, or EDM's weight as in the released code ("edm").
+        gan_time_weight: Literal["one", "edm"] = field(default="one", metadata={"later": True})
         gan_head: Literal["mean", "mlp"] = "mean"
         gan_block: str = ""
         guidance: float = 1.0
@@ -120,10 +130,27 @@ class UniInstruct(Method):
         terms = {"denoise": loss}
         if self.needs_ratio:
             _, real_logits = self.discriminator(self.fake, process.add_noise(batch["x"], eps, t), t, cond)
-            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits) / 2
+            weight = snr_weight(process, t) if o.gan_time_weight == "edm" else None
+            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits, weight) / 2
             self.note("real_logit", real_logits.mean())
             self.note("fake_logit", fake_logits.mean())
         return terms
+
+    def noised_sample(self, cond: Cond, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's sample ``x0``, a time ``t`` of the generator's law, ``x_t``: the first draws of its turn."""
+        process = self.teacher.process
+        x0 = rollout(self.student, self.draw, cond, (self.options.t_init,), grad=grad)
+        t, eps = self.options.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
+        return x0, t, process.add_noise(x0, eps, t)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """The ratios' sum, of which the mean over the whole batch is made; in thousandths, the least that r can be."""
+        o = self.options
+        if not o.normalise_ratio or o.divergence == "reverse_kl" or self.stage.kind != "divergence":
+            return {}
+        with torch.no_grad():
+            _, t, x_t = self.noised_sample(batch["cond"], grad=False)
+            return {"ratio": 1000 * density_ratio(self.ask_fake(x_t, t, batch["cond"])[1]).sum()}
 
     @turn(trains="student", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
@@ -131,9 +158,7 @@ class UniInstruct(Method):
         o, process, cond = self.options, self.teacher.process, batch["cond"]
         full = self.stage.kind == "divergence"
         f = get_divergence(o.divergence if full else "reverse_kl")
-        x0 = rollout(self.student, self.draw, cond, (o.t_init,), grad=True)
-        t, eps = o.generator_times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
-        x_t = process.add_noise(x0, eps, t)
+        x0, t, x_t = self.noised_sample(cond, grad=True)
         real = self.teacher(x_t, t, cond, o.guidance).x0
         p, logits = self.ask_fake(x_t, t, cond)
         fake = p.x0
@@ -161,9 +186,9 @@ class UniInstruct(Method):
         return terms
 
     def ratio(self, logits: Tensor) -> Tensor:
-        """``r [B]``, by the mean of a sample's logits."""
+        """``r [B]``, by the mean of a sample's logits; normalised, of mean 1 over the whole batch."""
         r = density_ratio(logits)
-        return r / r.detach().mean() if self.options.normalise_ratio else r
+        return self.over("ratio", r / r.detach().mean()) if self.options.normalise_ratio else r
 
     def sampler(self) -> FewStepSampler:
         return FewStepSampler((self.options.t_init,))
