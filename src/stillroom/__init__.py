@@ -58,7 +58,8 @@ def distill(
     given |= {f"options.{key}": value for key, value in options.items()}
     recipe = Recipe.load(method, **{key: value for key, value in given.items() if value is not None})
     folder = Path(run_dir) if run_dir is not None else Path("runs") / recipe.name
-    return run(recipe, folder, resume, **objects).student
+    student = run(recipe, folder, resume, **objects).student
+    return load(folder) if student is None else student
 
 
 def _named(**things: Any) -> tuple[dict[str, str], dict[str, Any]]:

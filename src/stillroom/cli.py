@@ -88,11 +88,11 @@ def _run(recipe: Recipe, folder: Path, resume: bool) -> int:
 def _run_again(recipe: Recipe, folder: Path) -> int:
     """``stillroom run`` alone may be typed any number of times: it starts, carries on, or shows what is there."""
     from stillroom.recipe import Recipe
-    from stillroom.report.log import read_result
+    from stillroom.report.log import is_finished
 
     if not (folder / "recipe.yaml").is_file() or Recipe.load(folder).hash() != recipe.hash():
         return _run(recipe, folder, resume=False)
-    if not read_result(folder):
+    if not is_finished(folder):
         return _run(recipe, folder, resume=True)
     print(f"{folder} is already finished:")
     _show(folder)

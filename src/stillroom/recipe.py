@@ -36,12 +36,16 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 @dataclass
 class Evaluate:
-    """How the finished student is scored."""
+    """How the finished student is drawn, timed and scored."""
 
     n: int = field(default=5000, metadata={"min": 0})
-    """Samples for the scores; 0 skips scoring."""
+    """Samples for the scores; 0 skips timing and scoring."""
     seed: int = field(default=0, metadata={"min": 0, "max": 2**63 - 1})
-    """Seed of those samples."""
+    """Seed of those samples, and of those on the sheets."""
+    samples: int = field(default=80, metadata={"min": 0})
+    """Pictures on each model's sheet, at most; 0 draws none."""
+    teachers: Literal[auto, always, never] = "auto"
+    """Whether teachers are drawn, timed and scored beside the student; auto: if a picture takes up to 1 TFLOP."""
 
 
 @dataclass
@@ -152,9 +156,12 @@ class Recipe:
         return dump_yaml(self.to_dict())
 
     def hash(self) -> str:
-        """Twelve hex digits of SHA-256 over all that determines the result (name, trackers and offload do not)."""
+        """Twelve hex digits of SHA-256 over all that determines the student and its scores (name, trackers, offload,
+        and what else is drawn do not)."""
         tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "track")}
         tree["engine"].pop("offload")
+        for key in ("samples", "teachers"):
+            tree["evaluate"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
     def method_options(self) -> Any:

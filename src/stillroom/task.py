@@ -7,7 +7,9 @@ found by name: no command knows a class of model.
 
 from __future__ import annotations
 
+import copy
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.scores import Score
@@ -36,6 +39,9 @@ IN_MEMORY = "(in memory)"
 """Stands in a recipe for a teacher, a student or data that were given as objects."""
 COLUMNS = 8
 """Samples in a row of a sample grid."""
+REAL_SIZE = 1e12
+"""Floating-point operations (a TFLOP). Teachers whose one picture takes more are left out at the end of a run, unless
+``evaluate.teachers`` asks for them; batches of drawings are so large that an evaluation takes at most this much."""
 ADJUSTABLE = ("guidance", "steps", "temperature")
 """Numbers of a sampler that may be changed from one drawing to the next."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -151,6 +157,11 @@ class Model:
     def parameters(self) -> int:
         return parameter_count(self.module)
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of one answer, roughly."""
+        return 2.0 * self.parameters * self.nfe
+
     # --- looked at ------------------------------------------------------------------------------------------------
     def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
         """``n`` answers for each thing that is asked for (by default one of each kind), to look at. Raises UserError
@@ -198,6 +209,34 @@ class PictureGenerator(Model):
     def image_size(self) -> tuple[int, int]:
         """Height and width of its pictures, in pixels."""
         raise NotImplementedError
+
+    # --- costs ----------------------------------------------------------------------------------------------------
+    most_at_once: ClassVar[int] = 64  # pictures of a batch, where these are small
+    _evaluation: float | None = None
+
+    @property
+    def flops(self) -> float:
+        return self._evaluation_flops() * self.nfe
+
+    @property
+    def at_once(self) -> int:
+        """Pictures that are drawn in a batch: as many as keep an evaluation below :data:`REAL_SIZE`."""
+        return max(1, min(self.most_at_once, int(REAL_SIZE // max(self._evaluation_flops(), 1.0))))
+
+    def _evaluation_flops(self) -> float:
+        """Floating-point operations of one evaluation for one picture. Small networks are not looked at closely: no
+        weight is used more than once for each place of a sample."""
+        if self._evaluation is None:
+            network = self.module
+            most = 2.0 * self.parameters
+            if isinstance(network, Denoiser):
+                most *= math.prod(network.shape[1:])
+                if most * self.most_at_once > REAL_SIZE:
+                    from stillroom.evaluation.cost import forward_flops
+
+                    most = forward_flops(network)
+            self._evaluation = most
+        return self._evaluation
 
     # --- wishes ---------------------------------------------------------------------------------------------------
     @property
@@ -369,41 +408,43 @@ class Task:
         """The teachers by the name that tables and files call them."""
         raise NotImplementedError
 
-    def rows(self, model: Model, seed: int) -> Rows:
-        """Samples to look at."""
+    def rows(self, model: Model, seed: int, most: int = 80) -> Rows:
+        """Samples to look at. most: how many pictures may be drawn for them."""
         return model.rows(seed=seed)
 
     def call(self, model: Model, batch: int) -> Any:
         """One typical call of the model's verb on ``batch`` inputs, to be timed."""
         raise NotImplementedError
 
+    def brief_call(self, model: Model) -> Any:
+        """The least call that shows that the model works, before a run begins. Default: for one input, in one step
+        where the model's sampler has steps."""
+        if isinstance(model, PictureGenerator) and "steps" in model.settings:
+            model = copy.copy(model)
+            model.sampler = model.changed(steps=1)
+        return self.call(model, 1)
+
     def cost(self, model: Model) -> dict[str, Any]:
-        """``latency_ms`` (median of 30 calls, by batch size) and ``macs`` for one input."""
+        """``latency_ms`` (median of as many calls as a second holds, by batch size), ``latency_calls``, and ``macs``
+        for one input."""
         from stillroom.evaluation import cost
 
-        timings = cost.latency(lambda batch: self.call(model, batch), batches=self.timed)
-        found: dict[str, Any] = {"latency_ms": {str(t.batch): round(t.median_ms, 3) for t in timings}}
+        found: dict[str, Any] = {"latency_ms": {}, "latency_calls": {}}
+        for batch in self.timed:
+            milliseconds, calls = cost.median_ms(lambda batch=batch: self.call(model, batch))
+            found["latency_ms"][str(batch)] = round(milliseconds, 3)
+            found["latency_calls"][str(batch)] = calls
         return found | {"macs": cost.macs(lambda: self.call(model, 1))}
 
     def facts(self, recipe: Recipe, student: Model) -> dict[str, Any]:
         """More that ``result.json`` is to say of the run, for the report and the card."""
         return {}
 
-    def measure(self, recipe: Recipe, student: Model, bench: Any = None) -> dict[str, Any]:
-        """Costs and, where there is something to measure on, scores of student, teachers and real data.
-
-        bench: of these data, where there is one. Gives ``{"task", who: {"nfe", "params", "latency_ms", "macs"}, ...}``
-        and what :meth:`scores` gives.
-        """
-        everyone: dict[str, Model] = {"student": student, **self.teachers()}
-        costs: dict[str, dict[str, Any]] = {who: {"nfe": m.nfe, "params": m.parameters} for who, m in everyone.items()}
-        found: dict[str, Any] = {"task": self.name, **costs, **self.facts(recipe, student)}
-        if recipe.evaluate.n == 0:
-            return found
-        say("timing student and teachers")
-        for who, model in everyone.items():
-            costs[who] |= self.cost(model)
-        return found | self.scores(recipe, everyone, bench)
+    def brief_scores(self, recipe: Recipe, student: Model, bench: Any = None) -> None:
+        """Raises what :meth:`scores` would raise, as far as that is known before the run begins. Default: the bench is
+        asked."""
+        if bench is not None:
+            bench.try_out(student)
 
     def scores(self, recipe: Recipe, everyone: Mapping[str, Model], bench: Any = None) -> dict[str, Any]:
         """``{"scores": {who: {key: value}}, "metrics": [Score.to_dict()], "bench": {"n", "reference"}}``, or nothing
@@ -449,6 +490,12 @@ def _described(folder: Path) -> str:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def sheet(rows: int, columns: int, most: int) -> tuple[int, int]:
+    """Rows and columns of a sheet of at most ``most`` pictures, one at least: columns go first."""
+    columns = max(1, min(columns, most // max(rows, 1)))
+    return max(1, min(rows, most // columns)), columns
 
 
 def told(scores: Iterable[Score], values: Mapping[str, Mapping[str, Any]], **bench: Any) -> dict[str, Any]:

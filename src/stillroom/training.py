@@ -46,12 +46,12 @@ def build_method(
     return method
 
 
-def train(trainer: Trainer) -> tuple[nn.Module, Sampler]:
+def train(trainer: Trainer, share: bool = False) -> tuple[nn.Module, Sampler]:
     """Train to the end: the network that becomes the student, calibrated, and how it is run. Under several processes
-    each calls this, and all have left their group afterwards. Raises
-    :class:`~stillroom.errors.TrainingDiverged`."""
+    each calls this, and all have left their group afterwards. share: the network's weights are those of the method,
+    with which nothing else may be done any more. Raises :class:`~stillroom.errors.TrainingDiverged`."""
     trainer.fit()
-    network = trainer.export_role()
+    network = trainer.export_role(share)
     trainer.method.finish(network)
     trainer.world.leave()
     return network, trainer.method.sampler()

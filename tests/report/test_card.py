@@ -14,13 +14,13 @@ import yaml
 
 from finished import RESULT
 from stillroom.bench.scenes import bench as scenes
+from stillroom.evaluation import cost
 from stillroom.method import get_method
 from stillroom.recipe import Recipe
 from stillroom.report.card import model_card
 from stillroom.report.rows import number
 from stillroom.run import run
 from stillroom.tasks.pipelines import model as pipeline
-from stillroom.tasks.pipelines import task as pipelines
 from stillroom.tasks.words import teacher_names
 from tiny import FAST, make_data
 from tiny_models import SAVE, SIDE
@@ -125,7 +125,7 @@ def test_a_card_holds_the_scores_of_its_run(kind: str, tmp_path: Path, monkeypat
 def test_a_run_without_evaluation_says_that_nothing_was_measured(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipelines, "picture_time", None)  # not to be called
+    monkeypatch.setattr(cost, "median_ms", None)  # not to be called
     monkeypatch.setattr(pipeline, "TEACHER_STEPS", 2)
     recipe = RUNS[kind][0](tmp_path)
     recipe = Recipe.from_dict(recipe.to_dict() | {"evaluate": {"n": 0, "seed": 0}})
@@ -172,9 +172,3 @@ def test_the_card_of_a_model_of_classes_asks_for_classes() -> None:
 def test_no_teacher_takes_the_students_column() -> None:
     assert teacher_names(["scenes-sd3", "./b/one"]) == ["scenes-sd3", "one"]
     assert teacher_names(["runs/a/student", "x/model", "y/model"]) == ["teacher-1", "teacher-2", "teacher-3"]
-
-
-def test_a_picture_is_timed_by_several_calls() -> None:
-    calls: list[int] = []
-    assert pipelines.picture_time(lambda: calls.append(1)) >= 0
-    assert len(calls) == 31

@@ -110,6 +110,10 @@ class Bench:
         """
         raise NotImplementedError
 
+    def try_out(self, model: Any) -> None:
+        """Raises what :meth:`compare` would raise for such a model, as far as little work tells; asked before a run
+        begins. Default: nothing is known."""
+
     # --- what the demo asks ---------------------------------------------------------------------------------------
     def verdicts(self, wish: str, images: Tensor) -> Sequence[bool | None] | None:
         """Whether each of ``images [N, C, H, W]`` in [-1, 1] shows what was asked for; None where the bench cannot

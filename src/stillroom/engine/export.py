@@ -22,10 +22,11 @@ class Outline:
         self.names = [names[id(p)] for p in role.parameters()]
         self.module = _copy(role, [torch.empty_like(p, device="meta") for p in role.parameters()])
 
-    def filled(self, values: Mapping[str, Tensor], role: nn.Module) -> nn.Module:
+    def filled(self, values: Mapping[str, Tensor], role: nn.Module, share: bool = False) -> nn.Module:
         """The network with ``values`` (by the method's parameter names) and the buffers that ``role`` has now, in eval
-        mode. Collective where values are sharded."""
-        copied = _copy(self.module, [full(values[name].detach()).clone() for name in self.names])
+        mode. share: values stay the same tensors, which takes no memory. Collective where values are sharded."""
+        found = (full(values[name].detach()) for name in self.names)
+        copied = _copy(self.module, [value if share else value.clone() for value in found])
         for mine, theirs in zip(copied.buffers(), role.buffers(), strict=True):
             mine.copy_(theirs)
         return precision.without_hooks(copied).eval()

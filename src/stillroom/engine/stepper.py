@@ -89,7 +89,7 @@ class Stepper:
         m.requires_grad_(False)
         self.offload = self.offload and self.offload.again(m)  # there may be other networks now
         self.world.spread([*m.parameters(), *m.buffers()])
-        self._outline = Outline(m, self._exported_role()) if self.sharded else None
+        self._outline = Outline(m, self.exported()) if self.sharded else None
         if c.activation_checkpointing:
             precision.checkpoint_activations(m)
         if c.precision == "bf16":
@@ -363,16 +363,19 @@ class Stepper:
             player.reference = facts["references"][name]
 
     # --- the result -----------------------------------------------------------------------------------------------
-    def export_role(self) -> nn.Module:
+    def export_role(self, share: bool = False) -> nn.Module:
         """A copy of the role that ``config.export`` names, in eval mode; for an EMA, its role with averaged weights.
+        share: its weights are the role's own tensors, which takes no memory; for when no step follows, or to look at.
 
         Collective for a sharded method: every process calls it and gets the whole network.
         """
         average = self.averages.get(self.config.export)
         values = dict(self.method.named_parameters()) | (average.values if average else {})
-        role = self._exported_role()
-        return (self._outline or Outline(self.method, role)).filled(values, role).to(self.world.device)
+        role = self.exported()
+        outline = self._outline or Outline(self.method, role)
+        return outline.filled(values, role, share).to(self.world.device)
 
-    def _exported_role(self) -> nn.Module:
+    def exported(self) -> nn.Module:
+        """The role that becomes the student."""
         of = {ema.get("name", "ema"): ema.get("of", "student") for ema in self.config.ema}
         return self.method.role(of.get(self.config.export, self.config.export))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError
+from stillroom.surgery.skeleton import Answered, emptied, unshared, weights_unread
 
 
 def macs(function: Callable[[], Any]) -> int:
@@ -25,6 +28,37 @@ def macs(function: Callable[[], Any]) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() // 2
+
+
+def forward_flops(denoiser: Denoiser) -> int:
+    """Floating-point operations of one evaluation for one sample, without guidance, as torch counts them: on tensors
+    without values, so that it takes no memory and nearly no time. Where the network's values would be needed, two for
+    each weight."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    null = {name: torch.as_tensor(value) for name, value in denoiser.null.items()}
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), weights_unread() as mode:
+            copied = emptied(unshared(denoiser), mode)
+            with mode, Answered(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                given = {name: torch.empty((1, *value.shape), dtype=value.dtype) for name, value in null.items()}
+                copied(torch.empty(1, *denoiser.shape), torch.full((1,), 0.5), given)
+            return counter.get_total_flops()
+    except Exception:  # of foreign networks anything may come; all that is lost is a better guess
+        return 2 * sum(p.numel() for p in denoiser.parameters())
+
+
+def median_ms(function: Callable[[], Any], seconds: float = 1.0, most: int = 30) -> tuple[float, int]:
+    """Wall-clock milliseconds of one call, and of how many calls they are the median: after a first one as many as
+    ``seconds`` hold, at least one."""
+    taken: list[float] = []
+    with torch.no_grad():
+        began = time.perf_counter()
+        _timed(lambda _: function(), 1)
+        while not taken or (len(taken) < most and time.perf_counter() - began < seconds):
+            taken.append(_timed(lambda _: function(), 1))
+    return 1000 * statistics.median(taken), len(taken)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.routed import RoutedDenoiser, route_from_dict, route_to_dict
 from stillroom.errors import UserError, reading
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
-from stillroom.folders.weights import load_weights, read_tensors
+from stillroom.folders.weights import load_weights, read_tensors, save_tensors
 from stillroom.networks.mar import MAR
 from stillroom.networks.point_mlp import PointMLP
 from stillroom.parsing import read_json
@@ -32,8 +32,6 @@ OWN_NETWORKS: dict[str, type[nn.Module]] = {"PointMLP": PointMLP, "MAR": MAR}
 
 def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write ``config.json`` and weights into the sub-folder of ``folder`` that diffusers keeps such networks in."""
-    from safetensors.torch import save_file
-
     name = next((n for n in NETWORK_FOLDERS if n in type(network).__name__.lower()), "network")
     (folder / name).mkdir(parents=True, exist_ok=True)
     config = dict(getattr(network, "config", {}))
@@ -43,21 +41,19 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     if dtype is not None:
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-    save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(state, folder / name / WEIGHTS, metadata={"format": "pt"})
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Write network, scheduler and null conditions, adapters folded in, or a folder for each expert; gives what belongs
     into ``stillroom.json`` for :func:`load_denoiser`."""
-    from safetensors.torch import save_file
-
     if isinstance(denoiser, RoutedDenoiser):
         for name, expert in denoiser.experts.items():
             place = folder / EXPERTS / name
             side = save_denoiser(expert, place, dtype)
             (place / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
         return {"experts": list(denoiser.experts), "route": route_to_dict(denoiser.route)}
-    denoiser = denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser
+    denoiser = denoiser.merged(share=True) if isinstance(denoiser, LoraDenoiser) else denoiser
     save_network(denoiser.network, folder, dtype)
     if type(denoiser.network).__name__ not in OWN_NETWORKS:
         (folder / "scheduler").mkdir(exist_ok=True)
@@ -65,7 +61,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None = 
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
     tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.null.items() if isinstance(v, Tensor)}
     if tensors:
-        save_file(tensors, folder / NULLS)
+        save_tensors(tensors, folder / NULLS)
     return {
         "process": denoiser.process.to_dict(),
         "prediction": denoiser.prediction,

@@ -1,19 +1,59 @@
-"""Tensors from safetensors files, and never from pickles."""
+"""Tensors from and into safetensors files, and never pickles."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from stillroom.errors import UserError, reading
+from stillroom.folders.transformers_layout import without_bar
 from stillroom.parsing import read_json
 
 INDEX_ENDING = ".index.json"
+_UNWRITTEN: ContextVar[bool] = ContextVar("unwritten", default=False)
+
+
+@contextmanager
+def weights_unwritten() -> Iterator[None]:
+    """Inside, whatever writes a model folder leaves the weights out: to try whether it can be written."""
+    token = _UNWRITTEN.set(True)
+    try:
+        yield
+    finally:
+        _UNWRITTEN.reset(token)
+
+
+def unwritten() -> bool:
+    """Whether weights are left out (:func:`weights_unwritten`)."""
+    return _UNWRITTEN.get()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file({} if unwritten() else dict(tensors), path, metadata=metadata)
+
+
+def save_pretrained(network: Any, folder: str | Path) -> None:
+    """``network.save_pretrained`` of a class of diffusers or transformers, without its progress bar."""
+    with without_bar():
+        if not unwritten():
+            network.save_pretrained(folder)
+        elif hasattr(network, "save_config"):  # diffusers
+            network.save_config(folder)
+        else:
+            network.config.architectures = [type(network).__name__]
+            network.config.save_pretrained(folder)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -115,7 +155,7 @@ def weight_files(folder: Path) -> WeightFiles | None:
 
 def copy_weights(source: Path, target: Path) -> None:
     """Copy a part's weights under their plain names, which are read without further words."""
-    if (found := weight_files(source)) is None:
+    if unwritten() or (found := weight_files(source)) is None:
         return
     target.mkdir(parents=True, exist_ok=True)
     for path, plain in found.files.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.folders.pretrained import load_pretrained
+from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 from stillroom.surgery.freezing import frozen
 from stillroom.surgery.modules import device_of, weights_hash
@@ -98,7 +99,7 @@ class LatentCodec(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write ``vae/`` (safetensors) into ``folder``."""
-        self.network.save_pretrained(Path(folder) / VAE)  # type: ignore[operator]
+        save_pretrained(self.network, Path(folder) / VAE)
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentCodec:

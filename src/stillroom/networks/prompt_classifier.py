@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.folders.pretrained import load_pretrained
-from stillroom.folders.transformers_layout import auto_tokenizer, without_bar
+from stillroom.folders.transformers_layout import auto_tokenizer
+from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 
 PROMPTS = ("a photo of a {}.",)
@@ -117,8 +118,7 @@ class PromptClassifier(nn.Module):
     # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
         """Write the folder that :meth:`load`, and transformers, read."""
-        with without_bar():
-            self.clip.save_pretrained(folder)  # type: ignore[operator]
+        save_pretrained(self.clip, folder)
         self.tokenizer.save_pretrained(folder)
 
     @classmethod

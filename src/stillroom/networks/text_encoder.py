@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError, nearest, shortened
 from stillroom.folders.pretrained import load_pretrained
-from stillroom.folders.transformers_layout import auto_tokenizer, without_bar
+from stillroom.folders.transformers_layout import auto_tokenizer
+from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 from stillroom.surgery.freezing import frozen
 from stillroom.surgery.modules import device_of, weights_hash
@@ -110,8 +111,7 @@ class TextEncoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write ``text_encoder/`` (safetensors) and ``tokenizer/`` into ``folder``."""
         folder = Path(folder)
-        with without_bar():
-            self.network.save_pretrained(folder / TEXT_ENCODER)  # type: ignore[operator]
+        save_pretrained(self.network, folder / TEXT_ENCODER)
         self.tokenizer.save_pretrained(folder / TOKENIZER)
 
     @classmethod

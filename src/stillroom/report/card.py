@@ -98,6 +98,8 @@ def _measured(recipe: Recipe, result: dict[str, Any]) -> list[str]:
         lines.append("Nothing was measured: the run was made with `evaluate.n=0`.")
     else:
         lines.append("No scores were measured: there is no bench for these data.")
+    if left := result.get("left_out"):
+        lines += ["", f"Neither drawn nor timed nor scored here: {', '.join(left)}."]
     lines += ["", "## Cost of a sample", "", f"| | {' | '.join(['student', *names])} |"]
     lines += [f"| --- |{' ---: |' * (len(names) + 1)}"]
     return lines + [_row(row["name"], row, ("student", *names)) for row in speed_rows(result)]

@@ -28,4 +28,4 @@ def save_grid(images: Tensor, path: Path) -> None:
             array = pixels[row, column].permute(1, 2, 0).numpy()
             cell = Image.fromarray(array[:, :, 0] if channels == 1 else array[:, :, :3]).resize(size, filtered)
             sheet.paste(cell.convert(mode), (column * (size[0] + GAP), row * (size[1] + GAP)))
-    sheet.save(path, optimize=True)
+    sheet.save(path, format="PNG", optimize=True)

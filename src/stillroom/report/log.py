@@ -9,6 +9,15 @@ from typing import Any
 from stillroom.errors import UserError
 from stillroom.parsing import parse_json, read_yaml
 
+RESULT, ENDING = "result.json", "ending.json"
+"""What a run measured; and what has been done of its end, while that is not over."""
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether nothing of a run is left to do."""
+    written = (RESULT, "report.html", "student/README.md")
+    return all((run_dir / name).is_file() for name in written) and not (run_dir / ENDING).exists()
+
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl`` by rising step. A half-written last line (a killed run) is left out; of a step that
@@ -46,7 +55,7 @@ def series(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, tuple[li
 
 def read_result(run_dir: Path) -> dict[str, Any]:
     """``result.json``, or an empty dictionary if the run is not finished. Raises UserError if it is damaged."""
-    path = run_dir / "result.json"
+    path = run_dir / RESULT
     if not path.is_file():
         return {}
     try:

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import nn
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError, nearest
+from stillroom.surgery.skeleton import unshared
 
 
 class LoraSwitch:
@@ -111,23 +112,26 @@ class LoraDenoiser(Denoiser):
     def checkpoint_function(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
         return self.network.lora_switch.checkpoint(block, *args, **kwargs)  # type: ignore[union-attr,operator]
 
-    def merged(self) -> Denoiser:
-        """An ordinary denoiser with this adapter folded into the weights and every other adapter gone."""
-        return plain_copy(self, self.adapter)
+    def merged(self, share: bool = False) -> Denoiser:
+        """An ordinary denoiser with this adapter folded into the weights and every other adapter gone. share: as
+        :func:`plain_copy` does."""
+        return plain_copy(self, self.adapter, share)
 
 
-def plain_copy(denoiser: Denoiser, role: str | None = None) -> Denoiser:
-    """A copy of ``denoiser`` whose network has no LoRA layers: the adapter ``role`` folded in, all others dropped."""
+def plain_copy(denoiser: Denoiser, role: str | None = None, share: bool = False) -> Denoiser:
+    """A copy of ``denoiser`` whose network has no LoRA layers: the adapter ``role`` folded in, all others dropped.
+    share: weights that the adapter leaves as they are stay the same tensors, which takes no memory."""
     from peft.tuners.lora import LoraLayer
 
-    network = copy.deepcopy(denoiser.network)
+    network = unshared(denoiser.network) if share else copy.deepcopy(denoiser.network)
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
             plain: nn.Module = module.get_base_layer()
             if role is not None and role in module.lora_A:
                 with torch.no_grad():
-                    weight: Tensor = plain.weight  # type: ignore[assignment]
-                    weight += module.get_delta_weight(role)  # pyrefly: ignore  # every layer type of peft has it
+                    weight: Any = plain.weight
+                    weight = weight + module.get_delta_weight(role)  # pyrefly: ignore  # all of peft's layers have it
+                plain.weight = nn.Parameter(weight, requires_grad=plain.weight.requires_grad)  # type: ignore[union-attr]
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, plain)
     network.__dict__.pop("lora_switch", None)

@@ -247,6 +247,10 @@ class ClassImagesBench(ClassBench):
         found["floor"] = self.floor_of(n)
         return shown(self.called(n), found, **self.about(n), earlier=earlier)
 
+    def try_out(self, model: ImageGenerator) -> None:
+        """The test split is read; an extractor that must be trained first comes after the run."""
+        self.labels(1)
+
     def _drawn(self, model: ImageGenerator, n: int, seed: int) -> dict[str, Any]:
         labels = self.labels(n)
         return self.judge(model.sample(labels if class_count(model.denoiser) else n, seed=seed), labels)

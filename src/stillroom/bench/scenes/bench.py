@@ -195,6 +195,11 @@ class ScenesBench(Bench):
         about = {key: found["floor"][key] for key in ("n", "extractor", "reference")}
         return shown(self.called(n), found, **about, earlier=earlier)
 
+    def try_out(self, model: TextImageGenerator) -> None:
+        """A picture is drawn and read."""
+        if tuple(model.size) == SHAPE[1:]:
+            self.parser.read(metrics.to_uint8(model.sample(["a photo of a seven"])))
+
     def _on_card(self, folder: Path, sampler: Sampler, n: int) -> dict[str, Any]:
         """A teacher's scores from the card in its folder, where they are those of this sampler, parser and N; else
         nothing."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
+from stillroom.engine.progress import Parts
 from stillroom.errors import UserError, nearest, reading
 from stillroom.folders.denoisers import EXPERTS, NETWORK_FOLDERS, SIDE_FILE, load_denoiser, save_denoiser
 from stillroom.parsing import read_json
@@ -30,6 +31,7 @@ class ImageGenerator(PictureGenerator):
 
     noun = "an image generator"
     does, usage, asked_by = "draws classes", "stillroom.load(DIR).sample(labels)", "labels"
+    most_at_once = 250
 
     def __init__(self, denoiser: Denoiser, sampler: Sampler, classes: Sequence[str] = ()) -> None:
         self.denoiser, self.sampler, self.classes = denoiser.eval(), sampler, list(classes)
@@ -44,11 +46,12 @@ class ImageGenerator(PictureGenerator):
         return self.classes or [str(i) for i in range(class_count(self.denoiser))]
 
     @torch.no_grad()
-    def sample(self, cond: Tensor | Sequence[int] | dict[str, Tensor] | int, seed: int = 0, batch: int = 250) -> Tensor:
+    def sample(self, cond: Tensor | Sequence[int] | dict[str, Tensor] | int, seed: int = 0, batch: int = 0) -> Tensor:
         """Samples ``[N, C, H, W]`` float32, one per condition, on the CPU.
 
         cond: class labels ``[N]``, a dictionary of conditions with N rows, or a number of unconditional samples.
-        Sample i depends on ``seed`` and on the batch size only through its own noise.
+        Sample i depends on ``seed`` and on the batch size only through its own noise. batch: samples at once; 0: 250,
+        or as many as :attr:`at_once` allows.
         """
         device = device_of(self.denoiser)
         if isinstance(cond, int):
@@ -68,7 +71,8 @@ class ImageGenerator(PictureGenerator):
                 raise UserError(f"label {int(bad[0])} is not a class", cure=f"labels are 0 to {len(self.classes) - 1}")
         generator = torch.Generator().manual_seed(seed)
         out = []
-        for start in range(0, n, batch):
+        batch = batch or self.at_once
+        for start in Parts(n, batch):
             size = min(batch, n - start)
             noise = torch.randn(size, *self.denoiser.shape, generator=generator).to(device)
             part = {k: v[start : start + size].to(device) for k, v in conditions.items()}

@@ -13,8 +13,8 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
 from stillroom.errors import UserError
 from stillroom.recipe import Recipe
-from stillroom.task import NOTHING, Card, Task, model_home, task
-from stillroom.tasks.class_images.model import ImageGenerator, class_count
+from stillroom.task import COLUMNS, NOTHING, Card, Rows, Task, model_home, sheet, task
+from stillroom.tasks.class_images.model import ROWS, ImageGenerator, class_count
 from stillroom.tasks.words import calls, made_from
 
 DENOISERS = (ImageGenerator, Denoiser)
@@ -53,6 +53,14 @@ class ClassImages(Task):
     def student(self, network: nn.Module, sampler: Sampler) -> ImageGenerator:
         assert isinstance(network, Denoiser)
         return ImageGenerator(network, sampler, self.teacher.classes or self.data.classes)
+
+    def rows(self, model: Any, seed: int, most: int = ROWS * COLUMNS) -> Rows:
+        """Of all classes, at most ten."""
+        classes = model.choices
+        rows, columns = sheet(min(len(classes) or ROWS, ROWS), COLUMNS, most)
+        if classes:
+            return model.rows(classes[:rows], columns, seed)
+        return Rows([""] * rows, model.sample(rows * columns, seed=seed).unflatten(0, (rows, columns)))
 
     def call(self, model: Any, batch: int) -> Tensor:
         """Samples of all classes in turn."""

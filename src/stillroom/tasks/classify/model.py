@@ -13,18 +13,23 @@ from torch import Tensor, nn
 
 from stillroom.data.source import load_data
 from stillroom.diffusion.sampling import Sampler, sampler_from_dict
+from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.image_networks import architecture, channels_of
 from stillroom.folders.pretrained import CONFIG, WEIGHTS, pretrained
 from stillroom.folders.processors import PROCESSOR, Pixels, save_processor
-from stillroom.folders.transformers_layout import auto_config, without_bar
+from stillroom.folders.transformers_layout import auto_config
+from stillroom.folders.weights import save_pretrained
 from stillroom.networks.dual_head import restore, two_heads
 from stillroom.networks.prompt_classifier import is_text_image_model
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
 from stillroom.task import FileJudge, Model, Part
+
+LARGEST_BATCH = 2**23
+"""Values of the images that are looked at in one batch, at most."""
 
 
 class ImageClassifier(Model):
@@ -41,8 +46,9 @@ class ImageClassifier(Model):
     def __init__(self, network: nn.Module, classes: Sequence[str] = (), sampler: Sampler | None = None) -> None:
         self.network, self.classes, self.sampler = network.eval(), list(classes), sampler or ForwardPass()
 
-    def probabilities(self, images: Tensor, batch: int = 250) -> Tensor:
-        """``[N, classes]`` float32, on the CPU. Raises UserError for images of another number of channels."""
+    def probabilities(self, images: Tensor, batch: int = 0) -> Tensor:
+        """``[N, classes]`` float32, on the CPU. batch: images at once; 0: 250, fewer large ones. Raises UserError for
+        images of another number of channels."""
         channels = channels_of(self.network)
         if images.ndim != 4 or images.shape[1] not in channels:
             raise UserError(
@@ -51,10 +57,11 @@ class ImageClassifier(Model):
             )
         device = device_of(self.network)
         sample: Any = self.sampler.sample
-        parts = [sample(self.network, part.to(device)).float().softmax(-1).cpu() for part in images.split(batch)]
-        return torch.cat(parts)
+        batch = batch or at_once(images)
+        shown = (images[start : start + batch].to(device) for start in Parts(max(len(images), 1), batch))
+        return torch.cat([sample(self.network, part).float().softmax(-1).cpu() for part in shown])
 
-    def classify(self, images: Tensor, batch: int = 250) -> list[str]:
+    def classify(self, images: Tensor, batch: int = 0) -> list[str]:
         """The name of the most probable class of each image."""
         return [self.classes[i] for i in self.probabilities(images, batch).argmax(-1).tolist()]
 
@@ -87,8 +94,7 @@ class ImageClassifier(Model):
             side["heads"] = {"align": heads.align, "zeta": heads.zeta}
         network.config.id2label = dict(enumerate(outputs))
         network.config.label2id = {name: i for i, name in enumerate(outputs)}
-        with without_bar():
-            network.save_pretrained(folder)
+        save_pretrained(network, folder)
         save_processor(network, Path(folder), channels_of(network)[0])
         (Path(folder) / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
 
@@ -129,6 +135,11 @@ class ImageClassifier(Model):
         if (folder / PROCESSOR).is_file():
             Pixels.read(folder, channels_of(network)[0]).attach(network)
         return cls(network, classes, sampler_from_dict(side["sampler"]) if "sampler" in side else None)
+
+
+def at_once(images: Tensor) -> int:
+    """Images ``[N, C, H, W]`` that are looked at in one batch: 250, fewer where they are large."""
+    return max(1, min(250, LARGEST_BATCH // max(images[0].numel(), 1))) if len(images) else 1
 
 
 class Mixed(nn.Module):

@@ -105,7 +105,7 @@ class Classification(Recognition):
     def student(self, network: nn.Module, sampler: Sampler) -> ImageClassifier:
         return ImageClassifier(network, self.data.classes, sampler)
 
-    def rows(self, model: Any, seed: int) -> Rows:
+    def rows(self, model: Any, seed: int, most: int = 80) -> Rows:
         """Held-out images under the class that the network gives them; blank where it gives that class to too few."""
         images = self.data.parts["heldout"].images()
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:1000]]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from stillroom.data.texts import load_texts
 from stillroom.diffusion.sampling import Sampler
+from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.image_networks import architecture
 from stillroom.folders.text_networks import load_text_network
-from stillroom.folders.transformers_layout import without_bar
+from stillroom.folders.weights import save_pretrained
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
@@ -43,7 +44,7 @@ class TextClassifier(Model):
         """``[N, classes]`` float32, on the CPU. Raises UserError for what is no list of texts."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError("texts are a list of strings", cure="wrap a single text: [text]")
-        parts = [self._ask(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+        parts = [self._ask(texts[start : start + batch]) for start in Parts(len(texts), batch)]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
 
     def _ask(self, texts: Sequence[str]) -> Tensor:
@@ -89,8 +90,7 @@ class TextClassifier(Model):
             config: Any = network.config
             config.id2label = dict(enumerate(self.classes))
             config.label2id = {name: i for i, name in enumerate(self.classes)}
-            with without_bar():
-                network.save_pretrained(folder)  # type: ignore[operator]
+            save_pretrained(network, folder)
         else:
             save_model(network, str(folder / "model.safetensors"))
         self.tokenizer.save_pretrained(folder)

@@ -162,7 +162,7 @@ class TextClassification(Recognition):
     def student(self, network: nn.Module, sampler: Sampler) -> TextClassifier:
         return TextClassifier(network, self.tokenizer, self.data.classes, self.length, sampler)
 
-    def rows(self, model: Model, seed: int) -> Rows:
+    def rows(self, model: Model, seed: int, most: int = 80) -> Rows:
         """Texts have no pictures."""
         return Rows()
 

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from stillroom.data.source import load_data
 from stillroom.diffusion.sampling import Sampler
+from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.image_networks import ENCODERS, VISION_OF, architecture
 from stillroom.folders.pretrained import pretrained
-from stillroom.folders.transformers_layout import without_bar
+from stillroom.folders.weights import save_pretrained
 from stillroom.networks.mae import encode
 from stillroom.networks.recognition import ForwardPass
 from stillroom.networks.vit import PROCESSOR, encoder_of
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
 from stillroom.task import FileJudge, Model, Part
+from stillroom.tasks.classify.model import at_once
 
 
 class ImageEncoder(Model):
@@ -36,7 +38,7 @@ class ImageEncoder(Model):
         self.network, self.sampler = network.eval(), sampler or ForwardPass()
 
     @torch.no_grad()
-    def tokens(self, images: Tensor, batch: int = 250) -> Tensor:
+    def tokens(self, images: Tensor, batch: int = 0) -> Tensor:
         """One token for each patch, ``[N, patches, D]`` float32, in reading order, on the CPU. Raises UserError for
         images of another size."""
         config: Any = self.network.config
@@ -47,12 +49,14 @@ class ImageEncoder(Model):
                 cure=f"give [N, {', '.join(map(str, wanted))}]",
             )
         device, encoder = device_of(self.network), encoder_of(self.network)
-        parts = [encode(encoder, part.to(device))[:, 1:].float().cpu() for part in images.split(batch)]
-        return torch.cat(parts)
+        parts = images.split(batch or at_once(images))
+        return torch.cat([encode(encoder, part.to(device))[:, 1:].float().cpu() for part in parts])
 
-    def features(self, images: Tensor, batch: int = 250) -> Tensor:
+    def features(self, images: Tensor, batch: int = 0) -> Tensor:
         """The mean token of each image, ``[N, D]``."""
-        return torch.cat([self.tokens(part, batch).mean(1) for part in images.split(batch)])
+        batch = batch or at_once(images)
+        starts = Parts(max(len(images), 1), batch)
+        return torch.cat([self.tokens(images[start : start + batch], batch).mean(1) for start in starts])
 
     # --- other runtimes -------------------------------------------------------------------------------------------
     def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:
@@ -73,8 +77,7 @@ class ImageEncoder(Model):
         """Write the folder as ``save_pretrained`` does, the processor's settings too; ``extra`` entries go into
         ``stillroom.json`` beside it."""
         network: Any = self.network
-        with without_bar():
-            network.save_pretrained(folder)
+        save_pretrained(network, folder)
         config, folder = network.config, Path(folder)
         middle = [0.5] * config.num_channels
         processor = {

@@ -106,7 +106,7 @@ class Encoding(NetworkTask):
             return ImageClassifier(network, self.data.classes, sampler)
         return ImageEncoder(network, sampler)
 
-    def rows(self, model: Any, seed: int) -> Rows:
+    def rows(self, model: Any, seed: int, most: int = 80) -> Rows:
         """Training images, each before those that lie nearest to it, by the cosine of their features."""
         chosen = torch.randperm(self.data.n, generator=torch.Generator().manual_seed(seed))[:1000]
         images = self.data.images(chosen)

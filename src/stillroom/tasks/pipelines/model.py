@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, sampler_from_dict
 from stillroom.draws import mix
+from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, save_network
 from stillroom.folders.pipeline_families import (
@@ -38,9 +41,10 @@ from stillroom.folders.pipelines import (
     save_lora,
     sized,
 )
-from stillroom.folders.transformers_layout import without_bar
+from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 from stillroom.surgery.lora import LoraDenoiser, plain_copy
+from stillroom.surgery.modules import device_of
 from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
 
 TEACHER_STEPS = 25
@@ -75,6 +79,7 @@ class PipelineGenerator(PictureGenerator):
 
     noun = "a text-to-image pipeline"
     does, usage, asked_by = "draws captions", "stillroom.load(DIR).sample(captions)", "captions"
+    most_at_once = 8
 
     def __init__(
         self,
@@ -169,14 +174,14 @@ class PipelineGenerator(PictureGenerator):
 
     @torch.no_grad()
     def sample(
-        self, captions: Sequence[str] | str, seed: int | Sequence[int] = 0, batch: int = 8, **changes: Any
+        self, captions: Sequence[str] | str, seed: int | Sequence[int] = 0, batch: int = 0, **changes: Any
     ) -> Tensor:
         """Images ``[N, 3, H, W]`` float32 in [-1, 1], one per caption, drawn by the pipeline itself, on the CPU.
 
         seed: of the whole call, or one for each caption. Image i starts from noise of its own; of the schedulers, those
-        of rectified flows draw the noise between steps for a batch at a time. changes: settings of the sampler, e.g.
-        ``guidance=3``, or arguments of the pipeline's own call, e.g. ``guidance_scale``. Raises UserError without
-        captions.
+        of rectified flows draw the noise between steps for a batch at a time. batch: images at once; 0: 8, or as many
+        as :attr:`at_once` allows; they are decoded one by one. changes: settings of the sampler, e.g. ``guidance=3``,
+        or arguments of the pipeline's own call, e.g. ``guidance_scale``. Raises UserError without captions.
         """
         own = {field.name for field in fields(self.sampler)}  # type: ignore[arg-type]
         if settings := {name: value for name, value in changes.items() if name in own}:
@@ -189,13 +194,16 @@ class PipelineGenerator(PictureGenerator):
         if len(seeds) != len(texts):
             raise UserError(f"{len(seeds)} seeds for {len(texts)} captions", cure="give one seed, or one per caption")
         arguments, found = {**self.arguments, **changes}, []
-        for start in range(0, len(texts), batch):
+        batch = batch or self.at_once
+        starts = Parts(len(texts), batch)
+        self._gather()
+        for start in starts:
             rows = slice(start, start + batch)
             generators = [torch.Generator().manual_seed(one) for one in seeds[rows]]
             part = dict(arguments)
             if isinstance(part.get("negative_prompt"), str):
                 part["negative_prompt"] = [part["negative_prompt"]] * len(texts[rows])
-            with torch.random.fork_rng(), self.denoiser.adapter_scope():
+            with torch.random.fork_rng(), self.denoiser.adapter_scope(), self._told(starts, arguments):
                 torch.manual_seed(mix(*seeds[rows]))
                 images = self.pipeline(
                     prompt=texts[rows], height=self.size[0], width=self.size[1], generator=generators,
@@ -204,6 +212,31 @@ class PipelineGenerator(PictureGenerator):
             images = images[:, 0] if images.ndim == 5 else images
             found.append(images.float().cpu() * 2 - 1)
         return torch.cat(found)
+
+    def _gather(self) -> None:
+        """All parts to where the network computes."""
+        device = device_of(self.denoiser)
+        for part in self.networks.values():
+            if part is not self.denoiser.network:
+                part.to(device)
+
+    @contextmanager
+    def _told(self, starts: Parts, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Around one batch: each evaluation of the network is a part of it, and pictures are decoded one by one, which
+        takes the least memory."""
+        expected = int(arguments["num_inference_steps"]) * (2 if "negative_prompt" in arguments else 1)
+        done = itertools.count(1)
+        hook = self.denoiser.network.register_forward_hook(lambda *_: starts.within(next(done) / expected))
+        vae = self.pipeline.components.get("vae")
+        sliced = getattr(vae, "use_slicing", None)
+        if sliced is not None:
+            vae.use_slicing = True
+        try:
+            yield
+        finally:
+            hook.remove()
+            if sliced is not None:
+                vae.use_slicing = sliced
 
     def to(self, device: torch.device | str) -> PipelineGenerator:
         self.pipeline.to(device)
@@ -233,7 +266,7 @@ class PipelineGenerator(PictureGenerator):
         adapter = self.denoiser.adapter if isinstance(self.denoiser, LoraDenoiser) else None
         if adapter:
             save_lora(self.denoiser, name, folder / LORA)
-        network = plain_copy(self.denoiser, adapter).network if adapter else self.denoiser.network
+        network = plain_copy(self.denoiser, adapter, share=True).network if adapter else self.denoiser.network
         if self.folder is not None:
             index = read_json(self.folder / INDEX)
             for part in _parts(index):
@@ -243,11 +276,10 @@ class PipelineGenerator(PictureGenerator):
             others = {k: v for k, v in self.pipeline.components.items() if k not in (name, "scheduler")}
             index = dict(self.pipeline.config)
             for part, module in others.items():
-                with without_bar():
-                    if isinstance(module, nn.Module):
-                        module.save_pretrained(folder / part, safe_serialization=True)  # type: ignore[operator]
-                    elif hasattr(module, "save_pretrained"):
-                        module.save_pretrained(folder / part)
+                if isinstance(module, nn.Module):
+                    save_pretrained(module, folder / part)
+                elif hasattr(module, "save_pretrained"):
+                    module.save_pretrained(folder / part)
         save_network(network, folder, dtype)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(self.pipeline.scheduler).__name__]

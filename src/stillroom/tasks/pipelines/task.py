@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from stillroom.folders.pipelines import few_step_scheduler, fingerprint, is_pipe
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import NEED_VALUES
-from stillroom.task import NOTHING, Card, Model, Rows, Task, model_home, say, task
+from stillroom.task import NOTHING, Card, Model, Rows, Task, model_home, say, sheet, task
 from stillroom.tasks.pipelines.data import PromptedData, cache_key, encode_prompts
-from stillroom.tasks.pipelines.model import PipelineGenerator
+from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator
 from stillroom.tasks.words import evaluations
 
 ROWS, COLUMNS = 4, 4
@@ -123,15 +121,31 @@ class Pipelines(Task):
         assert isinstance(network, Denoiser)
         return self.teacher.student(network, sampler)
 
-    def rows(self, model: Model, seed: int) -> Rows:
-        return model.rows(list(dict.fromkeys(self.data.captions))[:ROWS], COLUMNS, seed)
+    def rows(self, model: Model, seed: int, most: int = ROWS * COLUMNS) -> Rows:
+        prompts = list(dict.fromkeys(self.data.captions))[:ROWS]
+        rows, columns = sheet(len(prompts), COLUMNS, most)
+        return model.rows(prompts[:rows], columns, seed)
 
     def call(self, model: Any, batch: int) -> Any:
         return model.sample([self.data.captions[0]] * batch)
 
+    def brief_call(self, model: Any) -> Any:
+        """One step, for a picture of a quarter of the size where the pipeline takes that."""
+        small = tuple(max(64, side // 4 // 32 * 32) for side in model.size)
+        for size in (min(small, model.size), model.size):
+            try:
+                brief = PipelineGenerator(model.pipeline, OwnScheduler(steps=1), model.denoiser, size, model.folder)
+                return brief.sample([self.data.captions[0]])
+            except Exception:
+                if size == model.size:
+                    raise
+
     def cost(self, model: Model) -> dict[str, Any]:
         """A picture's time alone: these models take minutes for a batch."""
-        return {"latency_ms": {"1": picture_time(lambda: self.call(model, 1))}}
+        from stillroom.evaluation import cost
+
+        milliseconds, calls = cost.median_ms(lambda: self.call(model, 1))
+        return {"latency_ms": {"1": round(milliseconds, 3)}, "latency_calls": {"1": calls}}
 
     def facts(self, recipe: Recipe, student: Any) -> dict[str, Any]:
         return {"pipeline": facts(self.teacher, student)}
@@ -146,18 +160,6 @@ def _teacher(recipe: Recipe, given: Mapping[str, Any]) -> PipelineGenerator:
         return PipelineGenerator.load(recipe.teacher)
     one = given["teacher"]
     return one if isinstance(one, PipelineGenerator) else PipelineGenerator(one)
-
-
-def picture_time(draw: Any) -> float:
-    """Milliseconds of one picture: the median of thirty calls after a first one, or of as many, at least three, as a
-    minute holds."""
-    taken: list[float] = []
-    draw()
-    while len(taken) < 3 or (len(taken) < 30 and sum(taken) < 60):
-        began = time.perf_counter()
-        draw()  # its answer lies on the CPU, so the device is done
-        taken.append(time.perf_counter() - began)
-    return round(1000 * statistics.median(taken), 3)
 
 
 def pipeline_card(recipe: Recipe, result: Mapping[str, Any]) -> Card:

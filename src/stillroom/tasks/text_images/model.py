@@ -17,6 +17,7 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.masking import TEXT, MaskedSampler
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.draws import mix
+from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, load_denoiser, load_network, network_folder, save_network
 from stillroom.folders.diffusers_networks import accepts
@@ -77,14 +78,15 @@ class TextImageGenerator(PictureGenerator):
         self,
         captions: Sequence[str] | str,
         seed: int | Sequence[int] = 0,
-        batch: int = 64,
+        batch: int = 0,
         size: tuple[int, int] | None = None,
         **changes: Any,
     ) -> Tensor:
         """Images ``[N, 3, H, W]`` float32 in [-1, 1], one per caption, on the CPU.
 
         seed: of the whole call, or one for each caption. Image i starts from noise that depends on the seed and i (or
-        on its own seed) alone; samplers that draw more noise on the way draw it for a batch at a time.
+        on its own seed) alone; samplers that draw more noise on the way draw it for a batch at a time. batch: images at
+        once; 0: 64, or as many as :attr:`at_once` allows.
         size: (height, width) in pixels, by default the space's. changes: settings of the sampler, e.g. ``guidance=3``.
         Raises UserError for captions that the text encoder refuses, unknown settings and sizes that do not fit.
         """
@@ -97,7 +99,7 @@ class TextImageGenerator(PictureGenerator):
         images: Tensor,
         hole: Tensor,
         seed: int | Sequence[int] = 0,
-        batch: int = 64,
+        batch: int = 0,
         **changes: Any,
     ) -> Tensor:
         """``images [N, 3, H, W]`` in [-1, 1] with their ``hole`` (bool ``[H, W]`` or ``[N, H, W]``, True = to be
@@ -141,7 +143,8 @@ class TextImageGenerator(PictureGenerator):
         shape = (self.space.codec.channels, *self.space.codec.grid(size or self.space.size))
         self._check_patches(shape, size or self.space.size)
         device, out = device_of(self.network), []
-        for start in range(0, len(texts), batch):
+        batch = batch or self.at_once
+        for start in Parts(len(texts), batch):
             rows = slice(start, start + batch)
             noise = torch.stack(
                 [torch.randn(shape, generator=torch.Generator().manual_seed(row)) for row in seeds[rows]]

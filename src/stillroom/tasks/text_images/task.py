@@ -23,7 +23,7 @@ from stillroom.errors import UserError
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.recipe import Recipe
 from stillroom.synthesis import plan_hash, synthesize
-from stillroom.task import NOTHING, Card, Model, Rows, Task, model_home, say, task
+from stillroom.task import COLUMNS, NOTHING, Card, Model, Rows, Task, model_home, say, sheet, task
 from stillroom.tasks.text_images.data import CaptionedData, encode_images, store_data
 from stillroom.tasks.text_images.model import EXAMPLES, TextImageGenerator
 from stillroom.tasks.words import calls, listed, made_from, teacher_names
@@ -149,10 +149,12 @@ class TextImages(Task):
     def student(self, network: nn.Module, sampler: Sampler) -> TextImageGenerator:
         return TextImageGenerator(network, sampler, self.space)
 
-    def rows(self, model: Model, seed: int) -> Rows:
+    def rows(self, model: Model, seed: int, most: int = 80) -> Rows:
         """Captions of each kind of the scenes world where the data are of it, else the data's first ones."""
         known = tuple(self.space.size) == (SIDE, SIDE) and spoken(self.data.captions)
-        return model.rows(() if known else self.data.captions[: len(EXAMPLES)], seed=seed)
+        asked = list(EXAMPLES.values()) if known else list(self.data.captions[: len(EXAMPLES)])
+        rows, columns = sheet(len(asked), COLUMNS, most)
+        return model.rows(asked[:rows], columns, seed)
 
     def call(self, model: Any, batch: int) -> Tensor:
         return model.sample([self.data.captions[0]] * batch)
