@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.track import names_of
@@ -44,7 +44,7 @@ class Evaluate:
     """Seed of those samples, and of those on the sheets."""
     samples: int = field(default=80, metadata={"min": 0})
     """Pictures on each model's sheet, at most; 0 draws none."""
-    teachers: Literal[auto, always, never] = "auto"
+    teachers: Literal["auto", "always", "never"] = "auto"
     """Whether teachers are drawn, timed and scored beside the student; auto: if a picture takes up to 1 TFLOP."""
 
 
