@@ -131,8 +131,8 @@ class Pipelines(Task):
 
     def brief_call(self, model: Any) -> Any:
         """One step, for a picture of a quarter of the size where the pipeline takes that."""
-        small = tuple(max(64, side // 4 // 32 * 32) for side in model.size)
-        for size in (min(small, model.size), model.size):
+        height, width = (max(64, side // 4 // 32 * 32) for side in model.size)
+        for size in (min((height, width), model.size), model.size):
             try:
                 brief = PipelineGenerator(model.pipeline, OwnScheduler(steps=1), model.denoiser, size, model.folder)
                 return brief.sample([self.data.captions[0]])
