@@ -97,6 +97,40 @@ def test_a_class_impossible_for_the_teacher_alone_keeps_the_student_s_gradient_f
     torch.testing.assert_close(gradient, by_differences, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "soft_cross_entropy"])
+@pytest.mark.parametrize("filling", [-INF, float("nan"), 6e4])
+def test_what_stands_at_positions_that_do_not_count_spoils_nothing(name: str, filling: float) -> None:
+    student, teacher = (
+        torch.tensor([[1.0, 0.5, 0.2], [0.1, 0.9, 0.0]]),
+        torch.tensor([[0.3, 1.0, 0.1], [2.0, -1.0, 0.5]]),
+    )
+    keep = torch.tensor([True, False])
+
+    def loss(student: Tensor, teacher: Tensor, keep: Tensor | None = keep) -> Tensor:
+        if name == "soft_cross_entropy":
+            return sl.soft_cross_entropy(student, teacher.softmax(-1), keep=keep)
+        return getattr(sl, name)(student, teacher, keep=keep)
+
+    value, gradient = judged(functools.partial(loss, keep=None), student[:1], teacher[:1])
+    for both in (False, True):
+        spoilt, other = student.clone(), teacher.clone()
+        other[1] = filling
+        if both:
+            spoilt[1] = filling
+        more, slope = judged(loss, spoilt, other)
+        torch.testing.assert_close(more, value)
+        torch.testing.assert_close(slope, torch.cat([gradient, torch.zeros(1, 3)]))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_low_temperature_keeps_gradients_finite(name: str) -> None:
+    student, teacher = torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[8.0, 1.0, -3.0]])
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        value, gradient = judged(functools.partial(getattr(sl, name), temperature=0.05), student.to(kind), teacher)
+        assert bool(value.isfinite())
+        assert bool(gradient.isfinite().all())
+
+
 def test_a_student_that_excludes_what_the_teacher_may_choose_is_infinitely_wrong() -> None:
     student, teacher = torch.tensor([[1.0, -INF]]), torch.tensor([[0.0, 0.0]])
     assert float(sl.forward_kl(student, teacher)) == INF

@@ -50,10 +50,18 @@ def reduce(values: Tensor, reduction: Reduction, keep: Tensor | None = None) -> 
     raise UserError(f"unknown reduction {reduction!r}", cure="one of: mean, batchmean, sum, none")
 
 
-def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+def _log_probabilities(logits: Tensor, temperature: float, keep: Tensor | None = None) -> Tensor:
+    """Positions that do not count are made harmless first: what stands there (-inf, nan) would spoil gradients."""
     if temperature <= 0:
         raise UserError(f"a temperature is above 0, not {temperature}", cure="1 leaves the logits as they are")
-    return (logits.float() / temperature).log_softmax(-1)
+    return (_counting(logits.float(), keep) / temperature).log_softmax(-1)
+
+
+def _counting(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Values ``[..., C]``, 0 at positions that do not count."""
+    if keep is None or keep.shape != values.shape[:-1]:  # a mask of another shape is refused by the reduction
+        return values
+    return values.masked_fill(~keep.bool()[..., None], 0.0)
 
 
 def _same_classes(student: Tensor, teacher: Tensor) -> None:
@@ -76,7 +84,8 @@ def soft_cross_entropy(
     """``- sum_c p_c log softmax(z_S / tau)_c`` for target probabilities p ``[..., C]``, as they are (no temperature
     acts on them). Its floor is the entropy of the target, not 0."""
     _same_classes(student_logits, target)
-    values = _cross_entropy(target.detach().float(), _log_probabilities(student_logits, temperature))
+    p = _counting(target.detach().float(), keep)
+    values = _cross_entropy(p, _log_probabilities(student_logits, temperature, keep))
     return reduce(values * (temperature**2 if temperature_squared else 1.0), reduction, keep)
 
 
@@ -103,8 +112,8 @@ def forward_kl(
 ) -> Tensor:
     """``KL(p_T || p_S)``, p = softmax(z / tau): the student covers what the teacher finds likely (arXiv 1503.02531)."""
     _same_classes(student_logits, teacher_logits)
-    student = _log_probabilities(student_logits, temperature)
-    teacher = _log_probabilities(teacher_logits.detach(), temperature)
+    student = _log_probabilities(student_logits, temperature, keep)
+    teacher = _log_probabilities(teacher_logits.detach(), temperature, keep)
     return _divergence(teacher, student, temperature**2 if temperature_squared else 1.0, reduction, keep)
 
 
@@ -119,8 +128,8 @@ def reverse_kl(
 ) -> Tensor:
     """``KL(p_S || p_T)``: the student stays where the teacher finds it likely (arXiv 2306.08543)."""
     _same_classes(student_logits, teacher_logits)
-    student = _log_probabilities(student_logits, temperature)
-    teacher = _log_probabilities(teacher_logits.detach(), temperature)
+    student = _log_probabilities(student_logits, temperature, keep)
+    teacher = _log_probabilities(teacher_logits.detach(), temperature, keep)
     return _divergence(student, teacher, temperature**2 if temperature_squared else 1.0, reduction, keep)
 
 
@@ -142,8 +151,8 @@ def jsd(
             cure="its limits, rescaled, are forward_kl (beta -> 0) and reverse_kl (beta -> 1)",
         )
     _same_classes(student_logits, teacher_logits)
-    student = _log_probabilities(student_logits, temperature)
-    teacher = _log_probabilities(teacher_logits.detach(), temperature)
+    student = _log_probabilities(student_logits, temperature, keep)
+    teacher = _log_probabilities(teacher_logits.detach(), temperature, keep)
     neither = (teacher == -torch.inf) & (student == -torch.inf)  # there the mixture's slope is no number
     parts = (teacher.masked_fill(neither, 0.0), beta), (student.masked_fill(neither, 0.0), 1 - beta)
     mixture = torch.logaddexp(*(log_p + torch.tensor(share).log() for log_p, share in parts))
