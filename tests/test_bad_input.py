@@ -162,7 +162,7 @@ def test_a_wrong_setting_is_refused(
     [
         ("nowhere", "no data at 'nowhere'"),
         ("fashon", "did you mean 'fashion'"),
-        ("empty", "holds no PNG or JPEG"),
+        ("empty", "holds no images (PNG"),
         ("empty-class", "'second' holds no"),
         ("mixed-sizes", "second"),
         ("broken-image", "2.png"),

@@ -209,7 +209,7 @@ def test_unknown_split_suggests_the_near_name() -> None:
 
 
 def test_empty_folder_and_empty_class_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no PNG or JPEG"):
+    with pytest.raises(UserError, match="holds no images"):
         load_data(tmp_path)
     picture(tmp_path / "full" / "0.png")
     (tmp_path / "bare").mkdir()

@@ -15,6 +15,8 @@ from torch import Tensor
 import stillroom as sr
 import tiny_text
 from model_pairs import pictures
+from stillroom.data.labels import same_name
+from stillroom.data.source import ArrayData, load_data
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import make_classifier
 from stillroom.folders.processors import PROCESSOR, Pixels, pixels_of
@@ -22,13 +24,13 @@ from stillroom.folders.text_networks import load_text_network, make_encoder
 from stillroom.method import get_method
 from stillroom.networks.mae import encode
 from stillroom.networks.mae import make_encoder as make_mae
+from stillroom.networks.recognition import class_logits
 from stillroom.recipe import Recipe
 from stillroom.run import run
 from stillroom.surgery.text_reader import positions
 from stillroom.task import IN_MEMORY, make_task
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.encode.model import ImageEncoder
-from stillroom.tasks.networks import same_name
 from tiny_models import CLASSES, CLASSIFIERS, ENCODERS, MEAN, SIDE, STD, TEXTS, make_model, save_images, save_texts
 
 
@@ -153,15 +155,91 @@ def test_a_student_keeps_its_processor_and_answers_alone(tmp_path: Path) -> None
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
-def test_names_of_classes_are_checked_and_both_sides_named(tmp_path: Path) -> None:
+def seen_by(network: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return class_logits(network.eval(), images)
+
+
+def test_data_follow_the_first_teacher_s_order_of_classes(tmp_path: Path) -> None:
+    """Data and students take the teacher's order; a second network in another one answers in the first one's."""
     good = save_images(CLASSIFIERS["resnet"], tmp_path / "good", ("Bar", "a_cross, cross", "DOT"))
-    loaded(f"resnet-small,{good}")
-    turned = save_images(CLASSIFIERS["resnet"], tmp_path / "turned", ("bar", "dot", "cross"))
-    for names in (f"resnet-small,{good},{turned}", str(turned)):
-        with pytest.raises(UserError, match=r"class 1 is 'dot' for network '.*turned' and 'cross' for the data"):
-            loaded(names)
+    assert loaded(f"resnet-small,{good}").data.classes == list(CLASSES)
+    turned = save_images(CLASSIFIERS["vit"], tmp_path / "turned", ("dot", "bar", "cross"))
+    task = loaded(f"resnet-small,{turned}")
+    assert task.data.classes == ["dot", "bar", "cross"]
+    assert [task.data.classes[i] for i in task.data.labels.tolist()] == [CLASSES[i % 3] for i in task.data.ids.tolist()]
+    images = task.data.images(slice(6))
+    asis = seen_by(task.taught["teacher-1"], images)
+    for names in (f"resnet-small,{good},{turned}", f"{turned},{good}"):
+        task = loaded(names)
+        assert task.data.classes == list(CLASSES)
+        follower = task.own if names.startswith(str(turned)) else task.taught["teacher-2"]
+        torch.testing.assert_close(seen_by(follower, images), asis[:, [1, 2, 0]])
+        assert [follower.config.id2label[i] for i in range(3)] == list(CLASSES)
+    alone = loaded(str(turned))
+    assert torch.equal(seen_by(alone.own, images), asis)
+    assert alone.data.classes == ["dot", "bar", "cross"]
+
+
+def test_networks_without_names_follow_the_data_as_they_were_read(tmp_path: Path) -> None:
     nameless = save_images(CLASSIFIERS["resnet"], tmp_path / "nameless", ("LABEL_0", "LABEL_1", "LABEL_2"))
-    loaded(f"resnet-small,{nameless}")
+    assert loaded(f"resnet-small,{nameless}").data.classes == list(CLASSES)
+    turned = save_images(CLASSIFIERS["vit"], tmp_path / "turned", ("dot", "bar", "cross"))
+    images = pictures().images(slice(6))
+    asis = seen_by(loaded(f"resnet-small,{nameless}").taught["teacher-1"], images)
+    task = loaded(f"resnet-small,{nameless},{turned}")
+    assert task.data.classes == ["dot", "bar", "cross"]
+    torch.testing.assert_close(seen_by(task.taught["teacher-1"], images), asis[:, [2, 0, 1]])
+
+
+def test_numbers_as_labels_are_the_network_s_outputs(tmp_path: Path) -> None:
+    named = save_images(CLASSIFIERS["resnet"], tmp_path / "named", ("dot", "bar", "cross"))
+    numbered = ArrayData(pictures().array, pictures().cond, ["0", "1", "2"], "pictures")
+    task = loaded(f"resnet-small,{named}", data=numbered)
+    assert task.data.classes == ["dot", "bar", "cross"]
+    assert task.data.labels.tolist() == [i % 3 for i in task.data.ids.tolist()]
+
+
+def test_texts_follow_the_teacher_s_order_of_classes(tmp_path: Path) -> None:
+    turned = save_texts(TEXTS["bert"], tmp_path / "turned", ("thing", "deed", "animal"))
+    task = loaded_texts(f"bert-2x64,{turned}")
+    whole = tiny_text.texts(30)
+    assert task.data.classes == ["thing", "deed", "animal"]
+    known = dict(zip(whole.texts, (tiny_text.CLASSES[i] for i in whole.labels.tolist())))  # type: ignore[union-attr]
+    for part in (task.data, task.data.parts["heldout"]):
+        assert [part.classes[i] for i in part.labels.tolist()] == [known[text] for text in part.texts]
+    other = save_texts(TEXTS["roberta"], tmp_path / "other", tiny_text.CLASSES)
+    ids = torch.arange(4, 12)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    asis = seen_by(loaded_texts(f"{other}").own, inputs)  # type: ignore[arg-type]
+    found = seen_by(loaded_texts(f"{other},{turned}").own, inputs)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, asis[:, [1, 2, 0]])
+
+
+def test_classes_that_a_network_does_not_have_are_named(tmp_path: Path) -> None:
+    other = save_images(CLASSIFIERS["resnet"], tmp_path / "other", ("bar", "dot", "square"))
+    with pytest.raises(UserError, match=r"class 'cross' of the data is none of the classes of network '.*other'"):
+        loaded(f"resnet-small,{other}")
+    good = save_images(CLASSIFIERS["resnet"], tmp_path / "good", CLASSES)
+    with pytest.raises(UserError, match=r"class 'cross' of the data is none of the classes of network '.*other'"):
+        loaded(f"resnet-small,{good},{other}")
+    turned = ImageClassifier.load(save_images(CLASSIFIERS["resnet"], tmp_path / "turned", ("dot", "bar", "cross")))
+    task = make_task("classify", "")
+    with pytest.raises(UserError, match="has its classes in another order than the first one"):
+        task.load(
+            Recipe.load("meal-v2", ["evaluate.n=0"], student="resnet-small", teacher="(objects)", data=IN_MEMORY),
+            {"data": pictures(), "teacher": [ImageClassifier.load(good), turned]},
+        )
+
+
+def test_test_data_are_in_the_model_s_order(tmp_path: Path) -> None:
+    """What an export is judged by."""
+    images, labels = pictures().array.permute(0, 2, 3, 1).numpy(), pictures().labels.numpy()
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, classes=np.array(CLASSES))
+    turned = ImageClassifier.load(save_images(CLASSIFIERS["resnet"], tmp_path / "turned", ("dot", "bar", "cross")))
+    test, plain = turned.test_data(str(tmp_path / "a.npz")), load_data(tmp_path / "a.npz", "test")
+    assert [test.classes[i] for i in test.labels.tolist()] == [plain.classes[i] for i in plain.labels.tolist()]
+    assert test.classes == ["dot", "bar", "cross"]
 
 
 def test_a_teacher_of_other_classes_is_named(tmp_path: Path) -> None:

@@ -447,7 +447,7 @@ def metadata_row(row: str) -> Callable[[Path], None]:
     [
         (lambda f: (f / "1.txt").unlink(), r"1.png has no caption; write one into 1.txt beside it"),
         (lambda f: (f / "1.txt").write_text(" \n"), r"1.txt: the caption is empty"),
-        (lambda f: (f / "1.txt").write_bytes(b"\xff\xfe"), r"1.txt is not UTF-8 text"),
+        (lambda f: (f / "1.txt").write_bytes(b"\xe9\xfe"), r"1.txt, line 1 is not UTF-8"),
         (lambda f: [p.unlink() for p in f.iterdir()], "holds no images with captions"),
         (shutil.rmtree, "does not exist"),
         (metadata_row('{"file_name": "9.png", "text": "x"}'), r"metadata.jsonl:2: there is no image .*9.png"),
@@ -491,7 +491,7 @@ def test_captions_from_files(tmp_path: Path) -> None:
         ("c.txt", "a dog\n\na cat\n", r"c.txt:2: the caption is empty"),
         ("c.txt", "a dog\n" + "x" * 10_000, r"c.txt:2: the caption has 10,000 characters; at most 4,000"),
         ("c.txt", "a \x00dog", r"c.txt:1: the caption holds control characters"),
-        ("c.jsonl", '{"caption": "a"}\n{"text": "a"}', r"c.jsonl:2: there is no 'caption' here"),
+        ("c.jsonl", '{"caption": "a"}\n{"title": "a"}', r"c.jsonl:2 has no caption or text or prompt; it has: title"),
         ("c.jsonl", '{"caption": null}', r"c.jsonl:1: the caption is None, not a text"),
         ("c.jsonl", '{"caption": "\\ud800"}', r"c.jsonl:1: the caption holds control characters"),
         ("c.jsonl", "a dog", r"c.jsonl:1: this line is no JSON"),
@@ -515,7 +515,7 @@ def test_what_is_no_file_of_captions(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder, not a file of captions"):
         read_captions(tmp_path)
     (tmp_path / "c.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 3\)"):
+    with pytest.raises(UserError, match=r"c.txt, line 1 is not UTF-8"):
         read_captions(tmp_path / "c.txt")
     with pytest.raises(UserError, match="caption 2: the caption is empty"):
         planned(["x", " "])

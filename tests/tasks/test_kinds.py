@@ -93,7 +93,7 @@ def test_advice_leaves_out_what_a_network_cannot_do(place: Path) -> None:
         ("gt-self-distill", "scenes", "are images for task text-images; .* one of: fashion, mnist"),
         ("distiller", "fashion", "are images for task .*; distiller reads texts .*, or one of: glosses"),
         ("gt-self-distill", "plain.csv", "plain.csv holds texts, images are read here"),
-        ("distiller", "plain.csv", "row 1 has the columns sentence, class, not text and label"),
+        ("distiller", "plain.csv", "plain.csv:2 has the columns 'sentence', 'class', not text and label"),
     ],
 )
 def test_data_of_another_kind_are_refused(place: Path, method: str, data: str, words: str) -> None:

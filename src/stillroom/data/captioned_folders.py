@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stillroom.data.pictures import rgb
+from stillroom.data.listing import files_below, left_out, seen
+from stillroom.data.pictures import READING, SUFFIXES, rgb
+from stillroom.data.source import METADATA, listed_file
+from stillroom.data.tables import CAPTION_KEYS, kind_of, lines, read_text, rows
 from stillroom.errors import UserError
 from stillroom.files import stay_inside
-from stillroom.parsing import parse_json
 
 LONGEST_CAPTION = 4000
 """In characters. A teacher's own text encoder usually allows far fewer words."""
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_CAPTION_KEYS = ("caption", "text", "prompt")
-_METADATA = ("metadata.jsonl", "metadata.csv")
+EXAMPLE = '{"caption": "..."}'
+_CAPTION_FILES = (".txt", ".caption")
+_SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 
 class Captions(NamedTuple):
@@ -36,8 +37,8 @@ class Captions(NamedTuple):
 
 def read_captions(source: str | Path, seed: int = 0) -> Captions:
     """Captions from ``scenes:N`` (N drawn from the grammar of the scenes world by ``seed``, evenly over its categories;
-    ``scenes`` alone: each of its training captions once), from a text file with one caption per line, or from a
-    ``.jsonl`` file with ``caption`` in each row.
+    ``scenes`` alone: each of its training captions once), from a text file with one caption per line, or from a table
+    (:mod:`stillroom.data.tables`) with ``caption``, ``text`` or ``prompt`` in each row.
 
     Raises UserError naming file and line for empty files, empty or over-long captions and broken rows.
     """
@@ -45,8 +46,13 @@ def read_captions(source: str | Path, seed: int = 0) -> Captions:
     if name == "scenes":
         return _scenes_captions(str(source), number, seed)
     path = Path(source).expanduser()
-    rows = _lines(path) if path.suffix != ".jsonl" else _json_captions(path)
-    found = list(rows)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file of captions", cure="give a text file, one caption per line")
+    if not path.exists():
+        raise UserError(f"there is no file of captions {path}", cure="give a text file, a .jsonl file, or scenes:N")
+    if path.suffix.lower() == ".json":
+        raise UserError(f"{path} is one JSON text, not lines", cure=f"save it as .jsonl, {EXAMPLE} on each line")
+    found = list(_table_captions(path) if kind_of(path) else _lines(path))
     if not found:
         raise UserError(f"{path} holds no captions", cure="write one caption per line")
     return Captions([check_caption(text, place) for place, text in found], [place for place, _ in found])
@@ -83,52 +89,32 @@ def _scenes_captions(source: str, number: str, seed: int) -> Captions:
     return Captions(texts, [f"{source}, caption {i}" for i in range(1, len(texts) + 1)], redraw=True)
 
 
-def _text(path: Path) -> str:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a file of captions", cure="give a text file, one caption per line")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no file of captions {path}", cure="give a text file, a .jsonl file, or scenes:N"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", cure="save it as UTF-8") from None
-
-
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    lines = _text(path).split("\n")
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+    for number, line in enumerate(lines(read_text(path)), 1):
         yield f"{path}:{number}", line
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        place = f"{path}:{number}"
-        try:
-            row = parse_json(line)
-        except ValueError:
-            raise UserError(f"{place}: this line is no JSON", cure='write {"caption": "..."} on each line') from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: this line is no JSON object", cure='write {"caption": "..."} on each line')
-        yield place, row
+def _table_captions(path: Path) -> Iterator[tuple[str, str]]:
+    for place, row in rows(path, CAPTION_KEYS, EXAMPLE):
+        yield place, row[caption_key(row, place)]
 
 
-def _json_captions(path: Path) -> Iterator[tuple[str, str]]:
-    for place, row in _json_rows(path):
-        if "caption" not in row:
-            raise UserError(f"{place}: there is no 'caption' here", cure='write {"caption": "..."} on each line')
-        yield place, row["caption"]
+def caption_key(names: Iterable[str], place: str) -> str:
+    """The column that holds captions. Raises UserError, naming ``place``, where there is none."""
+    known = [str(name) for name in names]
+    key = next((key for key in CAPTION_KEYS if key in known), None)
+    if key is None:
+        raise UserError(f"{place} has no {' or '.join(CAPTION_KEYS)}", cure=f"it has: {', '.join(known) or 'nothing'}")
+    return key
 
 
 # --- folders of images with captions ----------------------------------------------------------------------------------
 class FolderTeacher:
     """A folder of images with captions, given as a teacher: it "draws" the images that it has.
 
-    Captions lie beside the images (``a.png``, ``a.txt``), in this folder or below it, or in a ``metadata.jsonl`` or
-    ``metadata.csv`` with ``file_name`` and ``caption`` (or ``text``, ``prompt``), as Hugging Face's imagefolder has it.
+    Captions lie beside the images (``a.png``, ``a.txt`` or ``a.caption``), in this folder or below it, or in a
+    ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``caption`` (or ``text``, ``prompt``), as Hugging
+    Face's imagefolder has it, ``train/metadata.jsonl`` too. ``left_out`` counts the files that were not read, in words.
     size: every image is cropped to its central square and resized to ``size`` x ``size``; 0 takes the images as they
     are, which then must have one size.
 
@@ -140,8 +126,7 @@ class FolderTeacher:
         if not self.folder.is_dir():
             raise UserError(f"folder {self.folder} does not exist", cure="give a folder of images with captions")
         stay_inside(self.folder)
-        metadata = next((self.folder / name for name in _METADATA if (self.folder / name).is_file()), None)
-        pairs = list(_listed_pairs(metadata) if metadata else _neighbours(self.folder))
+        pairs, self.left_out = _pairs(self.folder)
         if not pairs:
             raise UserError(
                 f"{self.folder} holds no images with captions",
@@ -162,8 +147,8 @@ class FolderTeacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over captions, file names and files."""
-        whole = hashlib.sha256()
+        """SHA-256 over captions, file names and files, and how these are read."""
+        whole = hashlib.sha256(READING.encode())
         for caption in sorted(self.files):
             for number, file in enumerate(self.files[caption]):
                 with file.open("rb") as opened:
@@ -224,34 +209,51 @@ def _picture(file: Path) -> Tensor | None:
         return None
 
 
-def _neighbours(folder: Path) -> Iterator[tuple[Path, str]]:
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES):
-        beside = file.with_suffix(".txt")
-        if not beside.is_file():
+def _pairs(folder: Path) -> tuple[list[tuple[Path, str]], str]:
+    """Pictures and their captions, and what of the folder was left out, in words.
+
+    A table says the captions of the pictures that it names, those in folders below it too; all others have theirs
+    beside them. Where ``train/`` stands among folders of other splits, it alone is read.
+    """
+    home = folder
+    below = {path.name for path in seen(folder) if path.is_dir()}
+    if "train" in below <= _SPLITS and not any(path.suffix.lower() in SUFFIXES for path in seen(folder)):
+        home = folder / "train"
+    tables = [path for path in files_below(home) if path.name in METADATA]
+    if home != folder:
+        tables = [folder / name for name in METADATA if (folder / name).is_file()] + tables
+    listed: dict[Path, str] = {}
+    for table in tables:
+        for file, caption in _listed_pairs(table):
+            if file.is_relative_to(home):
+                listed.setdefault(file, caption)
+    if home / "metadata.jsonl" in tables or home / "metadata.csv" in tables:  # whoever lists all means those
+        found, beside = list(listed.items()), []
+    else:
+        found, beside = _neighbours(home, listed)
+    return found, left_out(folder, [*tables, *beside, *(file for file, _ in found)])
+
+
+def _neighbours(folder: Path, listed: Mapping[Path, str]) -> tuple[list[tuple[Path, str]], list[Path]]:
+    found, beside = [], []
+    for file in files_below(folder):
+        if file.suffix.lower() not in SUFFIXES:
+            continue
+        if file in listed:
+            found.append((file, listed[file]))
+            continue
+        text = next((text for end in _CAPTION_FILES if (text := file.with_suffix(end)).is_file()), None)
+        if text is None:
             raise UserError(
-                f"{file} has no caption", cure=f"write one into {beside.name} beside it, or remove the image"
+                f"{file} has no caption", cure=f"write one into {file.stem}.txt beside it, or remove the image"
             )
-        yield file, check_caption(_text(beside), str(beside))
+        beside.append(text)
+        found.append((file, check_caption(read_text(text), str(text))))
+    return found, beside
 
 
-def _listed_pairs(metadata: Path) -> Iterator[tuple[Path, str]]:
-    root = metadata.parent.resolve()
-    for place, row in _csv_rows(metadata) if metadata.suffix == ".csv" else _json_rows(metadata):
-        key = next((key for key in _CAPTION_KEYS if key in row), None)
-        if key is None or not isinstance(row.get("file_name"), str):
+def _listed_pairs(table: Path) -> Iterator[tuple[Path, str]]:
+    for place, row in rows(table, ("file_name", *CAPTION_KEYS), '{"file_name": "0.png", "caption": "..."}'):
+        if "file_name" not in row or not set(CAPTION_KEYS) & row.keys():
             raise UserError(f"{place}: file_name or caption is missing", cure="give both in every row")
-        file = metadata.parent / row["file_name"]
-        if not file.resolve().is_relative_to(root):
-            raise UserError(f"{place}: {row['file_name']} lies outside the folder", cure="keep the images beside it")
-        if not file.is_file():
-            raise UserError(f"{place}: there is no image {file}", cure="restore the file, or remove the row")
-        yield file, check_caption(row[key], place)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
-    try:
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}", cure="save it as comma-separated text") from None
+        yield listed_file(table.parent, row, place), check_caption(row[caption_key(row, place)], place)

@@ -14,20 +14,20 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from stillroom.data.captioned_folders import FolderTeacher, check_caption, read_captions
-from stillroom.data.pictures import rgb
+from stillroom.data.captioned_folders import FolderTeacher, caption_key, check_caption, read_captions
+from stillroom.data.listing import hidden
+from stillroom.data.pictures import READING, SUFFIXES, rgb
+from stillroom.data.tables import parquet_reader
 from stillroom.errors import UserError, shortened
 from stillroom.files import stay_inside
 from stillroom.parsing import parse_json, read_json
 
-CAPTION_KEYS = ("caption", "text", "prompt")
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _TARS = (".tar", ".tar.gz", ".tgz")
 LARGEST_MEMBER = 1 << 28
 """Bytes of an image or a caption in a tar."""
 FORMS = (
-    "a text file with one prompt per line, a .jsonl file with 'caption', a folder of images with captions, parquet "
-    "files, a dataset saved by datasets.save_to_disk, or webdataset tars"
+    "a text file with one prompt per line, a .jsonl or .csv file with 'caption', a folder of images with captions, "
+    "parquet files, a dataset saved by datasets.save_to_disk, or webdataset tars"
 )
 
 
@@ -48,7 +48,7 @@ class PromptSource:
     @property
     def fingerprint(self) -> str:
         """Hex digest over names, sizes and times of the files: cheap, and another one after any change."""
-        digest = hashlib.sha256(type(self).__name__.encode())
+        digest = hashlib.sha256(f"{type(self).__name__} {READING}".encode())
         for path in self.files:
             state = path.stat()
             digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
@@ -79,9 +79,10 @@ class PictureFolder(PromptSource):
     def __init__(self, folder: Path) -> None:
         found = FolderTeacher(folder)
         self.pairs = [(caption, file) for caption, files in found.files.items() for file in files]
-        beside = [path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl", ".csv")]
+        beside = [path for path in folder.rglob("*") if path.suffix in (".txt", ".caption", ".jsonl", ".csv")]
         super().__init__(
-            [file for _, file in self.pairs] + sorted(beside), f"{len(self.pairs):,} captioned images of {folder}"
+            [file for _, file in self.pairs] + sorted(beside),
+            f"{len(self.pairs):,} captioned images of {folder}{found.left_out}",
         )
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
@@ -93,10 +94,7 @@ class Parquet(PromptSource):
     ``{bytes, path}`` of Hugging Face's) or ``file_name`` beside the file. Read a batch of rows at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        try:
-            import pyarrow.parquet as parquet  # type: ignore[import-not-found]
-        except ImportError:
-            raise UserError("parquet files are read by pyarrow", cure="pip install 'stillroom[data]'") from None
+        parquet = parquet_reader()
         self.opened = {}
         for file in files:
             try:
@@ -104,7 +102,7 @@ class Parquet(PromptSource):
             except (OSError, ValueError) as problem:
                 raise UserError(f"cannot read {file}: {str(problem)[:200]}", cure="copy the file again") from None
         first = next(iter(self.opened.values()))
-        self.caption = _caption_key(first.schema_arrow.names, str(files[0]))
+        self.caption = caption_key(first.schema_arrow.names, str(files[0]))
         self.picture = next((key for key in ("image", "file_name") if key in first.schema_arrow.names), "")
         self.pictures = bool(self.picture)
         rows = sum(one.metadata.num_rows for one in self.opened.values())
@@ -145,7 +143,7 @@ class SavedDataset(PromptSource):
         self.folder = folder
         with pyarrow.memory_map(str(files[0])) as opened:
             names = pyarrow.ipc.open_stream(opened).schema.names
-        self.caption = _caption_key(names, str(folder))
+        self.caption = caption_key(names, str(folder))
         self.pictures = "image" in names
         super().__init__([folder / "state.json", *files], f"dataset {folder}")
 
@@ -166,7 +164,8 @@ class SavedDataset(PromptSource):
 
 class Tars(PromptSource):
     """webdataset shards: members of one name are one sample, an image and its ``.txt`` or ``.json`` with ``caption``.
-    Read from front to back, compressed or not, without unpacking."""
+    Read from front to back, compressed or not, without unpacking. Members that a system added (macOS's ``._a.png``)
+    are passed over."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__(files, f"{len(files):,} webdataset tar{'s' if len(files) > 1 else ''} of {files[0].parent}")
@@ -182,7 +181,7 @@ class Tars(PromptSource):
     def _samples(self, file: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, Tensor | None]]:
         name, parts = "", {}
         for member in itertools.chain(opened, [None]):
-            if member is not None and member.isdir():
+            if member is not None and (member.isdir() or any(map(_added, member.name.split("/")))):
                 continue
             if member is not None:
                 _check_member(member, file)
@@ -197,7 +196,7 @@ class Tars(PromptSource):
                 name, parts[f".{ending.lower()}"] = key, content.read() if content is not None else b""
 
     def _sample(self, place: str, parts: dict[str, bytes]) -> tuple[str, Tensor | None]:
-        picture = next((parts[ending] for ending in _PICTURES if ending in parts), None)
+        picture = next((parts[ending] for ending in SUFFIXES if ending in parts), None)
         try:
             if ".txt" in parts:
                 text: Any = parts[".txt"].decode("utf-8-sig")
@@ -205,14 +204,18 @@ class Tars(PromptSource):
                 row = parse_json(parts[".json"])
                 if not isinstance(row, dict):
                     raise ValueError("it holds no mapping")
-                text = row[_caption_key(list(row), place)]
+                text = row[caption_key(list(row), place)]
             else:
                 raise UserError(f"{place}: there is no caption", cure="put a .txt or .json beside the image")
         except ValueError:
             raise UserError(f"{place}: the caption is neither UTF-8 text nor JSON", cure="write it again") from None
         if picture is None:
-            raise UserError(f"{place}: there is no image", cure=f"one of {', '.join(_PICTURES)}")
+            raise UserError(f"{place}: there is no image", cure=f"one of {', '.join(SUFFIXES)}")
         return check_caption(text, place), read_picture(picture, place)
+
+
+def _added(part: str) -> bool:
+    return hidden(part) and part not in (".", "..")
 
 
 def _check_member(member: tarfile.TarInfo, file: Path) -> None:
@@ -248,7 +251,7 @@ def prompt_source(source: str) -> PromptSource:
         return Tars([path])
     if path.is_file() and path.suffix == ".parquet":
         return Parquet([path])
-    if path.is_file() and path.suffix.lower() in (*_PICTURES, ".npz", ".zip", ".bin", ".pt"):
+    if path.is_file() and path.suffix.lower() in (*SUFFIXES, ".npz", ".zip", ".bin", ".pt"):
         raise UserError(f"data {source!r} holds no prompts", cure=f"give {FORMS}")
     if not path.exists() and source.partition(":")[0] != "scenes":
         raise UserError(f"no prompts at {source!r}", cure=f"give {FORMS}")
@@ -285,10 +288,3 @@ def _stored_picture(value: Any, folder: Path, place: str) -> Tensor:
     if not isinstance(value, bytes):
         raise UserError(f"{place}: there is no image", cure="remove the row")
     return read_picture(value, place)
-
-
-def _caption_key(names: Sequence[str], place: str) -> str:
-    key = next((key for key in CAPTION_KEYS if key in names), None)
-    if key is None:
-        raise UserError(f"{place} has no {' or '.join(CAPTION_KEYS)}", cure=f"it has: {', '.join(names)}")
-    return key

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import zipfile
@@ -18,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillroom.data.pictures import opened
+from stillroom.data.labels import in_order, label_text, matched, without_points
+from stillroom.data.listing import left_out, seen
+from stillroom.data.pictures import NAMED, SUFFIXES, levels
+from stillroom.data.tables import rows
 from stillroom.errors import UserError, nearest
 from stillroom.files import stay_inside, unpacked
 from stillroom.folders.shipped import ASSETS
@@ -32,9 +36,11 @@ LABELS = "label"
 IMAGE_SETS = ("fashion", "mnist")
 """What is known by name."""
 SPLITS = ("train", "test", "all")
+MOST_CLASSES = 1 << 20
 HOLDOUT = 5
 """Sets without a test split of their own hold out every fifth image of each class."""
-_PICTURES = {".png", ".jpg", ".jpeg"}
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Tables that a folder of pictures may hold, as Hugging Face's imagefolder has them: ``file_name`` and more."""
 _IDX = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -136,6 +142,20 @@ class ArrayData:
         cond = {key: value[index] for key, value in self.cond.items()}
         return {"x": self.images(index), "cond": cond, "id": self.ids[index], "index": index}
 
+    def by_names(self, theirs: Sequence[str], whose: str) -> ArrayData:
+        """These data, parts too, with classes in the order of ``theirs``, matched by name.
+
+        whose: those classes, for messages. Raises UserError for a class of the data that is none of them.
+        """
+        order, names = matched(self.classes, theirs, whose)
+        if LABELS not in self.cond or names == self.classes:
+            return self
+        found = copy.copy(self)
+        found.__dict__.pop("fingerprint", None)
+        found.cond, found.classes = self.cond | {LABELS: torch.tensor(order)[self.labels]}, names
+        found.parts = {key: part.by_names(theirs, whose) if part.classes else part for key, part in self.parts.items()}
+        return found
+
     def reordered(self, seed: int) -> Reordered:
         """The same rows in an order of their own, whatever the run's seed."""
         return Reordered(self, seed)
@@ -165,10 +185,13 @@ class Reordered:
 def load_data(source: str | Path, split: str = "train", shape: Sequence[int] | None = None) -> ArrayData:
     """Data by name (``fashion``, ``mnist``) or from a folder.
 
-    A folder holds, as ``train/`` and ``test/`` or directly: one sub-folder of PNG/JPEG files per class, or such files
-    alone (no classes); or the four IDX files of MNIST, gzipped or not; or ``train.npz`` / ``test.npz`` with ``images``
-    (uint8 ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``), ``labels`` and, if wanted, ``classes``. A single
-    ``.npz`` file is read likewise. Without a test split of its own a set holds out every fifth image of each class.
+    A folder holds, as ``train/`` and ``test/`` or directly: one sub-folder of pictures per class, or pictures alone (no
+    classes), or pictures and a ``metadata.jsonl`` or ``.csv`` with ``file_name`` and ``label``; or the IDX files of
+    MNIST, gzipped or not; or ``train.npz`` / ``test.npz`` with ``images`` (uint8 ``[N, H, W]``, ``[N, H, W, C]`` or
+    ``[N, C, H, W]``), ``labels`` and, if wanted, ``classes``. A single ``.npz`` file is read likewise. Without a test
+    split of its own a set holds out every fifth image of each class. Pictures are read by
+    :func:`~stillroom.data.pictures.levels`; classes that are numbers are in the order of their values, others sorted as
+    texts. What is not read is counted in ``origin``.
 
     ``split``: ``train``, ``test`` or ``all`` (both). ``shape``: the ``(C, H, W)`` that the images must have.
     Raises :class:`~stillroom.errors.UserError` for anything missing, empty, corrupt or of the wrong size.
@@ -241,17 +264,7 @@ def _path(path: Path, split: str) -> ArrayData:
         return _idx(path, split, path.name, (), str(path))
     if any(path.glob("*.npz")):
         return _npz_folder(path, split, path.name, str(path))
-    parts = {part: path / part for part in ("train", "test") if (path / part).is_dir()}
-    if "train" not in parts or "test" not in parts:
-        return _hold_out(_pictures(parts.get("train", path), path.name), split, str(path))
-    if odd := set(_class_names(parts["train"])) ^ set(_class_names(parts["test"])):
-        raise UserError(
-            f"{path}: train and test have different class folders ({', '.join(sorted(odd))})",
-            cure="give both splits the same classes",
-        )
-    if split == "all":
-        return _join([_pictures(part, path.name) for part in parts.values()], path.name, str(path))
-    return _named(_pictures(parts[split], path.name), path.name, split, str(path))
+    return _pictures(path, split)
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -366,50 +379,135 @@ def _read_npz(file: Path, name: str) -> ArrayData:
         raise UserError(f"{file}: images have the shape {images.shape}", cure="store [N, H, W] or [N, H, W, 1 or 3]")
     cond, classes = {}, []
     if "labels" in arrays:
-        labels = arrays["labels"].astype(np.int64).reshape(-1)
+        labels, classes = _numbered(arrays["labels"].reshape(-1), arrays.get("classes"), file)
         cond = {LABELS: torch.from_numpy(labels)}
-        classes = [str(c) for c in arrays.get("classes", np.arange(int(labels.max(initial=0)) + 1))]
     return ArrayData(torch.from_numpy(images), cond, classes, name)
 
 
+def _numbered(labels: np.ndarray, classes: np.ndarray | None, file: Path) -> tuple[np.ndarray, list[str]]:
+    """int64 labels and the names of their classes, from whole numbers of any type, or from names."""
+    if labels.dtype.kind in "US":
+        names = in_order(map(str, labels)) if classes is None else [str(name) for name in classes]
+        number = {name: i for i, name in enumerate(names)}
+        if odd := {str(name) for name in labels} - {*names}:
+            raise UserError(f"{file}: label {sorted(odd)[0]!r} is none of its classes", cure=f"they are {names[:20]}")
+        return np.array([number[str(name)] for name in labels], np.int64), names
+    numbers = labels.astype(np.float64) if labels.dtype.kind in "biuf" else np.array([np.nan])
+    if not (np.abs(numbers) < MOST_CLASSES).all() or (numbers != np.trunc(numbers)).any():
+        raise UserError(f"{file}: labels are {labels.dtype}, not all small whole numbers", cure="store int64, from 0")
+    whole = labels.astype(np.int64)
+    names = np.arange(int(whole.max(initial=0)) + 1) if classes is None else classes
+    return whole, [str(name) for name in names]
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------
-def _class_names(folder: Path) -> list[str]:
-    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+Labelled = tuple[Path, str]
+"""A picture and its class; without a name where there are no classes."""
+
+
+def _pictures(path: Path, split: str) -> ArrayData:
+    parts, tables = _listed(path)
+    where = str(path) + left_out(path, [*(file for part in parts.values() for file, _ in part), *tables])
+    classes = {part: {name for _, name in found} for part, found in parts.items()}
+    names = in_order(set().union(*classes.values()))
+    if odd := set.symmetric_difference(*classes.values()) if len(classes) == 2 else ():
+        raise UserError(
+            f"{path}: train and test have different class folders ({', '.join(sorted(odd))})",
+            cure="give both splits the same classes",
+        )
+    if len(parts) == 1:
+        return _hold_out(_read_pictures(parts.popitem()[1], names, path.name), split, where)
+    if split == "all":
+        return _join([_read_pictures(part, names, path.name) for part in parts.values()], path.name, where)
+    return _named(_read_pictures(parts[split], names, path.name), path.name, split, where)
+
+
+def _listed(path: Path) -> tuple[dict[str, list[Labelled]], list[Path]]:
+    """The pictures of ``train`` and ``test``, or of ``all``, and the tables that say their classes."""
+    homes = {part: path / part for part in ("train", "test") if (path / part).is_dir()}
+    if (named := _by_table(path)) is not None:
+        if "train" not in homes:
+            return {"all": named[0]}, named[1]
+        parts: dict[str, list[Labelled]] = {part: [] for part in homes}
+        for file, name in named[0]:
+            if (part := file.relative_to(path).parts[0]) not in parts:
+                raise UserError(f"{named[1][0]}: {file} lies in neither train/ nor test/", cure="move it there")
+            parts[part].append((file, name))
+        if not parts["train"]:
+            raise UserError(f"{named[1][0]} names no image in train/", cure="list those to train on too")
+        return {part: found for part, found in parts.items() if found}, named[1]
+    if "train" not in homes:
+        if "test" in homes and len(_class_homes(path)) == 1:
+            raise UserError(f"{path} has a test split only", cure="give the training images in train/")
+        homes = {"all": path}
+    found, tables = {}, []
+    for part, home in homes.items():
+        named = _by_table(home)
+        found[part] = named[0] if named is not None else _by_folder(home)
+        tables += named[1] if named is not None else []
+    return found, tables
+
+
+def _class_homes(folder: Path) -> list[Path]:
+    return [home for home in seen(folder) if home.is_dir()]
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in _PICTURES)
+    return [file for file in seen(folder) if file.suffix.lower() in SUFFIXES and file.is_file()]
 
 
-def _pictures(folder: Path, name: str) -> ArrayData:
-    classes = _class_names(folder)
-    groups = [_files(folder / c) for c in classes] if classes else [_files(folder)]
-    empty = [c for c, files in zip(classes, groups, strict=False) if not files]
-    if not any(groups):
-        raise UserError(f"{folder} holds no PNG or JPEG images", cure="put the images into one sub-folder per class")
-    if empty:
-        raise UserError(f"{folder}: class folder {empty[0]!r} holds no PNG or JPEG images", cure="fill it or remove it")
+def _by_folder(folder: Path) -> list[Labelled]:
+    homes = _class_homes(folder)
+    groups = {home.name: _files(home) for home in homes} if homes else {"": _files(folder)}
+    if not any(groups.values()):
+        raise UserError(f"{folder} holds no images ({NAMED})", cure="put the images into one sub-folder per class")
+    for name, files in groups.items():
+        if not files:
+            raise UserError(f"{folder}: class folder {name!r} holds no images ({NAMED})", cure="fill it or remove it")
+    return [(file, name) for name in in_order(groups) for file in groups[name]]
+
+
+def _by_table(folder: Path) -> tuple[list[Labelled], list[Path]] | None:
+    """The pictures and labels of a folder's table, in its order; None where there is none with labels."""
+    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if table is None:
+        return None
+    found: list[Labelled] = []
+    for place, row in rows(table, ("file_name", "label"), '{"file_name": "0.png", "label": "cat"}'):
+        if "label" not in row and not found:
+            return None
+        file = listed_file(folder, row, place)
+        found.append((file, label_text(row.get("label"), place)))
+    if not found:
+        raise UserError(f"{table} holds no rows", cure="columns: file_name, label")
+    called = without_points({name for _, name in found})
+    return [(file, called[name]) for file, name in found], [table]
+
+
+def listed_file(folder: Path, row: Mapping[str, Any], place: str) -> Path:
+    """The picture of a row of a folder's table. Raises UserError for none, and for one outside the folder."""
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{place}: file_name is missing", cure="give it in every row")
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{place}: {name} lies outside the folder", cure="keep the images beside it")
+    if not file.is_file():
+        raise UserError(f"{place}: there is no image {file}", cure="restore the file, or remove the row")
+    return file
+
+
+def _read_pictures(found: Sequence[Labelled], names: Sequence[str], name: str) -> ArrayData:
     arrays: list[np.ndarray] = []
-    first: Path | None = None
-    for file in (file for files in groups for file in files):
-        array = _read_picture(file)
-        first = first or file
+    for file, _ in found:
+        array = levels(file, str(file))
         if arrays and array.shape != arrays[0].shape:
             raise UserError(
-                f"{file} is {_size(array.shape)}, but {first.name} is {_size(arrays[0].shape)}",
+                f"{file} is {_size(array.shape)}, but {found[0][0].name} is {_size(arrays[0].shape)}",
                 cure="give all images one size and colour mode",
             )
         arrays.append(array)
-    labels = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([len(files) for files in groups]))
-    images = torch.from_numpy(np.stack(arrays))
-    return ArrayData(images, {LABELS: labels} if classes else {}, classes, name)
-
-
-def _read_picture(file: Path) -> np.ndarray:
-    """uint8 ``[C, H, W]``: one channel for grey pictures, three for all others (an alpha channel is dropped)."""
-    try:
-        with opened(file) as picture:
-            pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
-    except ValueError as problem:
-        raise UserError(f"cannot read the image {file}: {problem}", cure="replace or remove the damaged file") from None
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    images, number = torch.from_numpy(np.stack(arrays)), {label: i for i, label in enumerate(names)}
+    labelled = any(names)
+    cond = {LABELS: torch.tensor([number[label] for _, label in found])} if labelled else {}
+    return ArrayData(images, cond, names if labelled else (), name)

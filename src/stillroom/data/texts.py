@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillroom.data.labels import in_order, label_text, matched, places, without_points
+from stillroom.data.listing import left_out, seen
 from stillroom.data.source import HOLDOUT, LABELS, SPLITS, ArrayData
-from stillroom.data.wordnet import LEXICOGRAPHER_CLASSES, definitions, is_wordnet
+from stillroom.data.tables import KINDS, kind_of, lines, read_text, rows
+from stillroom.data.wordnet import FILES, LEXICOGRAPHER_CLASSES, definitions, is_wordnet
 from stillroom.errors import UserError, nearest
-from stillroom.files import stay_inside, unpacked
+from stillroom.files import stay_inside
 from stillroom.folders.shipped import ASSETS
-from stillroom.parsing import parse_json
 
 GENERAL = "general"
 """The part that holds texts without labels."""
 LENGTH = 64
 """Tokens of a text where nobody asks for another limit."""
 NAMED = {"glosses": ASSETS / "glosses"}
-TABLES = (".csv", ".tsv", ".jsonl")
+COLUMNS = ("text", "label")
 
 
 @dataclass
@@ -61,6 +60,13 @@ class Texts:
         texts = [self.texts[i] for i in index.tolist()]
         labels = self.labels[index] if self.labels is not None else None
         return Texts(texts, labels, self.classes, self.name, origin or f"{len(texts):,} of {self.origin}", self.general)
+
+    def by_names(self, theirs: Sequence[str], whose: str) -> Texts:
+        """With classes in the order of ``theirs``: see :meth:`ArrayData.by_names`."""
+        order, names = matched(self.classes, theirs, whose)
+        if self.labels is None or names == self.classes:
+            return self
+        return replace(self, labels=torch.tensor(order)[self.labels], classes=names)
 
     def tokenised(self, tokenizer: Any, length: int = LENGTH) -> TextData:
         """As token ids, cut after ``length`` tokens. Part ``general``: the general texts, or these, without labels."""
@@ -149,13 +155,14 @@ def check_vocabularies(known: Mapping[str, Any]) -> None:
 def load_texts(source: str | Path, split: str = "train", classes: Sequence[str] = ()) -> Texts:
     """Labelled texts.
 
-    source: ``glosses`` (shipped: WordNet's definitions in 45 classes); a ``.csv``, ``.tsv`` or ``.jsonl`` file with the
-    columns ``text`` and ``label`` (all also as ``.gz``); a folder with such files named ``train`` and, if there is one,
-    ``test``; a folder with one sub-folder of ``.txt`` files per class, directly or under ``train/`` and ``test/``; or
-    the folder of WordNet's dictionary files (its first 5 definitions in 100 hold the test split).
+    source: ``glosses`` (shipped: WordNet's definitions in 45 classes); a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``
+    file with the columns ``text`` and ``label`` (see :mod:`stillroom.data.tables`); a folder with such files named
+    ``train`` and, if there is one, ``test``; a folder with one sub-folder of ``.txt`` files per class, directly or
+    under ``train/`` and ``test/``; or the folder of WordNet's dictionary files.
     Beside the labelled texts a folder may hold ``general.txt``: texts without labels, one a line.
     split: ``train``, ``test`` or ``all``. A set without a test split holds out every fifth text of each class.
-    classes: the names that labels may have, in order; empty: those that occur, sorted.
+    classes: the names that labels may have, in order; empty: those that occur, numbers by value, others as texts. Files
+    of the folder that are not read are counted in ``origin``.
 
     Raises UserError for anything missing, empty or malformed, naming file and line.
     """
@@ -169,27 +176,30 @@ def load_texts(source: str | Path, split: str = "train", classes: Sequence[str] 
             cure=f"give a CSV or JSONL file, a folder, or one of: {', '.join(NAMED)}",
         )
     stay_inside(path)
+    read = [path]
     if path.is_file():
         parts = {"all": _table(path)}
     elif is_wordnet(path):
         parts = {"all": [(text, LEXICOGRAPHER_CLASSES[label]) for text, label in definitions(path)]}
+        read = [path / file for file in FILES]
     else:
-        parts = _folder(path)
+        parts, read = _folder(path)
     general_file = path / "general.txt"
-    general = _lines(general_file) if path.is_dir() and general_file.is_file() else []
+    general = [line for line in lines(read_text(general_file)) if line.strip()] if general_file.is_file() else []
     if str(source) in NAMED or (path.is_dir() and is_wordnet(path)):
         classes = classes or LEXICOGRAPHER_CLASSES
-    names = list(classes) or sorted({label for rows in parts.values() for _, label in rows})
-    rows = _chosen(parts, split, path)
+    called = without_points({label for part in parts.values() for _, label in part})
+    chosen = [(text, called[label]) for text, label in _chosen(parts, split, path)]
+    names = list(classes) or in_order(called.values())
     number = {label: i for i, label in enumerate(names)}
-    for _, label in rows:
-        if label not in number:
-            raise UserError(
-                f"{path}: label {label!r}{nearest(label, names)} is none of the {len(names)} classes",
-                cure=f"they are {', '.join(names[:20])}",
-            )
-    labels = torch.tensor([number[label] for _, label in rows])
-    return Texts([text for text, _ in rows], labels, names, name, f"{name}: {len(rows):,} {split} texts", general)
+    if not number.keys() >= {label for _, label in chosen}:
+        own = in_order(called.values())
+        number = dict(zip(own, places(own, names, f"the {len(names)} classes that are asked for in {path}")))
+    labels = torch.tensor([number[label] for _, label in chosen])
+    origin = f"{name}: {len(chosen):,} {split} texts"
+    if path.is_dir() and str(source) not in NAMED:
+        origin += left_out(path, [*read, general_file])
+    return Texts([text for text, _ in chosen], labels, names, name, origin, general)
 
 
 def _chosen(parts: dict[str, list[tuple[str, str]]], split: str, path: Path) -> list[tuple[str, str]]:
@@ -198,11 +208,11 @@ def _chosen(parts: dict[str, list[tuple[str, str]]], split: str, path: Path) -> 
     every = parts.get("all") or parts["train"]
     if split == "all":
         return every
-    seen: dict[str, int] = {}
+    rank: dict[str, int] = {}
     chosen = []
     for text, label in every:
-        held = seen.get(label, 0) % HOLDOUT == HOLDOUT - 1
-        seen[label] = seen.get(label, 0) + 1
+        held = rank.get(label, 0) % HOLDOUT == HOLDOUT - 1
+        rank[label] = rank.get(label, 0) + 1
         if held == (split == "test"):
             chosen.append((text, label))
     if not chosen:
@@ -210,74 +220,57 @@ def _chosen(parts: dict[str, list[tuple[str, str]]], split: str, path: Path) -> 
     return chosen
 
 
-def _folder(path: Path) -> dict[str, list[tuple[str, str]]]:
+def _folder(path: Path) -> tuple[dict[str, list[tuple[str, str]]], list[Path]]:
+    """Labelled texts by split, and the files that were read."""
     found: dict[str, list[tuple[str, str]]] = {}
+    read: list[Path] = []
     for split in ("train", "test"):
-        files = [f for kind in TABLES for f in (path / f"{split}{kind}", path / f"{split}{kind}.gz") if f.is_file()]
+        files = [f for kind in KINDS for f in (path / f"{split}{kind}", path / f"{split}{kind}.gz") if f.is_file()]
         if len(files) > 1:
             raise UserError(f"{path} has several {split} files", cure=f"keep one of {', '.join(f.name for f in files)}")
         if files:
             found[split] = _table(files[0])
         elif (path / split).is_dir():
-            found[split] = _class_folders(path / split)
+            found[split], files = _class_folders(path / split)
+        read += files
     if not found:
-        found["all"] = _class_folders(path)
+        found["all"], read = _class_folders(path)
     if "test" in found and "train" not in found:
         raise UserError(f"{path} has a test split only", cure="give train.csv as well")
-    return found
+    return found, read
 
 
-def _class_folders(path: Path) -> list[tuple[str, str]]:
-    folders = sorted(d for d in path.iterdir() if d.is_dir() and any(d.glob("*.txt")))
-    if len(folders) < 2:
+def _class_folders(path: Path) -> tuple[list[tuple[str, str]], list[Path]]:
+    homes = [home for home in seen(path) if home.is_dir()]
+    folders = {home.name: [file for file in seen(home) if file.suffix == ".txt"] for home in homes}
+    if sum(map(bool, folders.values())) < 2:
         raise UserError(
             f"{path} holds no labelled texts",
             cure="give train.csv (or .jsonl) with columns text and label, or one sub-folder of .txt files per class",
         )
-    return [(" ".join(_text(file).split()), folder.name) for folder in folders for file in sorted(folder.glob("*.txt"))]
-
-
-def _text(file: Path) -> str:
-    content = b""
-    try:
-        content = unpacked(file)
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        line = content.count(b"\n", 0, problem.start) + 1
-        raise UserError(f"{file}, line {line} is not UTF-8", cure="save the file as UTF-8") from None
-    except (OSError, EOFError, ValueError, zlib.error) as problem:
-        raise UserError(f"cannot read {file}: {problem}", cure="give UTF-8 text, gzipped or not") from None
-
-
-def _lines(file: Path) -> list[str]:
-    return [line for line in _text(file).splitlines() if line.strip()]
+    found, read = [], [file for files in folders.values() for file in files]
+    for name, files in folders.items():
+        for file in files:
+            if not (text := " ".join(read_text(file).split())):
+                raise UserError(f"{file} is empty", cure="write its text into it, or remove it")
+            found.append((text, name))
+    return found, read
 
 
 def _table(file: Path) -> list[tuple[str, str]]:
-    kind = next((kind for kind in TABLES if file.name.endswith((kind, f"{kind}.gz"))), "")
-    if not kind:
-        raise UserError(f"{file} is no table of texts", cure=f"give one of {', '.join(TABLES)} (or .gz of it)")
-    rows: list[Mapping[str, Any]]
-    if kind == ".jsonl":
-        rows = []
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                rows.append(parse_json(line))
-            except ValueError as problem:
-                raise UserError(f"{file}, line {number} is not JSON ({problem})", cure="one object a line") from None
-    else:
-        rows = list(csv.DictReader(io.StringIO(_text(file)), delimiter="," if kind == ".csv" else "\t"))
+    if not kind_of(file):
+        raise UserError(f"{file} is no table of texts", cure=f"give one of {', '.join(KINDS)} (or .gz of it)")
     found = []
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, Mapping) and not {"text", "label"} <= row.keys():
+    for place, row in rows(file, COLUMNS, '{"text": "...", "label": "..."}'):
+        if not row.keys() >= {*COLUMNS}:
             raise UserError(
-                f"{file}, row {number} has the columns {', '.join(map(str, row)) or 'none'}, not text and label",
+                f"{place} has the columns {', '.join(map(repr, row)) or 'none'}, not text and label",
                 cure="columns: text, label; none empty",
             )
-        text, label = (row.get(key) if isinstance(row, Mapping) else None for key in ("text", "label"))
-        if not isinstance(text, str) or not text.strip() or label is None or str(label) == "":
-            raise UserError(f"{file}, row {number} has no text or no label", cure="columns: text, label; none empty")
-        found.append((text, str(label)))
+        text, label = (row[key] for key in COLUMNS)
+        if not isinstance(text, str) or not text.strip() or label is None or label == "":
+            raise UserError(f"{place} has no text or no label", cure="columns: text, label; none empty")
+        found.append((text, label_text(label, place)))
     if not found:
         raise UserError(f"{file} holds no rows", cure="columns: text, label")
     return found

@@ -153,16 +153,16 @@ def image_from_file(path: str | Path, size: tuple[int, int]) -> Tensor:
     """A picture from a visitor's file as ``[3, H, W]`` in [-1, 1]: the middle of it, in the shape of ``size`` (height,
     width), reduced or enlarged. Raises UserError for a file that is no picture."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    from stillroom.data.pictures import opened
+    from stillroom.data.pictures import levels
 
     height, width = size
     try:
-        with opened(Path(path)) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-    except ValueError:
+        found = levels(Path(path), "this file")
+    except UserError:
         raise UserError("this file is no picture that can be read", cure="choose a PNG or JPEG") from None
+    picture = Image.fromarray(found.transpose(1, 2, 0).repeat(3 // len(found), 2))
     scale = min(picture.width / width, picture.height / height)
     crop = (round(width * scale), round(height * scale))
     left, top = (picture.width - crop[0]) // 2, (picture.height - crop[1]) // 2

@@ -13,6 +13,7 @@ from stillroom.folders.processors import pixels_of
 from stillroom.folders.transformers_layout import config_from_file
 from stillroom.parsing import read_json
 
+SIDE_FILE = "stillroom.json"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet-small": {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"},
     "resnet-18": {
@@ -73,6 +74,22 @@ ENCODERS = (
 """Classes of transformers that an encoder's folder may hold: a class token, then one token for each patch."""
 VISION_OF = {"CLIPModel": "CLIPVisionModel", "CLIPVisionModelWithProjection": "CLIPVisionModel"}
 """Classes of which one part is an encoder."""
+
+
+def class_names(classifier: Any) -> list[str]:
+    """What a trained classifier, or one in a folder of transformers, calls its outputs, in order; none where it is no
+    classifier or does not say. ``LABEL_0`` and so on are transformers' names for none, and are given as they are."""
+    if not isinstance(classifier, Path):
+        config: Any = getattr(classifier, "config", None)
+        named = getattr(classifier, "classes", None) or getattr(config, "id2label", None)
+    elif "Classification" not in architecture(classifier):
+        return []
+    else:
+        side = read_json(classifier / SIDE_FILE) if (classifier / SIDE_FILE).is_file() else {}
+        named = side.get("classes") or read_json(classifier / CONFIG).get("id2label")
+    if isinstance(named, dict) and all(str(key).isdecimal() for key in named):
+        named = [named[key] for key in sorted(named, key=int)]
+    return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def architecture(folder: Path) -> str:

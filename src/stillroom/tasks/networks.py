@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from stillroom.data.labels import nameless, places
 from stillroom.data.source import HOLDOUT, ArrayData
 from stillroom.draws import mix
 from stillroom.errors import UserError
 from stillroom.evaluation.classifiers import ACCURACY, CLASSIFICATION, PAIR, classification_scores, pair_scores
+from stillroom.folders.image_networks import class_names
+from stillroom.folders.shipped import SHIPPED
 from stillroom.networks.recognition import ForwardPass
 from stillroom.recipe import Recipe
-from stillroom.task import NOTHING, Model, Task, say, told
+from stillroom.surgery.outputs import reorder_outputs
+from stillroom.task import NOTHING, Model, Task, model_home, say, told
 from stillroom.tasks.words import listed
 
 
@@ -90,18 +95,62 @@ class Recognition(NetworkTask):
 
     test: Any
     things: ClassVar[str]
+    _said: dict[int, tuple[str, list[str]]]
+    _order: list[int]  # where each class of the data, as they were read, stands now
 
-    def check_names(self, name: str, theirs: Sequence[str], mine: Sequence[str]) -> None:
-        """Raises UserError where a network calls its classes otherwise than the data, or in another order. The names
-        ``LABEL_0`` and so on are transformers' for none."""
-        if len(theirs) != len(mine) or list(theirs) == [f"LABEL_{i}" for i in range(len(theirs))]:
-            return
-        for place, (a, b) in enumerate(zip(theirs, mine, strict=True)):
-            if not same_name(a, b):
+    def by_network(self, source: Any, recipe: Recipe, given: Mapping[str, Any]) -> Any:
+        """The data with their classes in the order of the first trained network that names its own, teachers before the
+        student, matched by name. Raises UserError for a class that this network does not have."""
+        self._said = self._outputs(recipe, given)
+        self._order = list(range(len(source.classes)))
+        fit = [self._said[place] for place in sorted(self._said, key=lambda place: place or len(self._said) + 1)]
+        fit = [(name, names) for name, names in fit if len(names) == len(source.classes)]
+        for name, names in sorted(fit, key=lambda one: nameless(one[1]))[:1]:
+            whose = f"the classes of network {name!r}"
+            self._order = places(source.classes, names, whose)
+            source = source.by_names(names, whose)
+        return source
+
+    def _outputs(self, recipe: Recipe, given: Mapping[str, Any]) -> dict[int, tuple[str, list[str]]]:
+        """Trained networks by place (the student's 0, the teachers' from 1): how each is called, and its classes."""
+        taught = given.get("teacher", listed(recipe.teacher))
+        taught = list(taught) if isinstance(taught, list | tuple) else [taught]
+        everyone = dict(enumerate(taught, start=1))
+        if (student := given.get("student", recipe.student or everyone.get(1))) is not None:
+            everyone[0] = student
+        found = {}
+        for place, one in everyone.items():
+            if not isinstance(one, str):
+                found[place] = (recipe.teacher if place else recipe.student or recipe.teacher, class_names(one))
+            elif (one in SHIPPED or Path(one).expanduser().is_dir()) and self.model.holds(home := model_home(one)):
+                found[place] = (one, class_names(home))
+        return found
+
+    def align(self, recipe: Recipe, given: Mapping[str, Any], ask: Callable[[nn.Module], Tensor]) -> None:
+        """Let networks that have the data's classes in another order answer in that of the data.
+
+        ask: a network's logits for some input. Raises UserError for a network in whose weights that cannot be done, and
+        for one that was given as an object.
+        """
+        mine = self.data.classes
+        for place, (name, network) in enumerate(self.everyone(recipe)):
+            _, theirs = self._said.get(place, ("", []))
+            if len(theirs) != len(mine):
+                continue
+            if nameless(theirs) and set(theirs) != set(mine):  # its outputs follow the data as they were read
+                order = [self._order.index(i) for i in range(len(mine))]
+            else:
+                order = places(mine, theirs, f"the classes of network {name!r}")
+            if order == list(range(len(mine))) or any(value.is_meta for value in network.parameters()):
+                continue
+            if ("teacher" if place else "student") in given or not reorder_outputs(network, order, ask):
                 raise UserError(
-                    f"class {place} is {a!r} for network {name!r} and {b!r} for the data",
-                    cure="give the data the network's classes in the network's order",
+                    f"network {name!r} has its classes in another order than the first one",
+                    cure="give networks of one order",
                 )
+            config: Any = network.config
+            config.id2label = dict(enumerate(mine))
+            config.label2id = {label: i for i, label in enumerate(mine)}
 
     def ask(self, classifier: Any, data: Any, rows: slice) -> Tensor:
         """The classifier's probabilities on these rows of the data, ``[N, classes]``."""
@@ -147,12 +196,3 @@ def split_rows(n: int, name: str, things: str) -> tuple[Tensor, Tensor]:
         )
     held_out = torch.arange(n) % HOLDOUT == HOLDOUT - 1
     return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]
-
-
-def same_name(a: str, b: str) -> bool:
-    """Whether two names mean one class: alike but for case and spaces, or one of several by commas (ImageNet's)."""
-
-    def ways(name: str) -> set[str]:
-        return {" ".join(part.replace("_", " ").replace("-", " ").lower().split()) for part in (*name.split(","), name)}
-
-    return bool(ways(a) & ways(b))

@@ -103,10 +103,10 @@ def test_tables_and_folders_give_the_same_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.csv", "text,label\nhello,\n", r"a\.csv, row 1 has no text or no label"),
+        ("a.csv", "text,label\nhello,\n", r"a\.csv:2 has no text or no label"),
         ("a.csv", "words,label\nhello,x\n", "columns: text, label"),
         ("a.csv", "text,label\n", "holds no rows"),
-        ("a.jsonl", '{"text": "a", "label": 1}\nnothing\n', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", '{"text": "a", "label": 1}\nnothing\n', r"a\.jsonl:2: this line is no JSON"),
         ("a.csv.gz", "no gzip", "cannot read"),
         ("a.txt", "hello", "no table of texts"),
         ("a.csv", "text,label\na,x\nb,y\n", "too few for a test split"),
@@ -124,7 +124,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no labelled texts"):
         load_texts(tmp_path)
     (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
-    with pytest.raises(UserError, match=r"label 'y'.* none of the 1 classes"):
+    with pytest.raises(UserError, match=r"class 'y'.* none of the 1 classes"):
         load_texts(tmp_path, "all", classes=["x"])
     with pytest.raises(UserError, match="2 texts but 1 labels"):
         Texts(["a", "b"], torch.zeros(1))
@@ -297,6 +297,17 @@ def test_networks_share_one_tokenizer_and_encoders_by_name_take_its_size(tmp_pat
     assert task.test.n == 12
 
 
+def test_the_test_split_is_in_the_teacher_s_order_of_classes_too(tmp_path: Path) -> None:
+    turned = folder(tmp_path, "turned", classes=CLASSES)
+    task = load(tmp_path, f"bert-2x64,{turned}")
+    assert task.data.classes == task.test.classes == CLASSES != sorted(CLASSES)
+    plain = load(tmp_path, f"bert-2x64,{folder(tmp_path, 'plain', classes=sorted(CLASSES))}")
+    for one, other in ((task.test, plain.test), (task.data, plain.data)):
+        assert one.texts == other.texts
+        named = [[part.classes[i] for i in part.labels.tolist()] for part in (one, other)]
+        assert named[0] == named[1]
+
+
 def test_what_does_not_fit_is_refused_with_both_sides_named(tmp_path: Path) -> None:
     order = sorted(CLASSES)
     big = folder(tmp_path, "big", classes=order)
@@ -306,9 +317,9 @@ def test_what_does_not_fit_is_refused_with_both_sides_named(tmp_path: Path) -> N
     four = folder(tmp_path, "four", classes=[*order, "x"])
     with pytest.raises(UserError, match=r"four' has 4 classes, data '.*' 3"):
         load(tmp_path, f"bert-2x64,{four}")
-    turned = folder(tmp_path, "turned", classes=CLASSES)
-    with pytest.raises(UserError, match=r"class 1 is 'thing' for network '.*turned' and 'deed' for the data"):
-        load(tmp_path, f"bert-2x64,{turned}")
+    strange = folder(tmp_path, "strange", classes=[*order[:2], "x"])
+    with pytest.raises(UserError, match=r"class 'thing' of the data is none of the classes of network '.*strange'"):
+        load(tmp_path, f"bert-2x64,{strange}")
     with pytest.raises(UserError, match="embeddings for 9 tokens, the tokenizer knows 17"):
         load(tmp_path, "", student=encoder(), teacher=encoder(vocabulary=9), data=data())
     with pytest.raises(UserError, match="no text encoder 'bert-9'"):

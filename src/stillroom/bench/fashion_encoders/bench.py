@@ -55,7 +55,8 @@ class ImageEncodersBench(FashionEncoders):
         made = cls()
         made.source = source
         made.train = data if data is not None else load_data(source, "train")
-        made.test = load_data(source, "test", made.train.shape)
+        test = load_data(source, "test", made.train.shape)
+        made.test = test.by_names(made.train.classes, "the classes of the training images")
         return made
 
     def trained(self, name: str) -> nn.Module:

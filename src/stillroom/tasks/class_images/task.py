@@ -37,11 +37,22 @@ class ClassImages(Task):
         if "teacher" not in given:
             self.folders["teacher"] = model_home(recipe.teacher)
         check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
+        self.data = self._by_names(self.data, self.teacher, f"the classes of teacher {recipe.teacher!r}")
         self.start = self.teacher.denoiser
         if "student" in given or recipe.student:
             begins = as_generator(given["student"]) if "student" in given else load_denoiser(recipe.student, "student")
             check_fit(begins.denoiser, self.data, f"student {recipe.student!r}", recipe.data)
+            if self._by_names(self.data, begins, f"the classes of student {recipe.student!r}") is not self.data:
+                raise UserError(
+                    f"student {recipe.student!r} has its classes in another order than teacher {recipe.teacher!r}",
+                    cure="give a student of the teacher's order",
+                )
             self.start = begins.denoiser
+
+    @staticmethod
+    def _by_names(data: ArrayData, model: ImageGenerator, whose: str) -> ArrayData:
+        """The data with the classes in the model's order, matched by name; as they are where one has no names."""
+        return data.by_names(model.classes, whose) if model.classes and data.classes else data
 
     def given(self) -> Mapping[str, Any]:
         teacher = self.teacher.denoiser

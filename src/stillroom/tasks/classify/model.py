@@ -75,7 +75,8 @@ class ImageClassifier(Model):
         return {"classes": self.classes} if self.classes else {}
 
     def test_data(self, name: str) -> Any:
-        return load_data(name, "test")
+        test = load_data(name, "test")
+        return test.by_names(self.classes, "the model's classes") if self.classes and test.classes else test
 
     def judge(self, data: str, test: Any) -> FileJudge:
         from stillroom.tasks.classify import export

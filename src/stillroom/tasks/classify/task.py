@@ -45,14 +45,20 @@ class Classification(Recognition):
                 f"data {recipe.data!r} has no classes to tell apart",
                 cure="put the images into one sub-folder per class",
             )
+        source = self.by_network(source, recipe, given)
         training, held_out = split_rows(source.n, recipe.data, self.things)
         self.data = source.take(training)
         self.data.parts["heldout"] = source.take(held_out)
         self.origin = source.origin
-        self.test = load_data(recipe.data, "test", source.shape) if recipe.data != IN_MEMORY else None
+        self.test = None
+        if recipe.data != IN_MEMORY:
+            test = load_data(recipe.data, "test", source.shape)
+            self.test = test.by_names(source.classes, "the classes of the training images")
         self.read_networks(recipe, given)
         for name, network in self.everyone(recipe):
             self._check(name, network, recipe)
+        shown = torch.randn(2, *source.shape, generator=torch.Generator().manual_seed(0))
+        self.align(recipe, given, lambda network: class_logits(network, shown))
 
     def bare(self, given: Any) -> nn.Module:
         return asked(given) if isinstance(given, ImageClassifier) else given
@@ -63,9 +69,7 @@ class Classification(Recognition):
         if folder.is_dir() and is_text_image_model(folder) and place:
             return PromptClassifier.load(folder, self.data.classes, self.data.shape[0])
         if folder.is_dir():
-            found = ImageClassifier.load(folder)
-            self.check_names(name, found.classes, self.data.classes)
-            return asked(found)
+            return asked(ImageClassifier.load(folder))
         if place and (name in ARCHITECTURES or name.endswith(".json")):
             raise UserError(f"teacher {name!r} is an untrained network", cure=f"it can be the student: student={name}")
         if place:

@@ -21,6 +21,7 @@ from stillroom.folders.text_networks import (
     make_encoder,
     minilm_folder,
 )
+from stillroom.networks.recognition import class_logits
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
 from stillroom.surgery.text_reader import counted_from, positions, token_table
@@ -59,6 +60,7 @@ class TextClassification(Recognition):
             raise UserError(
                 f"data {recipe.data!r} have no classes to tell apart", cure="give each text a label, of two at least"
             )
+        source = self.by_network(source, recipe, given)
         self.origin = source.origin
         ready = source.tokenizer if isinstance(source, TextData) else None
         self._read_with(recipe, given, source.classes, ready)
@@ -70,16 +72,23 @@ class TextClassification(Recognition):
             self.data, self.length = source.take(training), source.shape[0]
             self.data.parts = dict(source.parts)
             self.data.parts["heldout"] = source.take(held_out)
+            self.align(recipe, given, self._logits)
             return
         limits = [limit for _, network in self.everyone(recipe) if (limit := positions(network))]
         self.length = min([64, *limits])
         self.data = source.take(training).tokenised(self.tokenizer, self.length)
         self.data.parts["heldout"] = source.take(held_out).tokenised(self.tokenizer, self.length)
+        self.align(recipe, given, self._logits)
         if recipe.data != IN_MEMORY:
             test: Texts = load_texts(recipe.data, "test", source.classes)
             self.test = test.tokenised(self.tokenizer, self.length)
 
     # --- networks -----------------------------------------------------------------------------------------------------
+    def _logits(self, network: nn.Module) -> Tensor:
+        """For some text."""
+        ids = torch.arange(min(8, len(self.tokenizer)))[None]
+        return class_logits(network, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
     def bare(self, given: Any) -> nn.Module:
         return given.network if isinstance(given, TextClassifier) else given
 
@@ -155,8 +164,6 @@ class TextClassification(Recognition):
                 f"network {name!r} has {found} classes, data {self.origin!r} {len(classes)}",
                 cure=f"choose a network with {len(classes)} classes",
             )
-        named = getattr(config, "id2label", None) or {}
-        self.check_names(name, [str(label) for _, label in sorted(named.items())], classes)
 
     # --- the result ---------------------------------------------------------------------------------------------------
     def student(self, network: nn.Module, sampler: Sampler) -> TextClassifier:
