@@ -266,7 +266,8 @@ class VP(Process):
     def _log_ratio(self, t: Tensor) -> Tensor:
         table, at = self._table(t), t.double()
         low = at.detach().floor().clamp(0, self._intervals - 1).long()
-        return torch.lerp(table[low], table[low + 1], at - low)
+        # not table[low], which takes a single number from the device to the host
+        return torch.lerp(table.take(low), table.take(low + 1), at - low)
 
     def _last_alpha(self, table: Tensor) -> Tensor:
         """The smallest discrete alpha that is not 0."""
@@ -302,7 +303,8 @@ class VP(Process):
             falls = rate < last
             ratio = torch.where(falls, table[self._intervals], ratio)
         low = (torch.searchsorted(table, ratio.detach().contiguous()) - 1).clamp(0, self._intervals - 1)
-        position = low + (ratio - table[low]) / (table[low + 1] - table[low])
+        below, above = table.take(low), table.take(low + 1)
+        position = low + (ratio - below) / (above - below)
         if falls is not None:
             position = torch.where(falls, self.t_max - rate / last, position)
         return position.clamp(0, self.t_max).to(alpha)
