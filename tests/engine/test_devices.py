@@ -1,5 +1,5 @@
-"""What would fail on an accelerator: methods' turns where networks and batches lie on a device of their own, which refuses
-tensors that were left on the CPU. No accelerator is needed: the tensors are fake, the device is ``meta``."""
+"""What would fail on an accelerator: methods' turns where networks and batches lie on a device of their own, which
+refuses tensors that were left on the CPU. No accelerator is needed: the tensors are fake, the device is ``meta``."""
 
 from __future__ import annotations
 
