@@ -29,6 +29,45 @@ def tokenizer(words: tuple[str, ...] = WORDS) -> Any:
     )  # fmt: skip
 
 
+def _odd(model: Any, special: str = "[CLS] $A [SEP]", **settings: Any) -> Any:
+    """A tokenizer around a model of ``tokenizers`` whose first tokens are those of :func:`tokenizer`."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+
+    made = Tokenizer(model)
+    made.pre_tokenizer = settings.pop("pre", pre_tokenizers.Whitespace())
+    if special:
+        made.post_processor = processors.TemplateProcessing(special, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **{**names, "mask_token": "[MASK]", **settings})
+
+
+def odd_tokenizers() -> dict[str, Any]:
+    """Tokenizers as people have them, by what is odd about them, of at most 19 tokens."""
+    from tokenizers import models, pre_tokenizers
+
+    names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
+    vocabulary = {name: i for i, name in enumerate(names)}
+    words = models.WordLevel(vocabulary, unk_token="[UNK]")
+    pieces = [(name, 0.0) for name in names[:5]] + [(f"▁{word}", -1.0) for word in WORDS]
+    letters = {name: i for i, name in enumerate((*names[:5], "Ġ", *"abcdelnor"))}
+    made = {
+        "no padding token": _odd(words, pad_token=None),
+        "padding is the end": _odd(words, pad_token="[SEP]"),
+        "padding is unknown": _odd(words, pad_token="[UNK]"),
+        "left padding": _odd(words, padding_side="left"),
+        "no special tokens": _odd(words, special=""),
+        "no limit": _odd(words, model_max_length=int(1e30)),
+        "no unknown token": _odd(models.WordLevel(vocabulary), special="", unk_token=None),
+        "drops the unknown": _odd(models.BPE(letters, []), special="", unk_token=None),
+        "bytes": _odd(models.BPE(letters, [], unk_token="[UNK]"), pre=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "pieces": _odd(models.Unigram(pieces, unk_id=1), pre=pre_tokenizers.Metaspace()),
+        "no mask among its inputs": _odd(words, model_input_names=["input_ids"]),
+        "added tokens": _odd(words),
+    }
+    made["added tokens"].add_tokens(["gold", "silver"])
+    return made
+
+
 def encoder(
     layers: int = 2, width: int = 8, heads: int = 2, seed: int = 0, classes: int = 3, vocabulary: int = 17, **more: Any
 ) -> nn.Module:

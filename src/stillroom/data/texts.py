@@ -18,9 +18,10 @@ from stillroom.data.listing import left_out, seen
 from stillroom.data.source import HOLDOUT, LABELS, SPLITS, ArrayData
 from stillroom.data.tables import KINDS, kind_of, lines, read_text, rows
 from stillroom.data.wordnet import FILES, LEXICOGRAPHER_CLASSES, definitions, is_wordnet
-from stillroom.errors import UserError, nearest
+from stillroom.errors import UserError, nearest, shortened
 from stillroom.files import stay_inside
 from stillroom.folders.shipped import ASSETS
+from stillroom.folders.transformers_layout import check_pads
 
 GENERAL = "general"
 """The part that holds texts without labels."""
@@ -70,18 +71,24 @@ class Texts:
 
     def tokenised(self, tokenizer: Any, length: int = LENGTH) -> TextData:
         """As token ids, cut after ``length`` tokens. Part ``general``: the general texts, or these, without labels."""
-        ids, cond = token_ids(tokenizer, self.texts, length), {} if self.labels is None else {LABELS: self.labels}
+        (ids, mask), cond = tokens_of(tokenizer, self.texts, length), {}
+        if self.labels is not None:
+            cond[LABELS] = self.labels
+        found = TextData(ids, cond, self.classes, self.name, self.origin, mask=mask, texts=self.texts,
+                         tokenizer=tokenizer)  # fmt: skip
         general = self.general or self.texts
-        found = TextData(ids, cond, self.classes, self.name, self.origin, texts=self.texts, tokenizer=tokenizer)
+        if self.general:
+            ids, mask = tokens_of(tokenizer, general, length)
         found.parts[GENERAL] = TextData(
-            token_ids(tokenizer, general, length) if self.general else ids, None, (), self.name,
-            f"{self.name}: {len(general):,} texts without labels", texts=general, tokenizer=tokenizer,
+            ids, None, (), self.name, f"{self.name}: {len(general):,} texts without labels", mask=mask, texts=general,
+            tokenizer=tokenizer,
         )  # fmt: skip
         return found
 
 
 class TextData(ArrayData):
-    """Token ids ``[N, L]`` (int64, padded at the end) beside the texts they were made of.
+    """Token ids ``[N, L]`` (int64, padded at the end) beside the texts they were made of. mask: bool ``[N, L]``, True
+    where a token counts; a padding token may be one that texts hold as well.
 
     A batch is ``{"input_ids": [B, l], "attention_mask": bool [B, l], "cond": {...}}``; ``l`` is the length of the
     longest row of the *global* batch, so that it does not depend on the number of processes.
@@ -96,19 +103,19 @@ class TextData(ArrayData):
         origin: str = "",
         parts: Mapping[str, ArrayData] | None = None,
         *,
+        mask: Tensor,
         texts: Sequence[str],
         tokenizer: Any,
     ) -> None:
         super().__init__(ids, cond, classes, name, origin, parts)
         self.texts, self.tokenizer = list(texts), tokenizer
-        self.mask = ids != tokenizer.pad_token_id
-        self.lengths = self.mask.sum(1)
+        self.mask, self.lengths = mask, mask.sum(1)
 
     def take(self, index: Tensor, origin: str = "") -> TextData:
         kept = {key: value[index] for key, value in self.cond.items()}
         return TextData(
             self.array[index], kept, self.classes, self.name, origin or f"{len(index):,} of {self.origin}",
-            texts=[self.texts[i] for i in index.tolist()], tokenizer=self.tokenizer,
+            mask=self.mask[index], texts=[self.texts[i] for i in index.tolist()], tokenizer=self.tokenizer,
         )  # fmt: skip
 
     def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> dict[str, Any]:
@@ -124,12 +131,27 @@ class TextData(ArrayData):
         return vocabulary_hash(self.tokenizer)
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
-    """int64 ``[N, l]``, l <= length, padded at the end."""
-    found = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=length, padding_side="right", return_tensors="pt"
-    )
-    return found["input_ids"]
+def tokens_of(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """int64 ids ``[N, l]``, l <= length, padded at the end, and the tokenizer's own mask, bool ``[N, l]``: True where a
+    token counts. Raises UserError for a tokenizer that cannot pad, and for a text that it makes no token of."""
+    check_pads(tokenizer, "these texts")
+    try:
+        found = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=length, padding_side="right",
+            return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+    except Exception as problem:  # tokenizers raises Exception itself
+        raise UserError(
+            f"the tokenizer cannot read these texts ({str(problem)[:200]})", cure="take another network's"
+        ) from None
+    ids, mask = found["input_ids"].long(), found["attention_mask"].bool()
+    if not (full := mask.any(1)).all():
+        empty = texts[int(full.int().argmin())]
+        raise UserError(
+            f"the tokenizer makes no token of the text {shortened(empty)}",
+            cure="leave it out, or take another network",
+        )
+    return ids, mask
 
 
 def vocabulary_hash(tokenizer: Any) -> str:

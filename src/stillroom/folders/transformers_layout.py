@@ -85,6 +85,22 @@ def config_from_file(file: Path, **changes: Any) -> Any:
         return AutoConfig.for_model(kind, **tree)
 
 
+def check_pads(tokenizer: Any, who: str) -> None:
+    """Raises UserError for a tokenizer that cannot put texts of several lengths into one batch."""
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"the tokenizer of {who} has no padding token, without which texts of several lengths make no batch",
+            cure=f'name one in {TOKENIZER_CONFIG}, for example "pad_token": "[PAD]"',
+        )
+
+
+def token_limit(tokenizer: Any, otherwise: int) -> int:
+    """The longest text in tokens that a tokenizer says its network reads, at most ``otherwise``; many say nothing, as
+    a number like 1e30."""
+    limit = tokenizer.model_max_length
+    return int(min(limit, otherwise)) if limit and limit > 0 else otherwise
+
+
 def auto_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. Raises UserError for one that is missing, damaged, or made by code in the folder."""
     from transformers import AutoTokenizer

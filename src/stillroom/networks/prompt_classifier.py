@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError
 from stillroom.folders.pretrained import load_pretrained
-from stillroom.folders.transformers_layout import auto_tokenizer
+from stillroom.folders.transformers_layout import auto_tokenizer, check_pads
 from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 
@@ -82,6 +82,7 @@ class PromptClassifier(nn.Module):
         if zeta <= 0:
             raise UserError(f"zeta is a temperature above 0, not {zeta}", cure="CLIP's is 0.01")
         self.zeta = zeta
+        check_pads(self.tokenizer, "the text-image model")
         texts = [prompt.replace("{}", name) for name in self.classes for prompt in prompts]
         features = self._text_features(texts).view(len(self.classes), len(prompts), -1)
         if average == "normalised":
@@ -95,6 +96,8 @@ class PromptClassifier(nn.Module):
             padding=True,
             truncation=True,
             max_length=clip.config.text_config.max_position_embeddings,
+            padding_side="right",
+            return_attention_mask=True,
             return_tensors="pt",
         ).to(self.mean.device)
         found = clip.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])

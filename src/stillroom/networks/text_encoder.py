@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillroom.errors import UserError, nearest, shortened
 from stillroom.folders.pretrained import load_pretrained
-from stillroom.folders.transformers_layout import auto_tokenizer
+from stillroom.folders.transformers_layout import auto_tokenizer, check_pads, token_limit
 from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 from stillroom.surgery.freezing import frozen
@@ -36,6 +36,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, tokenizer: Any, network: nn.Module, length: int = LENGTH) -> None:
         super().__init__()
+        check_pads(tokenizer, "the text encoder")
         self.tokenizer, self.network, self.length = tokenizer, frozen(network.float()), int(length)
         rows = int(self._config.vocab_size)
         if len(tokenizer) > rows:
@@ -70,7 +71,7 @@ class TextEncoder(nn.Module):
         for start in range(0, len(captions), batch):
             tokens = self.tokenizer(
                 list(captions[start : start + batch]), padding="max_length", max_length=self.length, truncation=True,
-                return_tensors="pt",
+                return_attention_mask=True, return_tensors="pt",
             ).to(device)  # fmt: skip
             mask = tokens["attention_mask"].bool()
             states = self.network(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state.float()
@@ -127,4 +128,4 @@ class TextEncoder(nn.Module):
         read_json(folder / TOKENIZER / "tokenizer_config.json")
         tokenizer: Any = auto_tokenizer(folder / TOKENIZER)
         network = load_pretrained(T5EncoderModel, folder / TEXT_ENCODER)
-        return cls(tokenizer, network, length or min(int(tokenizer.model_max_length), LENGTH))
+        return cls(tokenizer, network, length or token_limit(tokenizer, LENGTH))

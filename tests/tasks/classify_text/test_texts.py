@@ -22,7 +22,7 @@ from stillroom.run import run
 from stillroom.surgery.text_reader import EncoderReader, heads_of, mixed_inputs, token_table
 from stillroom.task import make_task, sample_rows
 from stillroom.tasks.classify_text.model import TextClassifier
-from tiny_text import CLASSES, WORDS, data, encoder, texts, tokenizer
+from tiny_text import CLASSES, WORDS, data, encoder, odd_tokenizers, texts, tokenizer
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -149,6 +149,45 @@ def test_batches_are_padded_to_the_longest_row_of_the_global_batch() -> None:
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
+KINDS = odd_tokenizers()
+SAID = ["a red dog runs", "the cat", "a small old stone sleeps a river", "dog"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_in_a_batch_is_read_as_it_is_alone(kind: str, tmp_path: Path) -> None:
+    TextClassifier(encoder(vocabulary=len(KINDS[kind])), KINDS[kind], CLASSES, 24).save(tmp_path)
+    if kind == "no padding token":
+        with pytest.raises(UserError, match=r'no padding token, .*; name one in .*_config\.json, .*"pad_token"'):
+            TextClassifier.load(tmp_path)
+        with pytest.raises(UserError, match="no padding token"):
+            Texts(SAID).tokenised(KINDS[kind])
+        return
+    found = TextClassifier.load(tmp_path)
+    alone = []
+    for text in SAID:
+        ids = torch.tensor([found.tokenizer(text).input_ids])[:, :24]
+        alone.append(found.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.softmax(-1))
+    assert (found.probabilities(SAID) - torch.cat(alone)).abs().max() < 1e-6
+    batch = Texts(SAID).tokenised(found.tokenizer, 24).batch(0, 0, 4)
+    logits = found.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"].long()).logits
+    assert (logits.softmax(-1) - torch.cat(alone)[batch["index"]]).abs().max() < 1e-6
+
+
+def test_a_text_without_any_token_is_named() -> None:
+    with pytest.raises(UserError, match=r"makes no token of the text 'zzz'"):
+        Texts(["red", "zzz"]).tokenised(KINDS["drops the unknown"])
+    with pytest.raises(UserError, match=r"cannot read these texts \(WordLevel error"):
+        Texts(["red", "zzz"]).tokenised(KINDS["no unknown token"])
+
+
+def test_no_text_is_longer_than_the_networks_places_though_the_tokenizer_names_no_limit(tmp_path: Path) -> None:
+    TextClassifier(encoder(), KINDS["no limit"], CLASSES, 12).save(tmp_path)
+    (tmp_path / "stillroom.json").unlink()
+    found = TextClassifier.load(tmp_path)
+    assert found.length == 32
+    assert found.probabilities(["red dog " * 40]).shape == (1, 3)
+
+
 def test_named_encoders_have_their_sizes() -> None:
     shape = ENCODERS["bert-4x312"]
     network: Any = make_encoder("bert-4x312", 30_522, 2)

@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.texts import load_texts
+from stillroom.data.texts import load_texts, tokens_of
 from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE
 from stillroom.folders.image_networks import architecture
 from stillroom.folders.text_networks import load_text_network
+from stillroom.folders.transformers_layout import check_pads, token_limit
 from stillroom.folders.weights import save_pretrained
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
+from stillroom.surgery.text_reader import positions
 from stillroom.task import FileJudge, Model, Part
+
+LENGTH = 512
+"""Tokens of a text where neither tokenizer nor network knows a shorter limit."""
 
 
 class TextClassifier(Model):
@@ -48,12 +53,9 @@ class TextClassifier(Model):
         return torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
 
     def _ask(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.length, padding_side="right",
-            return_tensors="pt",
-        )  # fmt: skip
+        ids, mask = tokens_of(self.tokenizer, texts, self.length)
         device = device_of(self.network)
-        inputs = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
         sample: Any = self.sampler.sample
         return sample(self.network, inputs).float().softmax(-1).cpu()
 
@@ -112,7 +114,9 @@ class TextClassifier(Model):
         network, tokenizer = load_text_network(folder, classes=1)
         if tokenizer is None:
             raise UserError(f"{folder} has no tokenizer", cure="copy the tokenizer's files beside the model")
+        check_pads(tokenizer, str(folder))
         config: Any = network.config
         classes = [str(name) for _, name in sorted(config.id2label.items())]
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}
-        return cls(network, tokenizer, classes, side.get("length", min(int(tokenizer.model_max_length), 512)))
+        limit = min(token_limit(tokenizer, LENGTH), positions(network) or LENGTH)
+        return cls(network, tokenizer, classes, side.get("length", limit))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.data.texts import NAMED, TextData, Texts, check_vocabularies, load_texts
+from stillroom.data.texts import LENGTH, NAMED, TextData, Texts, check_vocabularies, load_texts
 from stillroom.diffusion.sampling import Sampler
 from stillroom.draws import mix
 from stillroom.errors import UserError, nearest
@@ -21,6 +21,7 @@ from stillroom.folders.text_networks import (
     make_encoder,
     minilm_folder,
 )
+from stillroom.folders.transformers_layout import check_pads, token_limit
 from stillroom.networks.recognition import class_logits
 from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import making
@@ -75,7 +76,7 @@ class TextClassification(Recognition):
             self.align(recipe, given, self._logits)
             return
         limits = [limit for _, network in self.everyone(recipe) if (limit := positions(network))]
-        self.length = min([64, *limits])
+        self.length = min([token_limit(self.tokenizer, LENGTH), *limits])
         self.data = source.take(training).tokenised(self.tokenizer, self.length)
         self.data.parts["heldout"] = source.take(held_out).tokenised(self.tokenizer, self.length)
         self.align(recipe, given, self._logits)
@@ -117,6 +118,7 @@ class TextClassification(Recognition):
                     home = folder if name == MINILM else model_home(name)
                     self._found[name, place], tokenizer = load_text_network(home, self._classes)
                 if tokenizer is not None:
+                    check_pads(tokenizer, str(home))
                     tokenizers[name] = tokenizer
         self.tokenizer = self._one_tokenizer(tokenizers, ready)
         self.read_networks(recipe, given)
