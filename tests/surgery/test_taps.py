@@ -34,6 +34,7 @@ from stillroom.errors import UserError
 from stillroom.losses.features import relation
 from stillroom.networks.projectors import Projectors
 from stillroom.surgery.taps import Tap, Taps, block_paths, module_paths, split_heads
+from tiny_models import CLASSIFIERS, TEXTS, make_model
 from workers.tapped import Stack
 
 WORKERS = Path(__file__).parents[1] / "workers"
@@ -132,6 +133,33 @@ def test_ffn_input_is_the_norm_before_it() -> None:
     network, inputs = family("vit")
     _, features = Taps(network, {"norm": "layers.0.layernorm_after", "ffn": Tap("layers.0.mlp", "input")})(**inputs)
     assert features["ffn"] is features["norm"]
+
+
+ONE = {"num_hidden_layers": 1, "n_layers": 1, "n_layer": 1}
+
+
+@pytest.mark.parametrize("name", [*(name for name in TEXTS if name != "albert"), "vit", "deit", "beit", "dinov2"])
+def test_one_block_is_a_list_of_blocks(name: str) -> None:
+    made = TEXTS[name] if name in TEXTS else CLASSIFIERS[name]
+    settings = {"num_hidden_layers": 2, **made.settings}
+    if name in ("distilbert", "gpt2"):
+        del settings["num_hidden_layers"]
+    two = block_paths(make_model(made._replace(settings=settings)))
+    one = make_model(made._replace(settings={**settings, **{key: 1 for key in ONE if key in settings}}))
+    assert block_paths(one) == two[:1]
+
+
+def test_a_list_inside_the_one_block_is_no_list_of_blocks() -> None:
+    from diffusers import DiTTransformer2DModel
+
+    network: Any = DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=4, sample_size=4, patch_size=2, in_channels=1,
+        out_channels=1, norm_num_groups=2,
+    )  # fmt: skip
+    assert [len(m) for m in network.modules() if isinstance(m, nn.ModuleList)] == [1, 2, 3]
+    assert block_paths(network) == ["transformer_blocks.0"]
+    stacks = nn.ModuleDict({"stacks": nn.ModuleList([nn.ModuleDict({"blocks": Stack().blocks})])})
+    assert block_paths(stacks) == [f"stacks.0.blocks.{i}" for i in range(4)]
 
 
 # --- plain modules ----------------------------------------------------------------------------------------------------

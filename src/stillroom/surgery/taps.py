@@ -322,23 +322,40 @@ def module_paths(network: nn.Module) -> dict[str, nn.Module]:
 
 def block_paths(network: nn.Module, under: str = "") -> list[str]:
     """Paths of the blocks in order: the elements of the longest of the outermost lists of modules (below ``under``,
-    where a network has several: ``encoder``, ``decoder``).
+    where a network has several: ``encoder``, ``decoder``). A network of one block has a list of one.
 
-    Raises UserError when there is no list of two or more modules.
+    Raises UserError when there is no list of modules.
     """
     modules = module_paths(network)
+    below = f"{under}." if under else ""
     lists = {
-        name: len(module)
+        name: list(module)
         for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and f"{name}.".startswith(f"{under}." if under else "")
+        if isinstance(module, nn.ModuleList) and len(module) and f"{name}.".startswith(below)
     }
-    if not lists:
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    chosen = [_within_one(name, lists) for name in outermost]
+    if not chosen:
         where = f" under {under!r}{nearest(under, modules, 3)}" if under else ""
         raise UserError(
             f"{type(network).__name__} has no list of blocks{where} to tap", cure="name the modules to tap yourself"
         )
-    name = min(lists, key=lambda n: (n.count("."), -lists[n]))
-    return [f"{name}.{index}" for index in range(lists[name])]
+    name = min(chosen, key=lambda n: (len(lists[n]) == 1, n.count("."), -len(lists[n])))
+    return [f"{name}.{index}" for index in range(len(lists[name]))]
+
+
+def _within_one(name: str, lists: Mapping[str, list[nn.Module]]) -> str:
+    """The list of this name; where its one element is no block but holds a list of several of one kind, that list."""
+    if len(lists[name]) > 1:
+        return name
+    inner = [
+        other
+        for other, parts in lists.items()
+        if other.startswith(f"{name}.0.")
+        and len(parts) > 1
+        and all(type(part) is type(parts[0]) and len(list(part.children())) > 1 for part in parts)
+    ]
+    return min(inner, key=lambda n: (n.count("."), -len(lists[n])), default=name)
 
 
 PROJECTIONS = {"query": ("query", "q_proj", "q_lin", "q"), "key": ("key", "k_proj", "k_lin", "k")}

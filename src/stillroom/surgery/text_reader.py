@@ -41,6 +41,12 @@ class EncoderReader:
     def __init__(self, network: nn.Module, hidden: Sequence[int] = (), attention: Sequence[int] = ()) -> None:
         self.network, self.hidden, self.attention = network, tuple(hidden), tuple(attention)
         blocks = block_paths(network)
+        layers = getattr(getattr(network, "config", None), "num_hidden_layers", len(blocks))
+        if len(blocks) == 1 < layers:
+            raise UserError(
+                f"{type(network).__name__} runs one block {layers} times",
+                cure="give an encoder whose layers have weights of their own",
+            )
         taps: dict[str, str | Tap] = {}
         for layer in self.hidden:
             taps[f"h{layer}"] = Tap(blocks[0], "input") if layer == 0 else blocks[layer - 1]

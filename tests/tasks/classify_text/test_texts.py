@@ -22,6 +22,7 @@ from stillroom.run import run
 from stillroom.surgery.text_reader import EncoderReader, heads_of, mixed_inputs, token_table
 from stillroom.task import make_task, sample_rows
 from stillroom.tasks.classify_text.model import TextClassifier
+from tiny_models import TEXTS, make_model
 from tiny_text import CLASSES, WORDS, data, encoder, odd_tokenizers, texts, tokenizer
 
 
@@ -274,6 +275,13 @@ def test_a_plain_module_is_read_too_but_its_attention_is_not() -> None:
         EncoderReader(network, (1,), (1,))
     with pytest.raises(UserError, match="how many attention heads"):
         heads_of(network)
+
+
+def test_an_encoder_of_one_layer_is_read_and_one_that_shares_its_layers_is_refused() -> None:
+    batch = data().batch(0, 0, 3)
+    assert EncoderReader(encoder(layers=1), (0, 1), (1,))(batch).scores[1].shape[:2] == (3, 2)
+    with pytest.raises(UserError, match="AlbertForSequenceClassification runs one block 2 times"):
+        EncoderReader(make_model(TEXTS["albert"]), (0, 1))
 
 
 def test_mixed_inputs_mix_the_embeddings_and_leave_no_trace() -> None:
