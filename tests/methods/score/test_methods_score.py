@@ -179,7 +179,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "critic_times": TimeLaw("logit-normal"),
     },
     "sid-lsg": {
-        "student_steps": 2, "t_init": 0.5, "alpha": 0.5, "guidance_scale": 3.0, "condition_drop": 0.0,
+        "student_steps": 2, "t_init": 0.5, "alpha": 0.5, "guidance_scale": 3.0, "kappa_3": 1.0, "condition_drop": 0.0,
         "gan_weight": 0.0, "critic_gan_weight": 2.0, "gan_block": "blocks.0",
         "generator_times": TimeLaw("logit-normal"), "critic_times": TimeLaw("logit-normal"),
     },
