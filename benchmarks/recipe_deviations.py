@@ -1,4 +1,4 @@
-"""Where shipped recipes leave their papers, both forms trained alike: what each leads to.
+"""Where shipped recipes leave their papers, or did, both forms trained alike: what each leads to.
 
     python benchmarks/recipe_deviations.py [WORD ...]
 
@@ -19,7 +19,7 @@ from common import OUT, Row, record
 from stillroom.bench import get_bench
 from stillroom.proofs import get_proofs
 from stillroom.proofs.base import Arm
-from stillroom.proofs.image import recipe_arm
+from stillroom.proofs.image import recorded_arm
 from stillroom.proofs.runner import train_arm
 
 SEEDS = (10, 11, 12)
@@ -67,19 +67,19 @@ def forms() -> Iterator[tuple[str, str, Arm]]:
     for method in ("sim", "uni-instruct"):
         yield f"{method}, EDM's times", "ring", points(method).with_("", options=EDM)
 
-    brush = recipe_arm("swiftbrush")
+    brush = recorded_arm("swiftbrush")
     yield "swiftbrush, six kinds of module, rank 32", "fashion", brush
     yield "swiftbrush, queries and values, rank 64", "fashion", brush.with_("", options=QUERIES_AND_VALUES)
     yield "swiftbrush, both guided 1.5", "fashion", brush.with_("", options={"fake_guidance": 1.5})
     yield "swiftbrush, fake score from 0.001", "fashion", brush.with_("", options={"fake_times": WHOLE})
 
-    dmd2 = recipe_arm("dmd2")
+    dmd2 = recorded_arm("dmd2")
     yield "dmd2, critic from 0.05, w_D 0.1", "fashion", dmd2
     yield "dmd2, critic from 0.001, w_D 0.1", "fashion", dmd2.with_("", options={"critic_times": WHOLE})
     yield "dmd2, critic from 0.001, w_D 0.01", "fashion", dmd2.with_("", options=both)
     for method in ("sim", "sid-lsg", "uni-instruct"):
         for start, law in ((0.05, LATE), (0.02, COVERING)):
-            arm = recipe_arm(method).with_("", options={"critic_times": law})
+            arm = recorded_arm(method).with_("", options={"critic_times": law})
             yield f"{method}, critic from {start}", "fashion", arm
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.image import image_arms, image_claims, recorded_arm
 from stillroom.proofs.points import control_claims, engine, frozen_critic_claim
 
 POINTS = Arm(
@@ -78,7 +78,7 @@ MECHANISM = Proof(
     note="On points the teacher is nearly exact, so that the GAN repairs teacher error cannot show here.",
 )
 
-DMD2 = recipe_arm("dmd2")
+DMD2 = recorded_arm("dmd2")
 IMAGE = Proof(
     "dmd2",
     "image",

@@ -40,10 +40,26 @@ def recipe_arm(name: str) -> Arm:
     return Arm(name, recipe.method, options=options, engine=engine, lora=recipe.lora)
 
 
+RECORDED: dict[str, dict[str, Any]] = {
+    "dmd2": {"critic_times": {"low": 0.05, "high": 0.98}, "critic_gan_weight": 0.1},
+    "swiftbrush": {"fake_times": {"low": 0.05, "high": 0.98}},
+    "sim": {"critic_times": {"low": 0.05}},
+    "sid-lsg": {"critic_times": {"low": 0.05}},
+    "uni-instruct": {"critic_times": {"low": 0.05}},
+}
+"""Options under which image-level arms were recorded, by method, where the shipped recipe has changed since."""
+
+
+def recorded_arm(name: str) -> Arm:
+    """:func:`recipe_arm` as it was when its results were recorded."""
+    arm = recipe_arm(name)
+    return arm.with_(name, options=RECORDED[arm.method])
+
+
 def image_arms(arm: Arm) -> tuple[Arm, ...]:
     """The controls: the untouched student, the teacher at one and at its best many steps, and the same network trained
     by the GAN alone, without a teacher (shared by all proofs)."""
-    gan = recipe_arm("dmd2")
+    gan = recorded_arm("dmd2")
     return (
         arm.with_("untouched", engine={"steps": 0}),
         Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),

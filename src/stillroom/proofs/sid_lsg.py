@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.image import image_arms, image_claims, recorded_arm
 from stillroom.proofs.points import TIMES, engine
 
 POINTS = Arm(
@@ -121,10 +121,10 @@ MECHANISM = Proof(
     ),
 )
 
-SID = recipe_arm("sid-lsg")
+SID = recorded_arm("sid-lsg")
 FOUR = SID.with_("sid-4-steps", options={"student_steps": 4})
 LONG = SID.with_("sid-lsg-10000", engine={"steps": 10_000})
-NEAR = recipe_arm("sid-lsg-long").with_("sid-lsg-long", engine={"compile": True})  # the same, only faster
+NEAR = recorded_arm("sid-lsg-long").with_("sid-lsg-long", engine={"compile": True})  # the same, only faster
 IMAGE = Proof(
     "sid-lsg",
     "image",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.image import image_arms, image_claims, recorded_arm
 from stillroom.proofs.points import TIMES, control_claims, engine, frozen_critic_claim
 
 
@@ -66,7 +66,7 @@ MECHANISM = Proof(
     ),
 )
 
-SIM = recipe_arm("sim")
+SIM = recorded_arm("sim")
 FAST = {"optim": {"generator": {"lr": 5 * SIM.engine["optim"]["generator"]["lr"]}}}
 IMAGE = Proof(
     "sim",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.image import image_arms, image_claims, recorded_arm
 from stillroom.proofs.points import control_claims, engine
 
 POINTS = Arm(
@@ -79,7 +79,7 @@ MECHANISM = Proof(
     ),
 )
 
-SWIFTBRUSH = recipe_arm("swiftbrush")
+SWIFTBRUSH = recorded_arm("swiftbrush")
 IMAGE = Proof(
     "swiftbrush",
     "image",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recipe_arm
+from stillroom.proofs.image import image_arms, image_claims, recorded_arm
 from stillroom.proofs.points import TIMES, control_claims, engine
 
 POINTS = Arm(
@@ -69,12 +69,12 @@ MECHANISM = Proof(
     ),
 )
 
-UNI = recipe_arm("uni-instruct")
+UNI = recorded_arm("uni-instruct")
 IMAGE = Proof(
     "uni-instruct",
     "image",
     "fashion",
-    arms=(UNI, recipe_arm("sid-lsg"), *image_arms(UNI)),
+    arms=(UNI, recorded_arm("sid-lsg"), *image_arms(UNI)),
     claims=(
         Claim(
             "gan",

@@ -19,6 +19,7 @@ from stillroom.diffusion.times import TimeLaw
 from stillroom.draws import Draws
 from stillroom.losses.divergence import DIVERGENCES
 from stillroom.method import frozen, get_method
+from stillroom.recipe import Recipe, shipped
 from stillroom.surgery.lora import LoraDenoiser
 
 # --- who is moved -----------------------------------------------------------------------------------------------------
@@ -294,3 +295,18 @@ def test_the_rows_of_a_split_batch_are_those_of_the_whole(slug: str) -> None:
         halves.append(found)
     for term in halves[0]:
         torch.testing.assert_close((halves[0][term] + halves[1][term]) / 2, whole[term], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if Recipe.load(name).method in FULL])
+def test_shipped_recipes_train_the_fake_score_wherever_the_student_asks_it(name: str) -> None:
+    options: Any = Recipe.load(name).method_options()
+    brush = get_method("swiftbrush").Options
+    asked, trained = (
+        (options.student_times, options.fake_times)
+        if isinstance(options, brush)
+        else (options.generator_times, options.critic_times)
+    )
+    ends = torch.tensor([0.0, 1.0])
+    (first, last), (low, high) = (law.quantile(ends, FLOW).tolist() for law in (asked, trained))
+    assert low <= first
+    assert high >= last
