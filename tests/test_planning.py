@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,7 +298,9 @@ def test_the_command_prints_bytes_as_json(folders: tuple[str, str], capsys: pyte
     assert cli.main([*arguments, "--json", "--memory", "1GB"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] is True
-    assert told["total"] == max(turn["total"] for turn in told["turns"])
+    most = max(phase["device"] for phase in told["phases"])
+    assert told["total"] == max(most, *(turn["total"] for turn in told["turns"]))
+    assert [phase["name"] for phase in told["phases"]] == ["load", "train", "save", "draw"]
     assert cli.main(arguments) == 0
     assert "generator" in capsys.readouterr().out
     same = sr.plan("sim", teacher=folders[0], data=folders[1], overrides=["engine.batch=4"])
@@ -337,3 +342,36 @@ def test_a_pipeline_is_planned_from_its_configs(tmp_path: Path, family: str) -> 
 def test_a_run_without_steps_has_nothing_to_plan() -> None:
     with pytest.raises(UserError, match=r"engine\.steps is 0: there is no training to plan"):
         plan(Recipe.load("dmd2", ["engine.steps=0"]))
+
+
+def test_the_whole_run_counts_what_lies_beside_the_networks(tmp_path: Path) -> None:
+    """Text encoder and autoencoder count in every phase; at the end teacher and student share a network with adapters,
+    of which saving holds the changed weights once more."""
+    folder = tiny_pipelines.save_pipeline("sd", tmp_path / "sd")
+    made = tiny_pipelines.make_pipeline("sd")
+    changes = ["engine.batch=2", "engine.device=cpu", "options.t_init=1.0", "options.gan_weight=0"]
+    adapters = ["lora.student={rank: 2}", "lora.fake={rank: 2}"]
+    found = plan(Recipe.load("dmd2", [*changes, *adapters], teacher=f"{folder}@16", data="prompts.txt"))
+    phases = {phase.name: phase for phase in found.phases}
+    parts = storage_bytes(t for part in (made.text_encoder, made.vae) for t in (*part.parameters(), *part.buffers()))
+    assert all(parts <= phase.beside < 1.3 * parts for phase in found.phases)
+    network = storage_bytes(made.unet.parameters())
+    adapted = sum(p.nbytes for name, p in made.unet.named_parameters() if name.endswith(("to_q.weight", "to_v.weight")))
+    assert phases["train"].device == max(turn.total for turn in found.turns)
+    assert network < phases["load"].device < 1.3 * network
+    assert phases["load"].device + 0.9 * adapted <= phases["save"].device <= phases["load"].device + 1.5 * adapted
+    assert phases["draw"].device > phases["load"].device
+    assert found.total == found.process == max(phase.process for phase in found.phases)
+    plain = plan(Recipe.load("dmd2", changes, teacher=f"{folder}@16", data="prompts.txt"))
+    ends = {phase.name: phase.device for phase in plain.phases}
+    assert 3 * network <= ends["load"] < 3.3 * network  # teacher, student, fake score
+    assert 2 * network <= ends["save"] < 2.3 * network  # teacher and student
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_whole_run_is_within_15_per_cent_of_its_process() -> None:
+    """A pipeline of 0.3 GB: the most memory that a process has taken from reading its teacher to its report."""
+    program = Path(__file__).parents[1] / "benchmarks" / "whole_run.py"
+    said = subprocess.run([sys.executable, str(program)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    error = float(re.findall(r"error (-?[0-9.]+)%", said)[0])
+    assert abs(error) <= 15

@@ -3,6 +3,7 @@ much."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -11,15 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stillroom.engine.rehearsal import Rehearsal, TurnCost
+from stillroom.engine.rehearsal import Counted, Rehearsal, TurnCost, storage_bytes
 from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.recipe import Recipe
-from stillroom.surgery.skeleton import emptied, unshared, weights_unread
-from stillroom.task import NOTHING, make_task
+from stillroom.surgery.lora import LoraDenoiser
+from stillroom.surgery.skeleton import NEED_VALUES, Answered, emptied, tensors_in, unshared, weights_unread
+from stillroom.task import NOTHING, PictureGenerator, Task, make_task
 from stillroom.training import build_method
 
 if TYPE_CHECKING:
@@ -54,21 +56,44 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a run, in bytes. device: what the device holds at most. beside: what lies in host memory all the while:
+    the parts of a model that no turn asks (text encoders, autoencoders), and the data. On the CPU a process takes the
+    sum of both, besides the interpreter and its libraries."""
+
+    name: str
+    device: int
+    beside: int
+
+    @property
+    def process(self) -> int:
+        return self.device + self.beside
+
+
+@dataclass(frozen=True)
 class Plan:
     """Costs of every turn on one of ``world`` processes. flops: of a mean step of all turns of a stage, forward and
-    backward, on one process: the most of all stages. memory: of the device, in bytes (0: not said)."""
+    backward, on one process: the most of all stages. phases: the whole run, where it is one process: load, train, save,
+    draw. memory: of the device, in bytes (0: not said)."""
 
     recipe: Recipe
     world: int
     turns: list[TurnCost]
     flops: int
+    phases: list[Phase] = field(default_factory=list)
     memory: int = 0
     advice: Advice | None = None
 
     @property
     def total(self) -> int:
-        """The most memory of any turn, in bytes."""
-        return max(turn.total for turn in self.turns)
+        """The most memory of any turn or phase, in bytes: on the device, and of the process where that is the CPU."""
+        whole = [phase.process if self.recipe.engine.device == "cpu" else phase.device for phase in self.phases]
+        return max(*(turn.total for turn in self.turns), 0, *whole)
+
+    @property
+    def process(self) -> int:
+        """The most memory that a process takes whose device is the CPU, besides the interpreter and its libraries."""
+        return max((phase.process for phase in self.phases), default=self.total)
 
     @property
     def host(self) -> int:
@@ -99,6 +124,8 @@ class Plan:
             "flops_per_step": self.flops,
             "memory": self.memory or None,
             "fits": self.fits,
+            "process": self.process,
+            "phases": [dataclasses.asdict(phase) | {"process": phase.process} for phase in self.phases],
             "turns": [dataclasses.asdict(turn) for turn in self.turns],
             "advice": dataclasses.asdict(self.advice) if self.advice else None,
         }
@@ -157,9 +184,56 @@ def _rehearsed(recipe: Recipe, world: int, objects: Mapping[str, Any]) -> Plan:
         emptied(method, mode)
         rehearsal = Rehearsal(method, task.data, recipe.engine, world, mode)
         turns = rehearsal.turn_costs()
+        phases = _phases(task, rehearsal, turns) if world == 1 else []
     stages = {stage for turn in turns for stage in turn.stages}
     flops = max(sum(turn.flops / turn.every for turn in turns if stage in turn.stages) for stage in stages)
-    return Plan(recipe, world, turns, round(flops))
+    return Plan(recipe, world, turns, round(flops), phases)
+
+
+def _phases(task: Task, rehearsal: Rehearsal, turns: Sequence[TurnCost]) -> list[Phase]:
+    """Load, train, save and draw, of a training that has been gone through. At the end only the student and its
+    teachers are left; where they share their weights, these count once."""
+    method = rehearsal.method
+    mine = [*method.parameters(), *method.buffers()]
+    known = {id(tensor.untyped_storage()) for tensor in mine}
+    others = [tensor for tensor in tensors_in([task, task.data]) if id(tensor.untyped_storage()) not in known]
+    beside = storage_bytes(others)
+    weights = storage_bytes(mine)
+    role = rehearsal.export_role(share=True)
+    student = task.student(role, method.sampler())
+    merged = storage_bytes(_merged(role)) if isinstance(role, LoraDenoiser) else 0
+    left = storage_bytes([*role.parameters(), *role.buffers(), *tensors_in(list(method.teachers().values()))])
+    drawn = _drawn(student, rehearsal) if isinstance(student, PictureGenerator) else 0
+    train = max(turn.total for turn in turns)
+    return [
+        Phase("load", weights, beside),
+        Phase("train", train, beside),
+        Phase("save", left + merged, beside),
+        Phase("draw", left + drawn, beside),
+    ]
+
+
+def _merged(role: LoraDenoiser) -> list[Tensor]:
+    """The weights that an adapter changes."""
+    shared = {id(p) for p in role.network.parameters()}
+    return [p for p in role.merged(share=True).network.parameters() if id(p) not in shared]
+
+
+def _drawn(student: PictureGenerator, rehearsal: Rehearsal) -> int:
+    """The most bytes that a batch of drawings takes on top of the weights. What cannot be gone through without values
+    counts as nothing."""
+    most = 0
+    for act in student.drawing():
+        counted = Counted()
+        with contextlib.suppress(*NEED_VALUES), rehearsal.mode, torch.no_grad(), Answered():
+            for tensor in tensors_in(student):
+                counted.see(tensor)
+            counted.restart()
+            there = counted.alive
+            with counted:
+                act()
+            most = max(most, counted.peak - there)
+    return most
 
 
 # --- what to change ---------------------------------------------------------------------------------------------------
@@ -344,6 +418,9 @@ def _headline(found: Plan) -> str:
 def verdict(found: Plan) -> list[str]:
     """Lines below the table: the highest turn, whether it fits, and what to change."""
     lines = [f"peak {size_text(found.total)}; {count_text(found.flops)}FLOP per step and process"]
+    if found.phases:
+        told = (f"{phase.name} {size_text(phase.process)}" for phase in found.phases)
+        lines.append(f"the whole run in one process on the CPU, libraries apart: {', '.join(told)}")
     if found.host:
         lines.append(f"host memory: {size_text(found.host)} of frozen weights per process")
     if not found.memory:

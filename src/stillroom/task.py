@@ -223,6 +223,22 @@ class PictureGenerator(Model):
         """Pictures that are drawn in a batch: as many as keep an evaluation below :data:`REAL_SIZE`."""
         return max(1, min(self.most_at_once, int(REAL_SIZE // max(self._evaluation_flops(), 1.0))))
 
+    def drawing(self) -> list[Callable[[], Any]]:
+        """The steps of drawing one batch that take the most memory, each by itself, on a model whose tensors have no
+        values. Default: one evaluation of a denoiser."""
+        network = self.module
+        if not isinstance(network, Denoiser):
+            return []
+        rows = self.at_once
+        null = {name: torch.as_tensor(value) for name, value in network.null.items()}
+        guided = 2 if getattr(self.sampler, "guidance", 1.0) not in (0.0, 1.0) else 1
+
+        def evaluate() -> Any:
+            given = {k: torch.empty((guided * rows, *v.shape), dtype=v.dtype) for k, v in null.items()}
+            return network(torch.empty(guided * rows, *network.shape), torch.full((guided * rows,), 0.5), given)
+
+        return [evaluate]
+
     def _evaluation_flops(self) -> float:
         """Floating-point operations of one evaluation for one picture. Small networks are not looked at closely: no
         weight is used more than once for each place of a sample."""

@@ -38,10 +38,16 @@ def unwritten() -> bool:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file. A weight that stands under two names is written twice: the format knows no shares."""
     from safetensors.torch import save_file
 
-    save_file({} if unwritten() else dict(tensors), path, metadata=metadata)
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in {} if unwritten() else tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    save_file(apart, path, metadata=metadata)
 
 
 def save_pretrained(network: Any, folder: str | Path) -> None:

@@ -143,6 +143,24 @@ def unshared(thing: Any) -> Any:
     return copy.deepcopy(thing, {id(tensor): tensor for tensor in _tensors(thing)})
 
 
+def tensors_in(thing: Any, depth: int = 5) -> Iterator[Tensor]:
+    """Tensors of networks and data in it, as deep as tasks hold them."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, nn.Module):
+        yield from thing.parameters()
+        yield from thing.buffers()
+    elif depth:
+        if isinstance(thing, Mapping):
+            inner: Any = thing.values()
+        elif isinstance(thing, list | tuple):
+            inner = thing
+        else:
+            inner = vars(thing).values() if hasattr(thing, "__dict__") and not isinstance(thing, type) else ()
+        for one in inner:
+            yield from tensors_in(one, depth - 1)
+
+
 def _tensors(thing: Any, depth: int = 3) -> Iterator[Tensor]:
     """Those of the networks in it, as deep as pipelines and finished models hold them."""
     if isinstance(thing, nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -212,6 +212,14 @@ class PipelineGenerator(PictureGenerator):
             images = images[:, 0] if images.ndim == 5 else images
             found.append(images.float().cpu() * 2 - 1)
         return torch.cat(found)
+
+    def drawing(self) -> list[Callable[[], Any]]:
+        """And one picture decoded."""
+        vae, shape = self.pipeline.components.get("vae"), self.denoiser.shape
+        own = getattr(getattr(vae, "config", None), "latent_channels", None)
+        if own != shape[0]:  # of another layout, or none
+            return super().drawing()
+        return [*super().drawing(), lambda: vae.decode(torch.empty(1, *shape))]
 
     def _gather(self) -> None:
         """All parts to where the network computes."""
