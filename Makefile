@@ -1,4 +1,4 @@
-# make run | test | docs | prove | lint | slow | clean. Everything runs inside $(VENV), made when it is missing or out of date.
+# make run | test | docs | prove | lint | slow | gpu | clean. Everything runs inside $(VENV), made when it is missing or out of date.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ METHODS ?= dmd2 swiftbrush sim sid-lsg uni-instruct
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test slow docs prove lint clean venv
+.PHONY: run test slow gpu docs prove lint clean venv
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -22,6 +22,10 @@ test: lint
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a CUDA device, of at most eight minutes. What it finds goes into results/benchmarks/gpu.json.
+gpu: $(STAMP)
+	$(BIN)/python tools/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,6 +27,18 @@ def block_benchmarks(sources: Sources, page: Page) -> str:
     return "\n\n".join(sections)
 
 
+def block_gpu(sources: Sources, page: Page) -> str:
+    """Whether tools/gpu_check.py was ever run on a device, and where its table stands."""
+    found = next((bench for bench in sources.benchmarks if bench["name"] == "GPU self-check"), None)
+    if found is None:
+        return "Not run on a GPU yet: `make gpu` has recorded nothing, and all that is said of speed here is of CPUs."
+    good = sum(row["outcome"] == "ok" for row in found["rows"])
+    return (
+        f"Run on {found['machine']}: {good} of {len(found['rows'])} parts ok "
+        f"([table]({page.link('docs/evaluation.md')}#gpu-self-check))."
+    )
+
+
 def block_pipelines(sources: Sources, page: Page) -> str:
     """Which method runs on which family of pipelines, as tools/pairs.py found it."""
     record = json.loads((sources.root / "results" / "pipelines" / "pairs.json").read_text(encoding="utf-8"))

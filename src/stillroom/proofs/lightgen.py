@@ -211,7 +211,8 @@ MECHANISM = Proof(
 # --- images -----------------------------------------------------------------------------------------------------------
 PRETRAINED = recipe_arm("lightgen").with_(
     "pretrained",
-    options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0},
+    # the recipe has taken 12 head steps since these arms were recorded
+    options={"pretrain_share": 1.0, "adapt_share": 0.0, "dpo_share": 0.0, "head_steps": 25},
     engine={"steps": 0},
     student="lightgen",
     recorded={"start": "lightgen"},
