@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow, TrigFlow
 from stillroom.draws import Draws
-from stillroom.method import Batch, Method, Terms
+from stillroom.engine.distributed import finished
+from stillroom.method import Batch, Method
 
 PROCESSES: dict[str, Process] = {"flow": RectifiedFlow(), "trig": TrigFlow(), "edm": EDM(), "vp": VP()}
 KINDS = {"flow": "v", "trig": "v", "edm": "edm", "vp": "eps"}  # what networks of each process usually predict
@@ -156,7 +157,7 @@ def draws(n: int, seed: int = 0) -> Draws:
     return Draws(torch.Generator().manual_seed(seed), slice(0, n), n)
 
 
-def play(method: Method, name: str, batch: Batch, seed: int = 0, train_all: bool = False) -> Terms:
+def play(method: Method, name: str, batch: Batch, seed: int = 0, train_all: bool = False) -> dict[str, Tensor]:
     """One turn as the engine plays it, with its backward pass; gradients lie on the parameters afterwards.
 
     train_all: let every parameter ask for a gradient, to see what the turn itself cuts.
@@ -170,7 +171,7 @@ def play(method: Method, name: str, batch: Batch, seed: int = 0, train_all: bool
     method.zero_grad(set_to_none=True)
     sizes = [len(v) for v in batch["cond"].values()] or [len(batch["x"])]
     method.draw = draws(sizes[0], seed)
-    terms = getattr(method, name)(batch)
+    terms = finished(getattr(method, name)(batch))
     sum(terms.values()).backward()  # type: ignore[union-attr]
     return terms
 

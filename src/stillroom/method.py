@@ -34,8 +34,9 @@ Batch = Mapping[str, Any]
 """``{"x": [B, ...], "cond": {name: [B, ...]}}``; ``x`` is what the data hold: images, latents, vectors. A method reads
 what it needs (image-free: ``cond`` only)."""
 
-Terms = dict[str, Tensor]
-"""Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name."""
+Terms = Mapping[str, Tensor | Callable[[], Tensor]]
+"""Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name. A term of passes of
+its own may be a function that makes it: it is asked last, and the engine may have done with the others by then."""
 
 
 @dataclass(frozen=True)

@@ -334,13 +334,6 @@ def test_activation_checkpointing_without_a_network_that_can_is_refused() -> Non
         trainer(activation_checkpointing=True)
 
 
-def test_compile_option_compiles_each_roles_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    run = trainer(compile=True)
-    assert compiled == [run.method.teacher.network, run.method.student.network, run.method.critic.network]
-
-
 # --- what stops a run -------------------------------------------------------------------------------------------------
 class Failing(Toy):
     """Its critic's loss turns into ``value`` at step 6."""

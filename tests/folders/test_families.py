@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow, TrigFlow
@@ -18,7 +20,7 @@ from stillroom.folders.diffusers_networks import (
     process_from_scheduler,
     scheduler_config,
 )
-from stillroom.networks.discriminators import Discriminator, feature_width, middle_block
+from stillroom.networks.discriminators import Discriminator, block_taps, feature_width, middle_block
 from stillroom.surgery.taps import Taps, as_tokens
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
@@ -205,6 +207,44 @@ def test_gan_features_come_from_the_image_and_let_gradients_through(
     assert bool((gradient.flatten(1).abs().amax(1) > 0).all())
 
 
+def test_logits_alone_are_those_of_the_whole_pass_to_the_last_bit(
+    family: tuple[str, Denoiser, dict[str, Tensor]],
+) -> None:
+    _, denoiser, cond = family
+    discriminator = Discriminator(denoiser)
+    trained = [*denoiser.parameters(), *discriminator.parameters()]
+    t = torch.full((3,), 0.5 * denoiser.process.t_max)
+    torch.manual_seed(0)
+    noise, found, flops = torch.randn(3, *denoiser.shape), [], []
+    for ask in (lambda x: discriminator(denoiser, x, t, cond)[1], lambda x: discriminator.logits(denoiser, x, t, cond)):
+        x = noise.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            logits = ask(x)
+        flops.append(counter.get_total_flops())
+        found.append([logits, *torch.autograd.grad(logits.sum(), [x, *trained], allow_unused=True)])
+    assert flops[1] < flops[0]
+    for whole, early in zip(*found, strict=True):
+        assert (whole is None) == (early is None)
+        assert whole is None or torch.equal(whole, early)
+
+
+def test_a_discriminator_taps_a_network_once_and_its_copies_leave_that_network_alone() -> None:
+    denoiser, cond = build("dit")
+    discriminator = Discriminator(denoiser)
+    block = denoiser.network.get_submodule(discriminator.path)
+    x, t = torch.randn(3, *denoiser.shape), torch.full((3,), 500.0)
+    expected = discriminator(denoiser, x, t, cond)[1]
+    assert len(block._forward_hooks) == 1
+    with torch.no_grad():
+        copied = copy.deepcopy(nn.ModuleList([discriminator, denoiser]))
+    assert len(block._forward_hooks) == 1
+    torch.testing.assert_close(copied[0](copied[1], x, t, cond)[1], expected)  # type: ignore[operator]
+    other, _ = build("dit")
+    discriminator.logits(other, x, t, cond)
+    torch.testing.assert_close(discriminator.logits(denoiser, x, t, cond), expected)
+    assert copy.deepcopy(discriminator).state_dict().keys() == discriminator.state_dict().keys()
+
+
 def test_the_middle_is_a_whole_block(family: tuple[str, Denoiser, dict[str, Tensor]]) -> None:
     name, denoiser, _ = family
     path = middle_block(denoiser.network)
@@ -231,9 +271,9 @@ def test_taps_read_any_module_and_leave_no_hook() -> None:
     assert as_tokens(features["transformer_blocks.0"]).shape == (3, 16, 16)
     denoiser(torch.zeros(3, 2, 8, 8), 1.0, cond)
     assert len(features.calls("transformer_blocks.0")) == 1
-    assert feature_width(denoiser, "transformer_blocks.0") == 16
+    assert feature_width(denoiser, block_taps(denoiser.network, "transformer_blocks.0")) == 16
     with pytest.raises(UserError, match="did you mean 'transformer_blocks"):
-        feature_width(denoiser, "transformer_block.0")
+        block_taps(denoiser.network, "transformer_block.0")
 
 
 def test_tokens_of_maps_and_vectors() -> None:

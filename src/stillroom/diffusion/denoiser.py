@@ -159,6 +159,16 @@ class Denoiser(nn.Module):
             value = self.guide(conditional, unconditional, guidance)
         return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
 
+    def guided(self, given: Prediction, cond: Cond, guidance: float) -> Prediction:
+        """What :meth:`forward` says with ``guidance`` where it has said ``given`` without, at the cost of the
+        unconditional answer alone. No gradient."""
+        if guidance == 1.0 or not cond:
+            return given
+        with torch.no_grad():
+            null = self(given.x_t, given.t, cond, 0.0)
+            value = null.value if guidance == 0.0 else self.guide(given.value, null.value, guidance)
+        return Prediction(given.process, given.kind, value, given.x_t, given.t)
+
 
 class Reparametrised(nn.Module):
     """``denoiser`` asked under another process, by matching the signal-to-noise ratio. Same call, same predictions."""

@@ -17,6 +17,7 @@ _FREE = (
     "accumulate",
     "compile",
     "activation_checkpointing",
+    "backward_per_term",
     "offload",
     "parallel",
     "device",
@@ -71,6 +72,9 @@ class EngineConfig:
     )
     compile: bool = False
     activation_checkpointing: bool = False
+    # one backward pass for each term of a turn that its method lets wait, in place of one for all: less memory at once,
+    # the same gradients up to rounding; one process
+    backward_per_term: bool = field(default=False, metadata={"later": True})
     offload: bool = False  # keep the weights that no turn trains in host memory, on the device only while they are used
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: "ddp" or "fsdp"
     optim: dict[str, dict[str, Any]] = field(default_factory=dict)  # {turn or "all": {field of Optim: value}}

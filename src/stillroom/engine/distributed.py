@@ -117,6 +117,11 @@ class World:
             dist.destroy_process_group()
 
 
+def finished(terms: Terms) -> dict[str, Tensor]:
+    """The terms, with those made that wait."""
+    return {name: term() if callable(term) else term for name, term in terms.items()}
+
+
 class TurnModule(nn.Module):
     """A turn as a module, so that DDP can watch exactly one turn's backward pass."""
 
@@ -125,7 +130,7 @@ class TurnModule(nn.Module):
         self.method, self.function = method, getattr(method, turn.name)
 
     def forward(self, batch: Batch) -> Terms:
-        return self.function(batch)
+        return {**finished(self.function(batch))}
 
 
 class Plain:
@@ -202,6 +207,9 @@ def shard(method: Method, world: World, host: Collection[nn.Parameter] = ()) -> 
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=away, **ignored)
             for entry in getattr(unit, "forward_methods", ()):  # what a network is asked besides forward()
                 register_fsdp_forward_method(unit, entry)
+    for turn in method.turns():  # FSDP2 wants all of a turn's passes inside the one call
+        function = getattr(method, turn.name)
+        setattr(method, turn.name, lambda batch, function=function: finished(function(batch)))
     for name in ("enter", "fit", *(turn.name for turn in method.turns())):
         register_fsdp_forward_method(method, name)
 

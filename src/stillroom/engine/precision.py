@@ -13,14 +13,16 @@ from stillroom.errors import UserError
 
 
 def networks(method: nn.Module) -> Iterator[nn.Module]:
-    """The network of every role: ``role.network`` where a role wraps one (a denoiser does), else the role itself."""
+    """The networks of every role: ``role.network`` where a role wraps one (a denoiser does), the elements of a role that
+    is a list or a dictionary of networks, else the role itself."""
     seen: set[int] = set()
     for _, role in method.named_children():
-        inner = getattr(role, "network", None)
-        module = inner if isinstance(inner, nn.Module) else role
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
+        for part in role.children() if isinstance(role, nn.ModuleList | nn.ModuleDict) else (role,):
+            inner = getattr(part, "network", None)
+            module = inner if isinstance(inner, nn.Module) else part
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield module
 
 
 def _to_float32(module: nn.Module, args: Any, output: Any) -> Any:
@@ -46,6 +48,23 @@ def without_hooks(module: nn.Module) -> nn.Module:
                 part._forward_hooks_always_called.pop(key, None)
         part.__dict__.pop("runs_on", None)
     return module
+
+
+COMPILED_FORMS = 64
+"""How many forms of one network's code torch.compile may keep before it gives up and runs the code as it is, without a
+word: roles of one class share them, and turns ask them with and without gradients, in train and eval mode, tapped and
+not."""
+
+
+def compile_networks(method: nn.Module) -> None:
+    """Compile the networks of every role, in place."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_FORMS)
+    # else what was compiled for one role answers for another of the same class that taps read, and nothing is read
+    dynamo.skip_nnmodule_hook_guards = False
+    for network in networks(method):
+        network.compile()
 
 
 def checkpoint_activations(method: nn.Module) -> None:

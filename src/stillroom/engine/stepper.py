@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from stillroom.draws import Draws, mix
 from stillroom.engine import precision, state
 from stillroom.engine.config import EMARule, EngineConfig
-from stillroom.engine.distributed import DataParallel, Sharded, World, local, shard, statistics
+from stillroom.engine.distributed import DataParallel, Sharded, World, finished, local, shard, statistics
 from stillroom.engine.ema import EMA
 from stillroom.engine.export import Outline
 from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.stages import Beside, Span, StageData, lay_out
 from stillroom.errors import UserError, nearest
-from stillroom.method import Batch, Method
+from stillroom.method import Batch, Method, Terms
 
 
 class Data(Protocol):
@@ -95,9 +95,7 @@ class Stepper:
         if c.precision == "bf16":
             precision.return_float32(m)
         if c.compile:
-            for _, role in m.named_children():
-                if isinstance(network := getattr(role, "network", None), nn.Module):
-                    network.compile()
+            precision.compile_networks(m)
         if self.sharded:
             shard(m, self.world, self.offload.handed_over(m) if self.offload else ())
 
@@ -233,14 +231,17 @@ class Stepper:
             m.shared, m.notes, m.weights = shared[k], {}, weights[k]
             self.seed(m, step, player.index, k)
             with player.runner.gradients(last=k == count - 1):
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+                with self._autocast():
                     terms = player.runner.call(batch)
-                values = [value.float() for value in terms.values()]
-                total = values[0] if len(values) == 1 else torch.stack(values).sum()
-                (total if count == 1 else total / count).backward()
-            for name, value in zip(terms, values, strict=True):
-                key = f"{player.turn.name}/{name}"
-                losses[key] = losses[key] + value.detach() / count if k else value.detach() / count
+                for part in self._parts(terms):
+                    with self._autocast():
+                        made = finished(part)
+                    values = [value.float() for value in made.values()]
+                    total = values[0] if len(values) == 1 else torch.stack(values).sum()
+                    (total if count == 1 else total / count).backward()
+                    for name, value in zip(made, values, strict=True):
+                        key = f"{player.turn.name}/{name}"
+                        losses[key] = losses[key] + value.detach() / count if k else value.detach() / count
             for name, value in m.notes.items():
                 notes[name] = notes.get(name, 0.0) + value / count
         player.notes = notes
@@ -252,6 +253,18 @@ class Stepper:
         if before is not None:
             self._compare(player, before)
         return losses
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _parts(self, terms: Terms) -> list[Terms]:
+        """What is minimised by one backward pass each: all terms together or, under ``config.backward_per_term``, those
+        that are there, and after them each of those that wait."""
+        if not self.config.backward_per_term:
+            return [terms]
+        there = {name: term for name, term in terms.items() if not callable(term)}
+        parts: list[Terms] = [there] if there else []
+        return parts + [{name: term} for name, term in terms.items() if callable(term)]
 
     def _shares(
         self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.errors import UserError
-from stillroom.surgery.taps import Tap, Taps, as_tokens, block_paths
+from stillroom.surgery.taps import Features, Tap, Taps, as_tokens, block_paths
 
 
 def middle_block(network: nn.Module) -> str:
@@ -18,13 +18,6 @@ def middle_block(network: nn.Module) -> str:
         return "mid_block"
     blocks = block_paths(network)
     return blocks[len(blocks) // 2]
-
-
-def ask_with_features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, path: str) -> tuple[Prediction, Tensor]:
-    """The prediction and, from the same forward pass, the features at ``path``: ``[B, N, D]`` tokens."""
-    with Taps(denoiser.network, {"block": Tap(path, item="last")}) as taps, taps.recording() as features:
-        prediction = denoiser(x_t, t, cond)
-    return prediction, as_tokens(features.calls("block")[0])
 
 
 class DiscriminatorHead(nn.Module):
@@ -50,21 +43,61 @@ class DiscriminatorHead(nn.Module):
 
 class Discriminator(nn.Module):
     """A head on one block of a denoiser. The denoiser is not owned (it is the fake score or the teacher): the caller's
-    turn says whether its weights move."""
+    turn says whether its weights move.
+
+    The taps that read the block are made once for each network that is asked, the first with the discriminator.
+    """
+
+    forward_methods: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(self, denoiser: Denoiser, block: str = "", kind: Literal["mlp", "mean"] = "mlp") -> None:
         super().__init__()
         self.path = block or middle_block(denoiser.network)
-        self.head = DiscriminatorHead(feature_width(denoiser, self.path), kind)
+        self._taps = [block_taps(denoiser.network, self.path)]
+        self.head = DiscriminatorHead(feature_width(denoiser, self._taps[0]), kind)
 
     def forward(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Prediction, Tensor]:
         """``(prediction, logits [B, N])`` from one forward pass."""
-        prediction, tokens = ask_with_features(denoiser, x_t, t, cond, self.path)
-        return prediction, self.head(tokens)
+        with self._reading(denoiser).recording() as features:
+            prediction = denoiser(x_t, t, cond)
+        return prediction, self.head(tokens_of(features))
+
+    def logits(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Logits ``[B, N]`` alone: the pass ends at the tapped block, with the numbers and gradients of the whole
+        pass."""
+        return self.head(tokens_at(denoiser, self._reading(denoiser), x_t, t, cond))
+
+    def _reading(self, denoiser: Denoiser) -> Taps:
+        for taps in self._taps:
+            if taps.network is denoiser.network:
+                return taps
+        self._taps.append(block_taps(denoiser.network, self.path))
+        return self._taps[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads other networks, and does not copy those that this one reads."""
+        return self.__dict__ | {"_taps": []}
 
 
-def feature_width(denoiser: Denoiser, path: str) -> int:
-    """Channels of the tokens at ``path``, found by one dry call on zeros.
+def block_taps(network: nn.Module, path: str) -> Taps:
+    return Taps(network, {"block": Tap(path, item="last")})
+
+
+def tokens_of(features: Features) -> Tensor:
+    """``[B, N, D]`` of the block's first call."""
+    return as_tokens(features.calls("block")[0])
+
+
+def tokens_at(denoiser: Denoiser, taps: Taps, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The tokens ``[B, N, D]`` after the tapped block; the network runs no further."""
+    # not by the denoiser's own call: an exit has to end inside what the taps know, the network
+    with taps.recording(early_exit=True) as features:
+        denoiser.native(x_t, t, cond)
+    return tokens_of(features)
+
+
+def feature_width(denoiser: Denoiser, taps: Taps) -> int:
+    """Channels of the tokens after the tapped block, found by one dry call on zeros.
 
     Raises UserError when the network does not run on the denoiser's null conditions alone.
     """
@@ -74,7 +107,7 @@ def feature_width(denoiser: Denoiser, path: str) -> int:
     t = torch.full((1,), 0.5 * denoiser.process.t_max, device=parameter.device)
     try:
         with torch.no_grad():
-            return ask_with_features(denoiser, x, t, cond, path)[1].shape[-1]
+            return tokens_at(denoiser, taps, x, t, cond).shape[-1]
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from stillroom.data.source import ASSETS
+from stillroom.engine.config import EngineConfig
 from stillroom.method import get_method
 from stillroom.proofs.base import Arm, Claim
 from stillroom.recipe import Recipe
@@ -18,8 +20,8 @@ def recipe_arm(name: str) -> Arm:
     on the bench's own teachers, student and data. These are the run's where the bench has one teacher and one set of
     data; a bench of classifiers or encoders may split its data, or label and name them, otherwise than a run would.
 
-    Options that came after results were recorded (``later`` in their metadata) are left out at their default: older
-    results keep their keys."""
+    Options and settings that came after results were recorded (``later`` in their metadata) are left out at their
+    default: older results keep their keys."""
     recipe = Recipe.load(name)
     engine = recipe.engine.to_dict()
     free = (
@@ -35,8 +37,8 @@ def recipe_arm(name: str) -> Arm:
     )
     engine = {key: value for key, value in engine.items() if key not in free}
     cls = get_method(recipe.method).Options
-    later, usual = {f.name for f in fields(cls) if f.metadata.get("later")}, asdict(cls())
-    options = {k: v for k, v in recipe.to_dict()["options"].items() if k not in later or v != usual[k]}
+    options = _without_later(cls, recipe.to_dict()["options"])
+    engine = _without_later(EngineConfig, engine)
     return Arm(name, recipe.method, options=options, engine=engine, lora=recipe.lora)
 
 
@@ -54,6 +56,11 @@ def recorded_arm(name: str) -> Arm:
     """:func:`recipe_arm` as it was when its results were recorded."""
     arm = recipe_arm(name)
     return arm.with_(name, options=RECORDED[arm.method])
+
+
+def _without_later(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    later, usual = {f.name for f in fields(cls) if f.metadata.get("later")}, asdict(cls())
+    return {k: v for k, v in values.items() if k not in later or v != usual[k]}
 
 
 def image_arms(arm: Arm) -> tuple[Arm, ...]:

@@ -101,9 +101,9 @@ class Features(Mapping[str, Tensor]):
     """What one recording read, by the names of the taps. Indexing wants a tap that was reached exactly once; a network
     that is run twice, or that shares a module between layers, is read by :meth:`calls`."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], early_exit: bool) -> None:
         self._calls: dict[str, list[Tensor]] = {name: [] for name in names}
-        self.with_gradients = torch.is_grad_enabled()
+        self.with_gradients, self.early_exit = torch.is_grad_enabled(), early_exit
 
     def __getitem__(self, name: str) -> Tensor:
         calls = self.calls(name)
@@ -141,8 +141,8 @@ class _Sink:
     """Where the hooks put what they see. It knows neither the network nor its :class:`Taps`: torch.compile refuses to
     trace a module that can be reached from its own hook."""
 
-    def __init__(self, taps: dict[str, Tap], early_exit: bool) -> None:
-        self.taps, self.early_exit = taps, early_exit
+    def __init__(self, taps: dict[str, Tap]) -> None:
+        self.taps = taps
         self.open: list[Features] = []
 
     def before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,18 +167,18 @@ class _Sink:
             )
         features._calls[name].append(value)
         # what a compiled pass has recorded would be lost if an exception ended it
-        if self.early_exit and not torch.compiler.is_compiling() and all(features._calls.values()):
+        if features.early_exit and not torch.compiler.is_compiling() and all(features._calls.values()):
             raise _Exit(self)
 
 
 class Recording:
     """A context in which a :class:`Taps` reads. A class, not a generator, so that torch.compile can trace it."""
 
-    def __init__(self, taps: Taps) -> None:
-        self.taps = taps
+    def __init__(self, taps: Taps, early_exit: bool) -> None:
+        self.taps, self.early_exit = taps, early_exit
 
     def __enter__(self) -> Features:
-        features = Features(self.taps.taps)
+        features = Features(self.taps.taps, self.early_exit)
         self.taps._sink.open.append(features)
         return features
 
@@ -221,7 +221,7 @@ class Taps:
         self.taps: dict[str, Tap] = dict(listed)
         if not listed or len(self.taps) < len(listed):
             raise UserError("taps need one name each", cure="give {name: Tap(...)} where one module is read twice")
-        self._sink = _Sink(self.taps, early_exit)
+        self._sink = _Sink(self.taps)
         self._handles: list[Any] = []
         self._units: dict[str, list[nn.Module]] = {}
         modules = module_paths(network)
@@ -251,10 +251,10 @@ class Taps:
             output = self.network(*args, **kwargs)
         return (None if self.early_exit else output), features
 
-    def recording(self) -> Recording:
+    def recording(self, early_exit: bool | None = None) -> Recording:
         """A context that gives :class:`Features` of what the network does inside it, however it is called. With
-        ``early_exit`` the rest of the block is skipped once every tap is read."""
-        return Recording(self)
+        ``early_exit`` (by default, that of the taps) the rest of the block is skipped once every tap is read."""
+        return Recording(self, self.early_exit if early_exit is None else early_exit)
 
     def shapes(self, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
         """Shape of every feature, from one dry run in eval mode that leaves modes and random state as they were."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 from points import B, batch, build, says, two_points
 from torch import Tensor
 
 from gaussians import draws, moved, play
 from stillroom.engine.config import EngineConfig
+from stillroom.engine.distributed import finished
 from stillroom.engine.trainer import Trainer
 from stillroom.method import Batch, frozen
 
@@ -112,5 +114,76 @@ def test_both_terms_of_dmd2_s_critic_train_the_fake_score_and_the_gan_alone_trai
     for term, roles in (("denoise", {"fake"}), ("gan", {"fake", "discriminator"})):
         method.zero_grad(set_to_none=True)
         method.shared, method.draw = {}, draws(B)
-        method.critic(batch())[term].backward()
+        finished(method.critic(batch()))[term].backward()
         assert moved(method) == roles
+
+
+PASSES = [
+    ({}, {"teacher": "w", "fake": "we"}, {"fake": "wee"}),
+    ({"gan_pass": "shared"}, {"teacher": "w", "fake": "w"}, {"fake": "we"}),
+    ({"gan_network": "teacher"}, {"teacher": "we", "fake": "w"}, {"teacher": "ee", "fake": "w"}),
+    ({"gan_network": "teacher", "gan_pass": "shared"}, {"teacher": "w", "fake": "w"}, {"teacher": "ee", "fake": "w"}),
+]
+
+
+@pytest.mark.parametrize(("options", "generator", "critic"), PASSES)
+def test_dmd2_s_discriminator_takes_no_more_passes_than_it_must(
+    options: dict[str, str], generator: dict[str, str], critic: dict[str, str]
+) -> None:
+    """w: a whole pass; e: one that ends at the tapped block."""
+    method = build("dmd2", **options)
+    taken: dict[str, str] = {}
+    for name in ("teacher", "fake"):
+        network = method.role(name).network
+
+        def ended(module: Any, *_: Any, name: str = name) -> None:
+            taken[name] = taken.get(name, "") + "e"
+
+        def whole(module: Any, *_: Any, name: str = name) -> None:
+            taken[name] = taken[name][:-1] + "w"
+
+        network.register_forward_pre_hook(ended)
+        network.register_forward_hook(whole)
+    method.shared = {}
+    for turn, expected in (("generator", generator), ("critic", critic)):
+        taken.clear()
+        play(method, turn, batch())
+        assert {name: "".join(sorted(kinds, reverse=True)) for name, kinds in taken.items()} == expected
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
+def test_dmd2_s_shared_passes_leave_distribution_matching_as_it_is(guidance: float) -> None:
+    """What the scores are asked, and what they say, does not depend on whether the discriminator listens."""
+    found = []
+    for options in ({}, {"gan_pass": "shared"}, {"gan_pass": "shared", "gan_network": "teacher"}):
+        method = build("dmd2", guidance=guidance, **options)
+        method.shared = {}
+        found.append(play(method, "generator", batch(), seed=4)["dm"].detach())
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_dmd2_s_critic_leaves_the_teacher_alone_where_the_teacher_s_features_are_read() -> None:
+    method = build("dmd2", gan_network="teacher", critic_gan_weight=1.0)
+    method.shared = {}
+    play(method, "critic", batch())
+    assert moved(method) == {"fake", "discriminator"}
+    method.zero_grad(set_to_none=True)
+    method.requires_grad_(False)
+    method.discriminator.requires_grad_(True)
+    method.draw = draws(B)
+    finished(method.critic(batch()))["gan"].backward()
+    assert moved(method) == {"discriminator"}
+
+
+def test_one_backward_pass_per_term_gives_the_gradients_of_one_for_all() -> None:
+    def trained(apart: bool) -> dict[str, Tensor]:
+        method = build("dmd2", gan_weight=0.5, critic_gan_weight=0.5)
+        optim = {"all": {"name": "sgd", "lr": 0.05, "betas": (0.9, 0.0), "clip_norm": 0.0}}
+        config = EngineConfig(steps=3, batch=4, device="cpu", optim=optim, backward_per_term=apart)
+        Trainer(method, Rows(), config, show=False).fit()
+        return dict(method.fake.named_parameters()) | dict(method.discriminator.named_parameters())
+
+    together = trained(False)
+    for name, value in trained(True).items():
+        torch.testing.assert_close(value, together[name], msg=lambda m, name=name: f"{name}: {m}")

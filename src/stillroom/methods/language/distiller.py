@@ -252,11 +252,11 @@ class Distiller(Method):
         order = torch.arange(len(ids), device=ids.device).roll(1)
         return {"input_ids": ids, "attention_mask": keep | keep[order]}, (order, weight)
 
-    def compare(self, seen: Pass, tokens: str) -> Terms:
+    def compare(self, seen: Pass, tokens: str) -> dict[str, Tensor]:
         """``tokens``: what :meth:`counts` calls those of this pass. Mutual information is a bound over texts, no mean
         over tokens."""
         o = self.options
-        terms: Terms = {}
+        terms: dict[str, Tensor] = {}
         if o.intermediate != "none":
             found, bound = self.intermediate(seen)
             if o.intermediate == "mi" and tokens == "tokens":

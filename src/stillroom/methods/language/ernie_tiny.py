@@ -184,7 +184,7 @@ class ERNIETiny(Method):
         with torch.no_grad():
             taught = self.readers[record.teacher](batch)
         found = self.mine(batch)
-        terms: Terms = {}
+        terms: dict[str, Tensor] = {}
         if "latent" in record.losses:
             terms |= {name: o.latent_weight * loss for name, loss in self.latent(found, taught, batch).items()}
         if "soft" in record.losses:
@@ -197,7 +197,7 @@ class ERNIETiny(Method):
             self.note("teacher_agreement", same.float().mean())
         return terms
 
-    def latent(self, found: Reading, taught: Reading, batch: Batch) -> Terms:
+    def latent(self, found: Reading, taught: Reading, batch: Batch) -> dict[str, Tensor]:
         """``L_lat`` in two parts: states over real tokens, attention over pairs of them."""
         keep = batch["attention_mask"].bool()
         last_projector = min(len(self.target) - 1, 1) if self.options.projectors == "shared" else len(self.target)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial, score
@@ -70,8 +71,14 @@ class DMD2(Method):
         critic_times: TimeLaw = TimeLaw("uniform", 0.001, 1.0)  # 0 itself has no eps to predict
         fake_loss: FakeLoss = "v"
         renoise: Renoise = "fresh"
+        # Whose features the discriminator reads. "teacher": the frozen teacher's, which the critic's turn leaves alone
+        gan_network: Literal["fake", "teacher"] = field(default="fake", metadata={"later": True})
+        # "own": the samples that the discriminator sees have a noise of their own. "shared": they are those whose
+        # scores are asked, so that generated samples cost no pass of their own through gan_network
+        gan_pass: Literal["own", "shared"] = field(default="own", metadata={"later": True})
 
     options: Options
+    discriminator: Any
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         self.teacher = frozen(teacher)
@@ -100,24 +107,44 @@ class DMD2(Method):
         t, eps = law.sample(self.draw, self.teacher.process).to(x), self.draw.normal_like(x)
         return self.teacher.process.add_noise(x, eps, t), t, eps
 
+    @property
+    def tapped(self) -> Denoiser:
+        """The network whose features the discriminator reads."""
+        return self.teacher if self.options.gan_network == "teacher" else self.fake
+
+    def scores(self, x_t: Tensor, t: Tensor, cond: Cond, judged: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``sg D_r`` (guided) and ``sg D_f`` at x_t and, where it is ``judged`` too, the logits of the same pass."""
+        fixed, w, logits = x_t.detach(), self.options.guidance, None
+        if not judged:
+            real, fake = self.teacher(fixed, t, cond, w), self.fake(fixed, t, cond)
+        elif self.tapped is self.teacher:
+            plain, logits = self.discriminator(self.teacher, x_t, t, cond)
+            real, fake = self.teacher.guided(plain, cond, w), self.fake(fixed, t, cond)
+        else:
+            fake, logits = self.discriminator(self.fake, x_t, t, cond)
+            real = self.teacher(fixed, t, cond, w)
+        return real.x0.detach(), fake.x0.detach(), logits
+
     @turn(trains="student", every="critic_turns", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:
         """``L_G``: distribution matching (eq. 2) and the generator's part of the GAN (sec. 4.3, eq. 4)."""
         o, cond = self.options, batch["cond"]
         x0 = self.sample_student(batch, grad=True)
         self.shared["x0"] = x0.detach()  # the critic of this step learns from this very sample
-        terms: Terms = {}
+        terms: dict[str, Tensor] = {}
+        logits = None
         if o.distribution_matching:
-            x_t, t, _ = self.noised(x0.detach(), o.generator_times)
-            real = self.teacher(x_t, t, cond, o.guidance).x0.detach()
-            fake = self.fake(x_t, t, cond).x0.detach()
+            judged = bool(o.gan_weight) and o.gan_pass == "shared"
+            x_t, t, _ = self.noised(x0 if judged else x0.detach(), o.generator_times)
+            real, fake, logits = self.scores(x_t, t, cond, judged)
             # g = (D_f - D_r) / mean|x0 - D_r|, and dL/dx0 = g / numel
             weight = mean_abs_normaliser(x0, real) / x0[0].numel()
             terms["dm"] = o.distribution_matching * score_difference_loss(x0, fake, real, di=1.0, weight=weight)
             self.note("score_gap", (fake - real).square().mean())
         if o.gan_weight:
-            x_t, t, _ = self.noised(x0, o.critic_times)
-            _, logits = self.discriminator(self.fake, x_t, t, cond)
+            if logits is None:
+                x_t, t, _ = self.noised(x0, o.critic_times)
+                logits = self.discriminator.logits(self.tapped, x_t, t, cond)
             terms["gan"] = o.gan_weight * adversarial.generator_loss(logits).mean()
         self.note("sample_std", x0.std())
         self.note("sample_mean", x0.mean())
@@ -126,24 +153,30 @@ class DMD2(Method):
     @turn(trains=("fake", "discriminator"), optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
         """``L_F``, every step (sec. 4.2): denoise the student's samples, and tell them from real ones (sec. 4.3,
-        eq. 4), each under noise of its own."""
+        eq. 4), each under noise of its own, or the student's under that of the denoising."""
         o, cond = self.options, batch["cond"]
         x0 = self.shared.get("x0")
         if x0 is None:
             x0 = self.sample_student(batch, grad=False)
         x_t, t, eps = self.noised(x0, o.critic_times)
-        loss = fake_score_loss(self.fake(x_t, t, cond), x0, eps, o.fake_loss)
+        both = bool(o.gan_weight) and o.gan_pass == "shared" and o.gan_network == "fake"
+        p, logits = self.discriminator(self.fake, x_t, t, cond) if both else (self.fake(x_t, t, cond), None)
+        loss = fake_score_loss(p, x0, eps, o.fake_loss)
         self.note("fake_error", loss)
-        terms = {"denoise": loss}
-        if o.gan_weight:
-            fake_t, t_fake, _ = self.noised(x0, o.critic_times)
-            real_t, t_real, _ = self.noised(batch["x"], o.critic_times)
-            _, fake_logits = self.discriminator(self.fake, fake_t, t_fake, cond)
-            _, real_logits = self.discriminator(self.fake, real_t, t_real, cond)
-            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits)
+        if not o.gan_weight:
+            return {"denoise": loss}
+        fake_t, t_fake = (x_t, t) if o.gan_pass == "shared" else self.noised(x0, o.critic_times)[:2]
+        real_t, t_real, _ = self.noised(batch["x"], o.critic_times)
+
+        def told_apart() -> Tensor:
+            fake_logits = self.discriminator.logits(self.tapped, fake_t, t_fake, cond) if logits is None else logits
+            real_logits = self.discriminator.logits(self.tapped, real_t, t_real, cond)
             self.note("real_logit", real_logits.mean())
             self.note("fake_logit", fake_logits.mean())
-        return terms
+            return o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits)
+
+        # with passes of its own, it can wait until the denoising's is done with
+        return {"denoise": loss, "gan": told_apart() if both else told_apart}
 
     def sampler(self) -> FewStepSampler:
         return FewStepSampler(self.times, self.options.renoise)
