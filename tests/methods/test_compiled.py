@@ -60,7 +60,7 @@ def encoders(count: int) -> Any:
 
 
 def texts() -> Any:
-    return [tiny_text.encoder(2, 8), tiny_text.encoder(3, 12, seed=1)]
+    return [tiny_text.encoder(2, 8), tiny_text.encoder(4, 12, seed=1)]
 
 
 def points() -> ArrayData:
@@ -122,4 +122,3 @@ def test_a_compiled_run_learns_what_the_plain_one_learns(slug: str, backend: str
             assert torch.equal(compiled[name], value), name
         else:
             torch.testing.assert_close(compiled[name], value, atol=2e-4, rtol=1e-3)
-

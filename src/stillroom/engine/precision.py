@@ -13,8 +13,8 @@ from stillroom.errors import UserError
 
 
 def networks(method: nn.Module) -> Iterator[nn.Module]:
-    """The networks of every role: ``role.network`` where a role wraps one (a denoiser does), the elements of a role that
-    is a list or a dictionary of networks, else the role itself."""
+    """The networks of every role: ``role.network`` where a role wraps one (a denoiser does), the elements of a role
+    that is a list or a dictionary of networks, else the role itself."""
     seen: set[int] = set()
     for _, role in method.named_children():
         for part in role.children() if isinstance(role, nn.ModuleList | nn.ModuleDict) else (role,):
