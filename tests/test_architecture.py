@@ -22,13 +22,14 @@ SOURCE = ROOT / "src" / "stillroom"
 
 # What each part of the package may import besides itself. A part that is not listed here fails the test.
 TOOLS = {"losses", "diffusion", "networks", "surgery", "folders", "augment", "draws", "errors", "files", "parsing"}
-TOOLS |= {"registry", "values"}
+TOOLS |= {"registry", "values", "checks"}
 BELOW_METHODS = TOOLS | {"cache", "data", "evaluation", "method", "task", "engine", "recipe", "training"}
 BELOW_BENCH = BELOW_METHODS | {"methods", "synthesis", "tasks"}
 BELOW_RUN = BELOW_BENCH | {"bench", "proofs", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "draws": set(),
+    "checks": set(),
     "registry": {"errors"},
     "files": {"errors"},
     "parsing": {"errors"},

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stillroom.checks import require
 from stillroom.diffusion.process import EDM, Process, expand, match_snr
 
 Kind = Literal["x0", "eps", "v", "edm"]
@@ -24,7 +25,7 @@ class Prediction:
     """What a denoiser says about ``x_t`` at time ``t``; all conversions between parametrisations live here.
 
     Every view has the shape of ``x_t``. A view that the time makes undefined (``eps`` of an x0-prediction at sigma = 0,
-    ``x0`` of an eps-prediction at alpha = 0) raises ``ValueError``.
+    ``x0`` of an eps-prediction at alpha = 0) raises ``ValueError``; in a training step, when the step is done.
     """
 
     def __init__(self, process: Process, kind: str, value: Tensor, x_t: Tensor, t: Tensor) -> None:
@@ -43,8 +44,8 @@ class Prediction:
 
     @staticmethod
     def _positive(rate: Tensor, what: str) -> Tensor:
-        if not bool((rate > 0).all()):
-            raise ValueError(f"{what} is undefined here: the rate it is divided by is 0 at this end of the process")
+        problem = f"{what} is undefined here: the rate it is divided by is 0 at this end of the process"
+        require((rate > 0).all(), ValueError(problem))
         return rate
 
     @functools.cached_property
@@ -89,6 +90,13 @@ def plain_guide(conditional: Tensor, unconditional: Tensor, w: float) -> Tensor:
     return unconditional + w * (conditional - unconditional)
 
 
+def time_like(t: Tensor | float, x: Tensor) -> Tensor:
+    """A time in the type of ``x``, where ``x`` lies."""
+    if isinstance(t, Tensor):
+        return t.to(x.device, x.dtype)
+    return torch.full((), t, dtype=x.dtype, device=x.device)
+
+
 class Denoiser(nn.Module):
     """``denoiser(x_t, t, cond, guidance)``.
 
@@ -117,13 +125,24 @@ class Denoiser(nn.Module):
             raise ValueError("the preconditioned 'edm' prediction needs the EDM process")
         self.network, self.process, self.prediction = network, process, prediction
         self.null, self.shape, self.call, self.guide = dict(null or {}), tuple(shape), call, guide
+        self._nulls: dict[tuple[str, torch.dtype, torch.device], tuple[Any, Tensor]] = {}
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """``cond`` with every entry replaced by its "unconditional" value."""
         missing = [name for name in cond if name not in self.null]
         if missing:
             raise ValueError(f"guidance needs an unconditional value for: {', '.join(missing)}")
-        return {k: torch.as_tensor(self.null[k]).to(v).expand_as(v).contiguous() for k, v in cond.items()}
+        return {k: self._null(k, v).expand_as(v).contiguous() for k, v in cond.items()}
+
+    def _null(self, name: str, like: Tensor) -> Tensor:
+        """The unconditional value where ``like`` lies, in its type; kept, so that it goes there once."""
+        value, key = self.null[name], (name, like.dtype, like.device)
+        if (kept := self._nulls.get(key)) is not None and kept[0] is value:
+            return kept[1]
+        made = torch.as_tensor(value).to(like)
+        if type(made) is Tensor:  # a plan's are fake
+            self._nulls[key] = value, made
+        return made
 
     def adapter_scope(self) -> AbstractContextManager[None]:
         """Which LoRA adapter speaks while this denoiser runs (none for the base). A network without adapters: no-op."""
@@ -146,7 +165,7 @@ class Denoiser(nn.Module):
         what ``guide`` makes of it, in the network's own output space; w = 1 and w = 0 cost one evaluation, other values
         two (in one batch)."""
         cond = cond or {}
-        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
+        t = time_like(t, x_t)
         if guidance == 1.0 or not cond:
             value = self.native(x_t, t, cond)
         elif guidance == 0.0:
@@ -178,7 +197,7 @@ class Reparametrised(nn.Module):
         self.denoiser, self.process, self.shape, self.null = denoiser, process, denoiser.shape, denoiser.null
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
-        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device)
+        t = time_like(t, x_t)
         s, scale = match_snr(t, of=self.process, to=self.denoiser.process)
         answer = self.denoiser(expand(scale, x_t) * x_t, s, cond, guidance)
         if answer.kind == "eps":  # keep what the network said exactly; eps does not depend on the scale

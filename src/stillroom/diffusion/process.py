@@ -211,6 +211,12 @@ def _log_ratio_table(
     return 0.5 * torch.log((1 - kept) / kept)
 
 
+@tabulated
+def _table_on(device: torch.device, *schedule: Any) -> Tensor:
+    """:func:`_log_ratio_table`, taken to the device once."""
+    return _log_ratio_table(*schedule).to(device)
+
+
 def _like(rate: Tensor, t: Tensor) -> Tensor:
     """In the floating type of ``t``; integer timesteps, which diffusers' users pass, get the default type."""
     return rate.to(t) if t.is_floating_point() else rate.to(torch.get_default_dtype())
@@ -256,7 +262,7 @@ class VP(Process):
 
     def _table(self, like: Tensor) -> Tensor:
         named = (self.schedule, self.steps, self.beta_start, self.beta_end)
-        return _log_ratio_table(*named, self.betas, self.zero_snr).to(like.device)
+        return _table_on(like.device, *named, self.betas, self.zero_snr)
 
     @property
     def _intervals(self) -> int:

@@ -170,7 +170,7 @@ class FewStepSampler(Sampler):
         process, eps = denoiser.process, noise
         p: Prediction | None = None
         for fraction in self.times:
-            t = torch.tensor(fraction * process.t_max, dtype=noise.dtype, device=noise.device)
+            t = torch.full((), fraction * process.t_max, dtype=noise.dtype, device=noise.device)
             if p is not None and self.renoise == "fresh":
                 eps = torch.randn(noise.shape, generator=generator).to(noise)
             elif p is not None and self.renoise == "ddim":
@@ -212,7 +212,8 @@ def rollout(
     process = student.process
     last = draw.index(len(times)) if last is None and len(times) > 1 else (last or 0)
     eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
-    ts = torch.tensor(times[: last + 1], dtype=torch.float64).mul(process.t_max).to(eps)
+    # filled on the device: a number that is copied to it waits for all that the device has still to do
+    ts = [torch.full((), t * process.t_max, dtype=eps.dtype, device=eps.device) for t in times[: last + 1]]
     x_in = process.sigma(ts[0]) * eps
     for t, s in itertools.pairwise(ts):
         with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stillroom.checks import Waiting, waiting
 from stillroom.draws import Draws, mix
 from stillroom.engine import precision, state
 from stillroom.engine.config import EMARule, EngineConfig
@@ -43,6 +44,7 @@ class Stepper:
         self.world = World.join(config.device)
         self.step = 0  # steps done
         self.reading: Any = data  # what the stage reads
+        self.checks: Waiting = []  # of the last step's values, not looked at yet
         self._focused: Player | None = None
         self._entered: Span | None = None  # the stage that the method has been told of
         self._made: list[int] = []  # the numbers of the stages whose data the method has made a part of
@@ -170,10 +172,11 @@ class Stepper:
         batches = [self.to_device(self.reading.batch(c.seed, step, c.batch, rows)) for rows in self.rows]
         shared: list[dict[str, Any]] = [{} for _ in batches]
         losses: dict[str, Tensor] = {}
-        for player in self.players.values():
-            chosen = span.stage.turns is None or player.turn.name in span.stage.turns
-            if chosen and (step - span.start) % player.period == 0:
-                losses |= self.take_turn(player, batches, shared)
+        with waiting() as self.checks:
+            for player in self.players.values():
+                chosen = span.stage.turns is None or player.turn.name in span.stage.turns
+                if chosen and (step - span.start) % player.period == 0:
+                    losses |= self.take_turn(player, batches, shared)
         m.shared = {}
         self.step = step + 1
         return losses
@@ -300,14 +303,20 @@ class Stepper:
         rows = self.rows[micro]
         if c.draws == "global":
             self._generator.manual_seed(mix(c.seed, step, turn))
-            m.draw = Draws(self._generator, rows, c.batch)
+            m.draw = Draws(self._generator, rows, c.batch, self._choices(step, turn))
         else:
             self._generator.manual_seed(mix(c.seed, step, turn, w.rank, micro))
             size = rows.stop - rows.start
-            self._shared.manual_seed(mix("shared", c.seed, step, turn))
-            m.draw = Draws(self._generator, slice(0, size), size, self._shared)
+            m.draw = Draws(self._generator, slice(0, size), size, self._choices(step, turn))
         # dropout inside networks draws from torch's own generator
         torch.manual_seed(mix("torch", c.seed, step, turn, w.rank, micro))
+
+    def _choices(self, step: int, turn: int) -> torch.Generator | None:
+        """What draws the integers that the host goes by: on a device of its own, it would have to wait for them."""
+        if self.config.draws == "global" and self.world.device.type == "cpu":
+            return None
+        self._shared.manual_seed(mix("shared", self.config.seed, step, turn))
+        return self._shared
 
     def to_device(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):

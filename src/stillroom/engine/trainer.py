@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillroom.checks import all_hold, settled
 from stillroom.engine import state
 from stillroom.engine.checkpoint import Checkpoints
 from stillroom.engine.config import EngineConfig
@@ -100,8 +101,14 @@ class Trainer(Stepper):
     def _check(self, losses: Mapping[str, Tensor]) -> bool:
         """Stop on NaN, inf and divergence; True if some process was asked to stop. One transfer for all terms of the
         step, so that all processes decide alike."""
-        asked = torch.tensor(float(self._stop.asked), device=self.world.device)
-        *values, stop = self.world.mean(torch.stack([*losses.values(), asked])).tolist()
+        # numbers on the host go to the device by a fill, which waits for nothing
+        asked = torch.full((), float(self._stop.asked), device=self.world.device)
+        holds = all_hold(self.checks)
+        broken = torch.zeros_like(asked) if holds is None else (~holds).to(asked)
+        *values, stop, broken = self.world.mean(torch.stack([*losses.values(), asked, broken])).tolist()
+        if broken:
+            settled(self.checks)
+            self._diverged("a value is undefined on another process")
         for name, value in zip(losses, values, strict=True):
             if not abs(value) <= self.config.loss_limit:
                 turn, term = name.split("/", 1)

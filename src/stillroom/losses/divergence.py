@@ -19,11 +19,12 @@ Curve = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Divergence:
-    """``c``, ``c1``, ``c2``: C(r) and its first two derivatives."""
+    """``c``, ``c1``, ``c2``: C(r) and its first two derivatives. ``curved``: whether the second is anything but 0."""
 
     c: Curve
     c1: Curve
     c2: Curve
+    curved: bool = True
 
     def fisher(self, r: Tensor) -> Tensor:
         return (self.c(r) - r * self.c1(r)) / 2
@@ -37,6 +38,7 @@ def _mix(reverse: float, forward: float) -> Divergence:
         c=lambda r: reverse + forward * r,
         c1=lambda r: torch.full_like(r, forward),
         c2=torch.zeros_like,
+        curved=False,
     )
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from stillroom.checks import require
 from stillroom.errors import UserError
 
 
@@ -37,8 +38,9 @@ def i_alpha(scores: Tensor, log_baseline: Tensor, alpha: float, negatives: Tenso
     s, b = scores.float(), log_baseline.float()
     true = torch.eye(size, dtype=torch.bool, device=s.device)
     off = ~true if negatives is None else negatives.to(s.device).bool() & ~true
-    if not bool(off.any(0).all()):
-        raise UserError("an example has no negative left", cure="use larger batches or take out fewer pairs")
+    if negatives is not None:  # without any taken out, two pairs are enough
+        problem = UserError("an example has no negative left", cure="use larger batches or take out fewer pairs")
+        require(off.any(0).all(), problem)
     log_mean_off = _log_mean_exp(s, off)
     positive = s.diagonal() - _partition(_log_mean_exp(s, off | true), b, alpha)
     exponent = log_mean_off - _partition(log_mean_off, b, alpha)

@@ -97,7 +97,7 @@ class DMD2(Method):
         k, real = self.draw.index(len(self.times)), batch["x"]
         if k == 0:
             return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=0)
-        t = real.new_tensor(self.times[k] * self.student.process.t_max)
+        t = real.new_full((), self.times[k] * self.student.process.t_max)
         x_in = self.student.process.add_noise(real, self.draw.normal_like(real), t)
         with torch.set_grad_enabled(grad):
             return self.student(x_in, t, batch["cond"]).x0

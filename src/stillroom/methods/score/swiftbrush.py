@@ -84,7 +84,7 @@ class SwiftBrush(Method):
         the teacher's own one-step guess at the start."""
         process = self.student.process
         z = self.draw.normal(self.draw.local, *self.student.shape).to(next(self.student.parameters()))
-        t = z.new_tensor(self.options.t_init * process.t_max)
+        t = z.new_full((), self.options.t_init * process.t_max)
         p = self.student(process.sigma(t) * z, t, batch["cond"])
         return p.x0 if self.options.reparametrise else p.value
 

@@ -173,7 +173,7 @@ class UniInstruct(Method):
                 real,
                 sim=f.c(r if o.ratio_grad else r_fixed),
                 fgm=f.fisher(r_fixed) if o.fgm else 0.0,
-                di=process.alpha(t) * k * direct * square(fake - real).detach() if bool(direct.any()) else 0.0,
+                di=process.alpha(t) * k * direct * square(fake - real).detach() if f.curved else 0.0,
                 weight=weight,
             )
         }

@@ -44,6 +44,7 @@ class PromptedData:
             raise UserError("the data hold no prompts", cure="give at least one")
         self.shards, self.captions, self.null, self.origin = shards, captions, dict(null), origin
         self.parts: dict[str, Any] = {}
+        self._slices: dict[Path, dict[str, Any]] = {}  # of the shards on disk that have been opened
         self._order = ArrayData(torch.zeros(len(captions), 1), name="prompts")
         self.pictures = "latents" in self._rows(0, slice(0, 1))
 
@@ -71,13 +72,18 @@ class PromptedData:
         found = self.shards[shard]
         if not isinstance(found, Path):
             return {key: value[rows] for key, value in found.items()}
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(found, "pt") as file:
-                return {key: file.get_slice(key)[rows] for key in file.keys()}  # noqa: SIM118 - no mapping
+            if found not in self._slices:
+                self._slices[found] = _opened(found)
+            return {key: tensor[rows] for key, tensor in self._slices[found].items()}
         except (OSError, SafetensorError) as problem:
             raise UserError(f"{found} cannot be read ({problem})", cure="delete it; it is made again") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy opens its shards itself."""
+        return self.__dict__ | {"_slices": {}}
 
 
 class NoPictures(dict):
@@ -177,6 +183,14 @@ def _longest(null: dict[str, Tensor], shards: list[Mapping[str, Tensor] | Path])
         length = max(lengths.get(f"text/{key}", 0), value.shape[0]) if value.ndim else None
         padded[key] = _padded(value[None], length)[0]
     return padded
+
+
+def _opened(shard: Path) -> dict[str, Any]:
+    """What gives rows of each tensor of a shard. The file is mapped, not read, and needs no descriptor to stay so."""
+    from safetensors import safe_open
+
+    file = safe_open(shard, "pt").__enter__()
+    return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def _shapes(shard: Mapping[str, Tensor] | Path) -> dict[str, tuple[int, ...]]:
