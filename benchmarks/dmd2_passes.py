@@ -29,16 +29,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "teacher, shared pass (FastGen's)": {"gan_network": "teacher", "gan_pass": "shared"},
 }
 GAN = {"gan_weight": 0.1, "critic_gan_weight": 0.1}
+SHORT = POINTS.with_("points", engine={"steps": 400})
 SETTINGS: dict[str, tuple[str, Arm, tuple[str, ...]]] = {
-    "ring, with GAN": ("ring", POINTS.with_("points", options=GAN), ("ced",)),
+    "ring, with GAN": ("ring", SHORT.with_("points", options=GAN), ("ced",)),
     "ring, by the GAN alone": (
         "ring",
-        POINTS.with_("gan", options={"distribution_matching": 0.0, "gan_weight": 1.0, "critic_gan_weight": 1.0}),
+        SHORT.with_("gan", options={"distribution_matching": 0.0, "gan_weight": 1.0, "critic_gan_weight": 1.0}),
         ("ced",),
     ),
-    "fashion, the shipped recipe for half its steps": (
+    "fashion, the shipped recipe for a quarter of its steps": (
         "fashion",
-        DMD2.with_("half", engine={"steps": DMD2.engine["steps"] // 2}),
+        DMD2.with_("quarter", engine={"steps": DMD2.engine["steps"] // 4}),
         ("fd", "coverage"),
     ),
 }
