@@ -8,12 +8,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from stillroom import cli
+from stillroom.errors import UserError
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny import FAST, SIZE, make_data, make_teacher
 
@@ -278,6 +280,52 @@ def test_a_disk_too_full_for_the_checkpoints_is_noticed_at_once(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     assert "disk full" in refused(place, capsys, *run_arguments())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "teacher", "--out", "folder.png"], "--out: folder.png cannot be written"),
+        (["sample", "teacher", "--out", "file/x.png"], "--out: folder file does not exist"),
+        (["export", "teacher", "--out", "file/x"], "cannot write to file"),
+        (["teach", "ring", "engine.steps=1", "--out", "file/x"], "cannot write"),
+        (["synthesize", "--teachers", "scenes-sd3", "--captions", "scenes:1", "--out", "file/x"], "file"),
+        (["prove", "dmd2"], "cannot write"),
+        (["run", "dmd2"], "cannot write"),
+    ],
+)
+def test_a_file_in_a_folders_place_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    (place / "folder.png").mkdir()
+    for name in ("file", "runs", "results"):
+        (place / name).write_text("")
+    if arguments[0] == "run":
+        arguments = run_arguments()
+    assert words in refused(place, capsys, *arguments)
+
+
+def test_a_disk_that_is_read_only_in_the_midst_of_a_command_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "somewhere/report.html")
+
+    monkeypatch.setattr(cli, "_run_folder", refuse)
+    assert "cannot write somewhere/report.html: Read-only file system" in refused(place, capsys, "report", "data")
+
+
+def test_a_cache_that_cannot_be_written_costs_time_or_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from stillroom.cache import kept_json
+    from stillroom.tasks.pipelines.data import encode_prompts
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "file" / "cache"))
+    assert kept_json("numbers/one", lambda: 1) == 1
+    with pytest.raises(UserError, match=r"cannot write .*file/cache"):
+        encode_prompts(cast(Any, None), cast(Any, None), tmp_path / "file" / "cache")
 
 
 def test_a_disk_that_fills_up_leaves_a_run_to_resume(

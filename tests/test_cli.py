@@ -204,3 +204,24 @@ def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> No
             cli.main([command.__name__.lower(), "--help"])
         assert stop.value.code == 0
         assert (command.__doc__ or "")[:20] in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_planned_and_repeated_from_any_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "finish", interrupt)
+        assert distil("--steps", "3") == 130
+    assert yaml.safe_load((place / "runs/a/recipe.yaml").read_text())["folder"] == str(place)
+    (place / "elsewhere").mkdir()
+    make_data(place / "elsewhere" / "other", classes=5)
+    monkeypatch.chdir(place / "elsewhere")
+    assert cli.main(["run", "--resume", str(place / "runs/a")]) == 0
+    assert Path.cwd() == place / "elsewhere"
+    assert (place / "runs/a/student").is_dir()
+    recipe = str(place / "runs/a/recipe.yaml")
+    assert cli.main(["run", recipe, "--name", "b"]) == 0
+    again = sr.load("runs/b")
+    assert again.sample([0, 1], seed=3).equal(sr.load(place / "runs/a").sample([0, 1], seed=3))
+    assert cli.main(["run", recipe, "--name", "c", "--data", "other"]) == 2
+    assert "has 5" in capsys.readouterr().err  # what is named now is named from here

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stillroom.errors import UserError
-from stillroom.files import held, in_use, write, writing
+from stillroom.files import held, in_use, locked, make_folder, refusal, write, writing
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,31 @@ def test_a_folder_that_this_process_holds_is_in_use_until_it_lets_go(tmp_path: P
             pass
         assert in_use(tmp_path)
     assert not in_use(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "how", [make_folder, lambda place: locked(place).__enter__(), lambda place: held(place).__enter__()]
+)
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, how: Any) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/sub.*Not a directory; choose a folder of your own"):
+        how(tmp_path / "file" / "sub" / "folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "cannot write a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "cannot write a: Read-only file system"),
+        (
+            RuntimeError("Error while serializing: I/O error: Read-only file system (os error 30)"),
+            "cannot write a file",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), "no space left on the disk while writing a"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a"), ""),
+        (ValueError("no such value"), ""),
+    ],
+)
+def test_what_the_system_refuses_is_told_from_other_errors(error: Exception, says: str) -> None:
+    found = refusal(error)
+    assert (found is None) if not says else says in str(found)

@@ -25,6 +25,7 @@ import numpy as np
 
 from stillroom.data.texts import TextData, Texts
 from stillroom.errors import TrainingDiverged, UserError, nearest
+from stillroom.files import make_folder
 from stillroom.recipe import Recipe
 
 Pipeline = dict[str, Any]
@@ -92,12 +93,16 @@ def search(
     """
     optuna = _optuna()
     path = Path(study)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     choices = json.dumps({key: list(values) for key, values in space.items()})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found = optuna.create_study(
-        study_name=name, storage=f"sqlite:///{path.absolute()}", direction="maximize", load_if_exists=True
-    )
+    try:
+        found = optuna.create_study(
+            study_name=name, storage=f"sqlite:///{path.absolute()}", direction="maximize", load_if_exists=True
+        )
+    except Exception as problem:  # of optuna, sqlalchemy or sqlite
+        said = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise UserError(f"no study can be kept in {path} ({said[0]:.200})", cure="give another file") from None
     if found.user_attrs.get("space", choices) != choices:
         raise UserError(
             f"study {name!r} in {path} searches another space", cure="give it another name, or another file"

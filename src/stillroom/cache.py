@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stillroom.errors import UserError
-from stillroom.files import locked, write
+from stillroom.files import locked, make_folder, write
 
 
 def cache_folder() -> Path:
@@ -74,8 +74,8 @@ def _kept(file: Path, make: Callable[[], Any], read: Callable[[Path], Any], save
         with contextlib.suppress(*unread):
             return read(file)  # another process was at it
         value = make()
-        with contextlib.suppress(UserError, OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(UserError):
+            make_folder(file.parent)
             write(file, functools.partial(save, value))
     return value
 
@@ -83,7 +83,7 @@ def _kept(file: Path, make: Callable[[], Any], read: Callable[[Path], Any], save
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is shared with nobody
+        with contextlib.suppress(UserError):  # a cache that cannot be written is shared with nobody
             stack.enter_context(locked(lock))
         yield
 

@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from stillroom.arguments import parse
 from stillroom.errors import TrainingDiverged, UserError
-from stillroom.files import stay_inside
+from stillroom.files import refusal, stay_inside, write
 
 if TYPE_CHECKING:
     from stillroom.recipe import Recipe
@@ -234,12 +234,15 @@ class Sample:
             raise UserError(
                 f"--out: folder {self.out.parent} does not exist", cure="create it, or choose another place"
             )
+        if self.out.is_dir() or not os.access(self.out.absolute().parent, os.W_OK):
+            raise UserError(f"--out: {self.out} cannot be written", cure="choose another place")
         from stillroom.report.images import save_grid
         from stillroom.task import load_model, sample_rows
 
         found = sample_rows(load_model(_model(self.model)), self.labels, self.captions, self.n, self.seed)
         if found.images is not None:
-            save_grid(found.images, self.out)
+            images = found.images
+            write(self.out, lambda aside: save_grid(images, aside))
             print(self.out, *(f"  {name}" for name in found.names if self.captions or " " in name), sep="\n")
         for name, lines in zip(found.names, found.texts):
             print(name, *(f"  {line}" for line in lines), sep="\n")
@@ -460,6 +463,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = f" [rank {os.environ['RANK']}]" if os.environ.get("RANK", "0") != "0" else ""
         print(f"stillroom{rank}: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingDiverged) else 2
+    except OSError as error:
+        if (refused := refusal(error)) is None:
+            raise
+        print(f"stillroom: {refused}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"stillroom: {stop or 'interrupted'}", file=sys.stderr)
         return 130

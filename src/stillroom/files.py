@@ -21,10 +21,31 @@ if TYPE_CHECKING:
 LARGEST_UNPACKED = 1 << 30
 """Bytes of a compressed file after its decompression."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_ROOM_TEXT = re.compile(r"(os error|Errno) (28|122)\b")
+_REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG,
+    errno.ELOOP, errno.EIO,
+)  # fmt: skip
+_NUMBER = re.compile(r"(?:os error|Errno) (\d+)\b")
+"""safetensors and torch.distributed.checkpoint report the operating system's error as text only."""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+def refusal(error: Exception, place: str | Path = "") -> UserError | None:
+    """What the operating system has refused (a full disk, no permission, a file in a folder's place) in one line that
+    names ``place``, or the file that the error knows; None for another error."""
+    found = _NUMBER.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    where = place or getattr(error, "filename", None) or "a file"
+    if number in _NO_ROOM:
+        return UserError(
+            f"no space left on the disk while writing {where}; what was finished before is intact",
+            cure="free some space, then resume",
+        )
+    if number in _REFUSED:
+        return UserError(f"cannot write {where}: {os.strerror(number)}", cure="choose a folder of your own")
+    return None
+
+
 @contextlib.contextmanager
 def writing(place: Path, *, full_disk_only: bool = False) -> Iterator[None]:
     """Turn what the operating system refuses (a full disk, no permission) into a ``UserError`` that names ``place``.
@@ -33,18 +54,22 @@ def writing(place: Path, *, full_disk_only: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        # safetensors and torch.distributed.checkpoint report the operating system's error as text only
-        if (isinstance(error, OSError) and error.errno in _NO_ROOM) or _NO_ROOM_TEXT.search(str(error)):
-            raise UserError(
-                f"no space left on the disk while writing {place}; what was finished before is intact",
-                cure="free some space, then resume",
-            ) from error
-        if isinstance(error, OSError) and not full_disk_only:
-            raise UserError(
-                f"cannot write {place}: {error.strerror or error}", cure="choose a folder of your own"
-            ) from error
+    except (UserError, TimeoutError):
         raise
+    except Exception as error:
+        refused = refusal(error, place)
+        if refused is None and isinstance(error, OSError):
+            refused = UserError(f"cannot write {place}: {error.strerror or error}", cure="choose a folder of your own")
+        if refused is None or (full_disk_only and not refused.message.startswith("no space left")):
+            raise
+        raise refused from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where they are not there yet. Raises UserError for what the operating system
+    refuses."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: Path, content: str | bytes | Callable[[Path], object], aside: Path | None = None) -> None:
@@ -87,9 +112,14 @@ def locked(path: Path) -> Iterator[None]:
     """Wait for the lock file ``path`` and hold it; the operating system frees it at death. Not to be taken twice."""
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
+    make_folder(path.parent)
+    with writing(path):
+        lock = FileLock(path)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -98,10 +128,11 @@ def held(folder: Path) -> Iterator[None]:
     death. Raises ``UserError`` if another process holds it."""
     from filelock import Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = _folder_lock(folder)
     try:
-        lock.acquire(timeout=0)
+        with writing(folder):
+            lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"the run folder {folder} is in use by another process", cure="wait for it, or choose another folder"

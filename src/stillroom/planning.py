@@ -172,7 +172,7 @@ def bytes_of(text: int | str) -> int:
 
 def _rehearsed(recipe: Recipe, world: int, objects: Mapping[str, Any]) -> Plan:
     recipe = copy.deepcopy(recipe)
-    with torch.random.fork_rng(devices=[]), weights_unread() as mode:
+    with recipe.place(), torch.random.fork_rng(devices=[]), weights_unread() as mode:
         task = make_task(get_method(recipe.method).task, objects.get("teacher", recipe.teacher))
         task.check_kinds(recipe, objects)
         task.sketch(recipe, {who: thing if who == "data" else unshared(thing) for who, thing in objects.items()})

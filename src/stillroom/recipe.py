@@ -72,6 +72,8 @@ class Recipe:
     """How the finished student is scored."""
     track: str = ""
     """Where the rows of metrics.jsonl go as well: tensorboard, trackio, wandb; several by commas."""
+    folder: str = ""
+    """Where relative paths begin; a run notes its working folder here, so that it can be resumed from any other."""
 
     # --- in ----------------------------------------------------------------------------------------------------------
     @classmethod
@@ -81,7 +83,14 @@ class Recipe:
         ``overrides`` are ``key=value`` texts with dotted keys (``engine.steps=100``); ``given`` are keys with values.
         Raises :class:`UserError`, and never anything else, for whatever is wrong with the input.
         """
-        return cls.from_dict(override(_read(source), overrides, given))
+        tree = _read(source)
+        folder = tree.get("folder")
+        tree = override(tree, overrides, given)
+        if folder and tree.get("folder") == folder:  # what is named now is named from here
+            changed = {*given, *(text.partition("=")[0] for text in overrides)}
+            for key in changed & {"teacher", "student", "data"}:
+                tree[key] = type(tree[key])(",".join(map(from_here, str(tree[key]).split(","))))
+        return cls.from_dict(tree)
 
     def changed(self, *overrides: str) -> Recipe:
         """This recipe with ``key=value`` overrides. Raises UserError as :meth:`load` does."""
@@ -156,13 +165,19 @@ class Recipe:
         return dump_yaml(self.to_dict())
 
     def hash(self) -> str:
-        """Twelve hex digits of SHA-256 over all that determines the student and its scores (name, trackers, offload,
-        and what else is drawn do not)."""
-        tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "track")}
+        """Twelve hex digits of SHA-256 over all that determines the student and its scores (name, trackers, working
+        folder, offload, and what else is drawn do not)."""
+        tree = {key: value for key, value in self.to_dict().items() if key not in ("name", "track", "folder")}
         tree["engine"].pop("offload")
         for key in ("samples", "teachers"):
             tree["evaluate"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """While it lasts the working folder is that where the recipe's relative paths begin, if it is still there."""
+        with contextlib.chdir(self.folder if self.folder and Path(self.folder).is_dir() else "."):
+            yield
 
     def method_options(self) -> Any:
         """The options as an instance of the method's ``Options``."""
@@ -202,6 +217,13 @@ def _read(source: str | Path) -> dict[str, Any]:
     for key, value in tree.items():
         _put(merged, str(key), value)
     return merged
+
+
+def from_here(name: str) -> str:
+    """A teacher's, student's or data set's name; the absolute path where it is one that exists here."""
+    place = name.strip()
+    there = any(place and Path(one).expanduser().exists() for one in (place, place.rpartition("@")[0] or place))
+    return str(Path(place).expanduser().absolute()) if there else name
 
 
 def _bare(slug: str) -> dict[str, Any]:

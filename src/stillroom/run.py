@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def run(recipe: Recipe, run_dir: str | Path, resume: bool = False, **given: Any)
     :class:`~stillroom.errors.TrainingDiverged` if training does not hold.
     """
     run_dir = Path(run_dir)
+    noted = Recipe.load(run_dir) if resume and (run_dir / "recipe.yaml").is_file() else recipe
+    if noted.folder and not (Path(noted.folder).is_dir() and os.path.samefile(noted.folder, ".")):
+        run_dir = run_dir.absolute()
+    with noted.place():
+        return _run_here(recipe, run_dir, resume, given)
+
+
+def _run_here(recipe: Recipe, run_dir: Path, resume: bool, given: Mapping[str, Any]) -> RunResult:
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_folder(run_dir, resume)
@@ -68,7 +77,7 @@ def run(recipe: Recipe, run_dir: str | Path, resume: bool = False, **given: Any)
     check_space(run_dir, trainer, recipe)
     with held(run_dir), writing(run_dir, full_disk_only=True):
         if not resume:
-            write(run_dir / "recipe.yaml", recipe.to_yaml())
+            write(run_dir / "recipe.yaml", replace(recipe, folder=str(Path.cwd())).to_yaml())
         if _can_be_tried(trainer):
             try:
                 ending.try_out(recipe, run_dir, task, trainer.export_role(share=True), method.sampler())

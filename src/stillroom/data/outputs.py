@@ -21,7 +21,7 @@ from stillroom.augment.images import Augmentation, numbered_views
 from stillroom.data.source import ArrayData
 from stillroom.data.store import encode_json
 from stillroom.errors import UserError
-from stillroom.files import digest, stay_inside, write
+from stillroom.files import digest, make_folder, stay_inside, write
 from stillroom.parsing import parse_json, read_json
 
 INDEX = "outputs.json"
@@ -97,7 +97,7 @@ def write_outputs(
     plan = folder / "plan.json"
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         check_same(read_json(plan) if plan.is_file() else about, about, folder)
         write(plan, encode_json(about))
     _wait(size)

@@ -13,7 +13,7 @@ from stillroom.demo.page import dressed, import_gradio, layout
 from stillroom.demo.studio import Studio
 from stillroom.errors import UserError
 from stillroom.folders.shipped import model_folder
-from stillroom.recipe import Recipe
+from stillroom.recipe import Recipe, from_here
 from stillroom.task import IN_MEMORY, load_generator, model_class, model_home
 from stillroom.tasks.words import listed
 
@@ -61,7 +61,9 @@ def _teachers_of(student: str) -> list[str]:
     folder = model_folder(student)
     if not (folder / "recipe.yaml").is_file():
         return []
-    return [name for name in listed(Recipe.load(folder).teacher) if name != IN_MEMORY]
+    recipe = Recipe.load(folder)
+    with recipe.place():
+        return [from_here(name) for name in listed(recipe.teacher) if name != IN_MEMORY]
 
 
 def application(studio: Studio) -> Any:

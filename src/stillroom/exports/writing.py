@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -229,7 +230,8 @@ def _data(named: str | None, recipe: Recipe | None, model: Model) -> tuple[str |
     if name == IN_MEMORY:
         return None, None
     try:
-        test = model.test_data(name)
+        with recipe.place() if recipe is not None and named is None else contextlib.nullcontext():
+            test = model.test_data(name)
     except UserError:
         if named is not None:
             raise

@@ -27,7 +27,7 @@ from stillroom.engine.trainer import Trainer
 from stillroom.errors import TrainingDiverged, UserError
 from stillroom.evaluation.cost import latency
 from stillroom.evaluation.scores import Score
-from stillroom.files import write
+from stillroom.files import make_folder, write
 from stillroom.method import Method, get_method
 from stillroom.networks.mae import learned
 from stillroom.proofs import get_proofs
@@ -178,6 +178,7 @@ def prove(
         raise UserError(f"unknown level {level!r}", cure=f"choose one of: {', '.join(levels)}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("a proof needs distinct seeds", cure="for example --seeds 0 1 2")
+    make_folder(results)
     chosen = [p for slug in slugs for p in get_proofs(slug) if level in ("all", p.level)]
     wanted = set(arms) if arms is not None else None
     todo: dict[Path, tuple[Arm, type[Bench], type[Method] | None, int]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from stillroom.data.prompt_sources import PromptSource, fitted
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
-from stillroom.files import write
+from stillroom.files import make_folder, write
 
 SHARD = 64
 """Rows of a shard."""
@@ -109,7 +109,7 @@ def encode_prompts(
     if cache is not None and (cache / "index.json").is_file():
         return _cached(cache)
     if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
     shards: list[Mapping[str, Tensor] | Path] = []
     captions: list[str] = []
     null = encoder.conditions([])[1]
