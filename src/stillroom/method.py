@@ -208,6 +208,12 @@ class Method(nn.Module):
         networks."""
         return {name: child for name, child in self.named_children() if getattr(child, "is_frozen", False)}
 
+    @classmethod
+    def begins(cls, options: Any) -> Literal["given", "new", "teacher"]:
+        """Whose weights the student begins with: its own, as they are given; new ones; in part its teacher's. Default:
+        its own."""
+        return "given"
+
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""
         raise NotImplementedError

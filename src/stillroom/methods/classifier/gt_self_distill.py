@@ -90,6 +90,10 @@ class GTSelfDistill(Method):
             self.given = frozen(copy.deepcopy(student))
         self.register_buffer("weight", torch.ones(()))
 
+    @classmethod
+    def begins(cls, options: Any) -> Literal["given", "new", "teacher"]:
+        return "new" if options.start == "random" else "given"
+
     def teachers(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher}
 

@@ -99,6 +99,10 @@ class ERNIETiny(Method):
     options: Options
     untuned = True  # whether the fine-tuned teacher is made here
 
+    @classmethod
+    def begins(cls, options: Any) -> Literal["given", "new", "teacher"]:
+        return "teacher" if options.start == "teacher" else "given"
+
     def build(self, student: nn.Module, teachers: Sequence[nn.Module]) -> None:
         o = self.options
         self.records = read_records(o.stages)

@@ -21,7 +21,7 @@ from stillroom.surgery.skeleton import making
 from stillroom.task import COLUMNS, IN_MEMORY, NOTHING, Card, Rows, model_home, task
 from stillroom.tasks.classify.model import ImageClassifier, asked
 from stillroom.tasks.networks import Recognition, check_images, split_rows
-from stillroom.tasks.words import made_from
+from stillroom.tasks.words import began, made_from
 
 NETWORKS = (ImageClassifier, nn.Module)
 
@@ -129,7 +129,6 @@ class Classification(Recognition):
     @classmethod
     def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
         taught = made_from(recipe.teacher)
-        began = f"A classifier that began as {made_from(recipe.student) or taught}"
         use = "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
-        makes = began + (f", taught by {taught}" if recipe.student and taught else "")
+        makes = f"A classifier {began(recipe, ARCHITECTURES)}" + (f", taught by {taught}" if taught else "")
         return Card(makes, [use], library="transformers", tag="image-classification")

@@ -29,7 +29,7 @@ from stillroom.surgery.text_reader import counted_from, positions, token_table
 from stillroom.task import IN_MEMORY, NOTHING, Card, Model, Rows, find_model_class, model_home, task
 from stillroom.tasks.classify_text.model import TextClassifier
 from stillroom.tasks.networks import Recognition, split_rows
-from stillroom.tasks.words import listed, made_from
+from stillroom.tasks.words import began, listed, made_from
 
 EXAMPLES = 24
 NETWORKS = (TextClassifier, nn.Module)
@@ -198,7 +198,6 @@ class TextClassification(Recognition):
     @classmethod
     def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
         taught = made_from(recipe.teacher)
-        began = f"A classifier of texts that began as {made_from(recipe.student) or taught}"
-        makes = began + (f", taught by {taught}" if recipe.student and taught else "")
+        makes = f"A classifier of texts {began(recipe, ENCODERS)}" + (f", taught by {taught}" if taught else "")
         use = "names = student.classify(texts)  # a list of strings"
         return Card(makes, [use], library="transformers", tag="text-classification")

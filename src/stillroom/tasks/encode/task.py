@@ -34,7 +34,7 @@ from stillroom.task import (
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.encode.model import ImageEncoder
 from stillroom.tasks.networks import NetworkTask, check_images
-from stillroom.tasks.words import made_from, teacher_names
+from stillroom.tasks.words import began, made_from, teacher_names
 
 NETWORKS = (ImageEncoder, ImageClassifier, nn.Module)
 
@@ -130,8 +130,7 @@ class Encoding(NetworkTask):
     @classmethod
     def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
         taught = made_from(recipe.teacher)
-        makes = f"An image encoder that began as {made_from(recipe.student) or taught}"
-        makes += f", a student of {taught}" if recipe.student and taught else ""
+        makes = f"An image encoder {began(recipe, ARCHITECTURES)}" + (f", a student of {taught}" if taught else "")
         use = "x = student.features(images)  # [N, C, H, W] in [-1, 1] to [N, D]"
         return Card(makes, [use], library="transformers", tag="image-feature-extraction")
 
