@@ -1,25 +1,36 @@
 """Random recipes and damaged folders: accepted, or refused with a reason; never a traceback, never something written.
 
-The default run takes a part of the cases, ``pytest -m slow tests/test_fuzz.py`` all: 10,000 recipes, 1,000 folders.
+The default run takes a part of the cases, ``pytest -m slow tests/test_fuzz.py`` all: 10,000 recipes, 1,500 folders,
+3,000 pictures, 10,000 tables.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
+import gzip
+import io
 import json
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from stillroom import cli
 from stillroom.data.captioned_folders import read_captions
+from stillroom.data.pictures import SUFFIXES, levels
+from stillroom.data.prompt_sources import prompt_source
 from stillroom.data.source import load_data
 from stillroom.data.store import read_store
+from stillroom.data.tables import rows
+from stillroom.data.texts import load_texts
 from stillroom.engine.checkpoint import Checkpoints
 from stillroom.errors import UserError
 from stillroom.recipe import SHIPPED, Recipe
@@ -134,6 +145,169 @@ def test_what_is_accepted_is_the_same_when_read_again(tmp_path: Path) -> None:
     assert kept > 15
 
 
+# --- pictures ---------------------------------------------------------------------------------------------------------
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F")
+KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+
+
+def random_picture(rng: random.Random) -> tuple[str, bytes, tuple[int, int], int]:
+    """A file's name, its content, (height, width) as it is stored, and how many channels it is read with: 1 where the
+    mode is grey and the format keeps that, 3 for colours, 0 for either."""
+    noise = np.random.default_rng(rng.randrange(2**31))
+    while True:
+        mode, kind, height, width = rng.choice(MODES), rng.choice(list(KINDS)), rng.randint(1, 9), rng.randint(1, 9)
+        more: dict[str, Any] = {}
+        if rng.random() < 0.7 and kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+            exif = Image.Exif()
+            exif[0x0112] = rng.randint(0, 9)
+            more["exif"] = exif.tobytes() if rng.random() < 0.9 else b"Exif\0\0" + rng.randbytes(rng.randint(0, 40))
+        if rng.random() < 0.3 and kind != "BMP":
+            more["icc_profile"] = rng.randbytes(rng.randint(0, 300))
+        if rng.random() < 0.3 and mode in ("1", "L", "P", "RGB") and kind in ("PNG", "GIF"):
+            more["transparency"] = (1, 2, 3) if mode == "RGB" else 1
+        pixels = noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        if mode == "I;16":
+            picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        else:
+            picture = Image.fromarray(pixels).convert("L" if mode == "LA" else mode).convert(mode)
+        if rng.random() < 0.2 and kind in ("PNG", "WEBP", "GIF", "TIFF"):
+            more |= {"save_all": True, "append_images": [picture.copy()]}
+        buffer = io.BytesIO()
+        try:
+            picture.save(buffer, kind, **more)
+        except Exception:  # the format has no such mode, or Pillow does not write such EXIF
+            continue
+        grey = mode in ("1", "L", "LA", "I;16") and kind in ("PNG", "TIFF", "JPEG")
+        channels = 1 if grey else 3 if mode in ("RGB", "RGBA", "CMYK") else 0
+        return f"x{KINDS[kind]}", buffer.getvalue(), (height, width), channels
+
+
+def try_pictures(numbers: range) -> int:
+    """Whole ones are read, cut and changed ones refused or read. How many were refused of the latter."""
+    refused = 0
+    for number in numbers:
+        rng = random.Random(number)
+        name, content, size, channels = random_picture(rng)
+        try:
+            found = levels(io.BytesIO(content), name)
+            assert found.dtype == np.uint8
+            assert len(found) == channels or (channels == 0 and len(found) in (1, 3))
+            assert sorted(found.shape[1:]) == sorted(size)
+        except UserError as error:
+            one_line(error)
+            if "32 bits" not in str(error):
+                raise AssertionError(f"picture {number}") from error
+        except Exception as error:
+            raise AssertionError(f"picture {number}") from error
+        data = bytearray(content)
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            levels(io.BytesIO(bytes(data[: rng.choice([len(data), rng.randrange(len(data) + 1)])])), name)
+        except UserError as error:
+            one_line(error)
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"picture {number}, damaged") from error
+    return refused
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_pictures() -> None:
+    assert try_pictures(range(300)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_three_thousand_pictures() -> None:
+    assert try_pictures(range(3_000)) > 1_000
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+PIECES = (
+    "a",
+    "red cat",
+    " ",
+    ",",
+    ";",
+    "\t",
+    "|",
+    '"',
+    "\n",
+    "\r\n",
+    "\u2028",
+    "\u0085",
+    "é",
+    "😀",
+    "'",
+    "\\",
+    "=1",
+    "#",
+    "0",
+)
+
+
+def random_table(rng: random.Random) -> tuple[str, bytes, list[tuple[str, str]]]:
+    """A file's name, its content in some dialect, and the rows that it holds."""
+
+    def word(least: int) -> str:
+        return "w" * least + "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 6)))
+
+    pairs = [(word(1), rng.choice(["pos", "neg", "a, b", "1", "2.0"])) for _ in range(rng.randint(1, 8))]
+    kind, packed = rng.choice([".csv", ".csv", ".tsv", ".jsonl"]), rng.random() < 0.2
+    end = rng.choice(["\n", "\r\n"])
+    if kind == ".jsonl":
+        ascii_only = rng.random() < 0.5
+        text = "".join(json.dumps({"text": t, "label": b}, ensure_ascii=ascii_only) + end for t, b in pairs)
+        text += rng.choice(["", end, end + " " + end])
+    else:
+        file = io.StringIO(newline="")
+        delimiter = rng.choice(",;\t|")
+        writer = csv.writer(
+            file, delimiter=delimiter, lineterminator=end, quoting=rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+        )
+        columns = ["text", "label"] + ["more"] * rng.randint(0, 1)
+        writer.writerow(columns)
+        writer.writerows([*pair, "x"][: len(columns)] for pair in pairs)
+        text = file.getvalue() + rng.choice(["", end, delimiter * (len(columns) - 1) + end])
+    content = text.encode(rng.choice(["utf-8", "utf-8-sig", "utf-16"]))
+    return f"x{kind}{'.gz' * packed}", gzip.compress(content) if packed else content, pairs
+
+
+def try_tables(numbers: range, folder: Path) -> int:
+    """Whole ones give their rows, changed ones some or a refusal. How many were refused."""
+    refused = 0
+    for number in numbers:
+        rng = random.Random(number)
+        name, content, pairs = random_table(rng)
+        (folder / name).write_bytes(content)
+        found = [(row["text"], row["label"]) for _, row in rows(folder / name, ("text", "label"), "{}")]
+        assert found == pairs, number
+        data = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.choice(b'",;\t\n{}[]:\0\xff\xfe=x')
+        (folder / name).write_bytes(data[: rng.choice([len(data), rng.randrange(len(data) + 1)])])
+        for read in (lambda file: load_texts(file, "all"), read_captions):
+            try:
+                read(folder / name)
+            except UserError as error:
+                one_line(error)
+                refused += 1
+            except Exception as error:
+                raise AssertionError(f"table {number}") from error
+        (folder / name).unlink()
+    return refused
+
+
+def test_random_tables(tmp_path: Path) -> None:
+    assert try_tables(range(400), tmp_path) > 100
+
+
+@pytest.mark.slow
+def test_ten_thousand_tables(tmp_path: Path) -> None:
+    assert try_tables(range(10_000), tmp_path) > 3_000
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -145,8 +319,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder / "arrays")
     place = folder / "pictures"
     images = load_data(folder / "arrays", "train")
-    from PIL import Image
-
     for i in range(6):
         home = place / images.classes[i % 3]
         home.mkdir(parents=True, exist_ok=True)
@@ -156,6 +328,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesize({"t": Samplewise()}, FEW_CAPTIONS, folder / "store", repeats="redraw", shard_size=6, progress=False)
     (folder / "captions").mkdir()
     (folder / "captions" / "metadata.jsonl").write_text('{"text": "a red three"}\n{"caption": "two blue fours"}\n')
+    make_modes(folder / "modes")
+    make_tables(folder / "tables")
+    make_captioned(folder / "captioned")
     arguments = ["run", "dmd2", "--teacher", str(folder / "model"), "--data", str(folder / "arrays"), "--name", "run"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -165,6 +340,59 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def make_modes(folder: Path) -> None:
+    """Pictures of every format and mode, with EXIF, profiles, frames."""
+    folder.mkdir()
+    for number in range(40):
+        name, content = random_picture(random.Random(number))[:2]
+        (folder / f"{number:02}{Path(name).suffix}").write_bytes(content)
+
+
+def make_tables(folder: Path) -> None:
+    """Tables of every dialect."""
+    folder.mkdir()
+    for number in range(12):
+        name, content, _ = random_table(random.Random(number))
+        (folder / f"{number:02}-{name}").write_bytes(content)
+
+
+def make_captioned(folder: Path) -> None:
+    """Captions beside pictures, in a table, and in a tar."""
+    for name in ("beside/0.png", "listed/0.png"):
+        (folder / name).parent.mkdir(parents=True)
+        Image.new("RGB", (6, 6)).save(folder / name)
+    (folder / "beside" / "0.txt").write_text("a cat")
+    (folder / "listed" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a dog"}\n')
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name in ("0.png", "0.txt"):
+            tar.add(folder / "beside" / name, name)
+
+
+def read_tables(folder: Path) -> None:
+    """Each table by both of its readers; what one refuses the other may still read."""
+    refused = []
+    for file in sorted(folder.iterdir()):
+        for read in (lambda file: load_texts(file, "all"), read_captions):
+            try:
+                read(file)
+            except UserError as error:
+                one_line(error)
+                refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def read_modes(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.suffix in SUFFIXES:
+            levels(file, str(file))
+
+
+def read_captioned(folder: Path) -> None:
+    for place in (folder / "beside", folder / "listed", folder / "a.tar"):
+        list(prompt_source(str(place)))
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "model": ImageGenerator.load,
     "arrays": lambda folder: load_data(folder, "train").images(slice(2)),
@@ -172,6 +400,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "store": lambda folder: read_store(folder, report=str),
     "captions": lambda folder: read_captions(folder / "metadata.jsonl"),
     "checkpoints": lambda folder: Checkpoints(folder).newest(),
+    "modes": read_modes,
+    "tables": read_tables,
+    "captioned": read_captioned,
 }
 
 
@@ -181,7 +412,8 @@ def damage(folder: Path, rng: random.Random) -> str:
     file = rng.choice(files)
     data = bytearray(file.read_bytes())
     ways = ["cut", "flip", "empty", "noise", "exchange", "remove", "folder", "extra"]
-    how = rng.choice(ways + ["json"] * 4 if file.suffix in (".json", ".jsonl") else ways)
+    text = file.suffix in (".json", ".jsonl") and data[:2] != b"\xff\xfe"
+    how = rng.choice(ways + ["json"] * 4 if text else ways)
     if how == "cut":
         file.write_bytes(data[: rng.randrange(len(data) + 1)])
     elif how == "flip" and data:
@@ -202,8 +434,10 @@ def damage(folder: Path, rng: random.Random) -> str:
     elif how == "extra":
         (file.parent / rng.choice(["x.png", "train.npz", "model.json", "step-9999999", "a\nb"])).write_bytes(data)
     elif how == "json":
-        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
-        trees = [json.loads(line) for line in lines]
+        whole = file.read_text(encoding="utf-8-sig")
+        trees = [
+            json.loads(line) for line in (whole.split("\n") if file.suffix == ".jsonl" else [whole]) if line.strip()
+        ]
         for tree in trees:
             if places(tree):
                 mutate(tree, rng)
@@ -234,14 +468,14 @@ def try_folders(numbers: range, whole: Path, aside: Path) -> dict[str, int]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_folders(whole: Path, tmp_path: Path) -> None:
-    refused = try_folders(range(120), whole, tmp_path)
+    refused = try_folders(range(180), whole, tmp_path)
     assert all(count >= 3 for count in refused.values()), refused
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_thousand_damaged_folders(whole: Path, tmp_path: Path) -> None:
-    refused = try_folders(range(1_000), whole, tmp_path)
+def test_fifteen_hundred_damaged_folders(whole: Path, tmp_path: Path) -> None:
+    refused = try_folders(range(1_500), whole, tmp_path)
     assert all(count >= 20 for count in refused.values()), refused
 
 

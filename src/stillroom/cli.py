@@ -361,7 +361,7 @@ class Synthesize:
     teachers: Annotated[tuple[str, ...], arg(metavar="TEACHER ...")] = ()
     """Shipped models (scenes-sd3, scenes-pixart), model folders, folders of images with captions; or NAME=DIR."""
     captions: Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")] = ""
-    """A text file with a caption per line, a .jsonl file, or scenes:N; by default those of the folders of images."""
+    """A text file with a caption per line, a .jsonl or .csv table, or scenes:N; by default those of the folders."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of the store."""
     seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0,)

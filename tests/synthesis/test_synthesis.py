@@ -384,6 +384,13 @@ def test_a_folder_of_images_is_a_teacher(tmp_path: Path, metadata: str) -> None:
         assert np.array_equal(image.permute(1, 2, 0).numpy(), stored)  # not a level is changed on the way
 
 
+def test_what_a_folder_leaves_out_is_told(tmp_path: Path) -> None:
+    folder, told = pairs(tmp_path / "images", ["a dog"]), []
+    (folder / "1.heic").write_bytes(b"x")
+    synthesize({"mine": folder}, None, tmp_path / "store", progress=False, report=told.append)
+    assert told[0] == f"images of {folder} (left out: 1 file: 1 .heic)"
+
+
 def test_folders_and_models_together(tmp_path: Path) -> None:
     pairs(tmp_path / "images", ["a dog", "a cat"])
     teachers = {"mine": tmp_path / "images", "model": Samplewise()}

@@ -165,23 +165,27 @@ class SavedDataset(PromptSource):
 class Tars(PromptSource):
     """webdataset shards: members of one name are one sample, an image and its ``.txt`` or ``.json`` with ``caption``.
     Read from front to back, compressed or not, without unpacking. Members that a system added (macOS's ``._a.png``)
-    are passed over."""
+    are passed over; ``origin`` counts them once all samples were read."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        super().__init__(files, f"{len(files):,} webdataset tar{'s' if len(files) > 1 else ''} of {files[0].parent}")
+        self.whole = f"{len(files):,} webdataset tar{'s' if len(files) > 1 else ''} of {files[0].parent}"
+        super().__init__(files, self.whole)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        self.passed = 0
         for file in self.files:
             try:
                 with tarfile.open(file, "r|*") as opened:
                     yield from self._samples(file, opened)
             except (tarfile.TarError, OSError, EOFError) as problem:
                 raise UserError(f"cannot read {file}: {problem}", cure="copy the file again") from None
+        self.origin = f"{self.whole} (left out: {self.passed:,} hidden)" if self.passed else self.whole
 
     def _samples(self, file: Path, opened: tarfile.TarFile) -> Iterator[tuple[str, Tensor | None]]:
         name, parts = "", {}
         for member in itertools.chain(opened, [None]):
             if member is not None and (member.isdir() or any(map(_added, member.name.split("/")))):
+                self.passed += not member.isdir()
                 continue
             if member is not None:
                 _check_member(member, file)

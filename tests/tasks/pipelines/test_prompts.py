@@ -168,6 +168,18 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             list(prompt_source(str(tmp_path / "one.tar")))
 
 
+def test_what_macos_adds_to_a_tar_is_passed_over_and_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as opened:
+        added = {name: b"\0\5" for name in ("./._0.png", "./._0.txt", "__MACOSX/0.png", "./.DS_Store")}
+        for name, content in sorted({**added, "./0.png": png(0), "./0.txt": b"a cat"}.items()):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            opened.addfile(member, io.BytesIO(content))
+    source = prompt_source(str(tmp_path / "a.tar"))
+    assert [text for text, _ in source] == ["a cat"]
+    assert source.origin.endswith(" (left out: 4 hidden)")
+
+
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stillroom.data.labels import places
 from stillroom.data.source import IMAGE_SETS, ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
@@ -51,8 +52,12 @@ class ClassImages(Task):
 
     @staticmethod
     def _by_names(data: ArrayData, model: ImageGenerator, whose: str) -> ArrayData:
-        """The data with the classes in the model's order, matched by name; as they are where one has no names."""
-        return data.by_names(model.classes, whose) if model.classes and data.classes else data
+        """The data with the classes in the model's order, matched by name; as they are where one has no names, or the
+        data's are numbers."""
+        if not (model.classes and data.classes):
+            return data
+        straight = places(data.classes, model.classes, whose) == list(range(len(data.classes)))
+        return data if straight else data.by_names(model.classes, whose)
 
     def given(self) -> Mapping[str, Any]:
         teacher = self.teacher.denoiser
