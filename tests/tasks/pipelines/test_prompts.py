@@ -170,7 +170,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_what_macos_adds_to_a_tar_is_passed_over_and_counted(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as opened:
-        added = {name: b"\0\5" for name in ("./._0.png", "./._0.txt", "__MACOSX/0.png", "./.DS_Store")}
+        added = dict.fromkeys(("./._0.png", "./._0.txt", "__MACOSX/0.png", "./.DS_Store"), b"\x00\x05")
         for name, content in sorted({**added, "./0.png": png(0), "./0.txt": b"a cat"}.items()):
             member = tarfile.TarInfo(name)
             member.size = len(content)
