@@ -136,8 +136,8 @@ def synthesize(
     """
     world = world or World.join("auto")
     known = as_teachers(teachers, size, settings or {}, world.device)
-    for teacher in known.values() if world.first and report else ():
-        if teacher.folder is not None and teacher.folder.left_out:
+    for teacher in known.values():
+        if report is not None and world.first and teacher.folder is not None and teacher.folder.left_out:
             report(f"images of {teacher.folder.folder}{teacher.folder.left_out}")
     plan = make_plan(
         known, captions, seeds=seeds, route=route, repeats=repeats, filters=filters, shard_size=shard_size, batch=batch,
