@@ -282,6 +282,37 @@ def test_float_npz_and_nameless_npz_are_refused(tmp_path: Path) -> None:
         load_data(tmp_path / "n.npz")
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (np.array([1.0, 0.0, 2.0]), ["0", "1", "2"]),
+        (np.array([True, False, True]), ["0", "1"]),
+        (np.array([[2], [0], [1]], np.int8), ["0", "1", "2"]),
+        (np.array(["b", "a", "10"]), ["10", "a", "b"]),
+        (np.array(["10", "9", "10"]), ["9", "10"]),
+    ],
+)
+def test_labels_of_an_npz_are_whole_numbers_or_names(tmp_path: Path, labels: np.ndarray, classes: list[str]) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 4, 4), np.uint8), labels=labels)
+    data = load_data(tmp_path / "x.npz", "all")
+    assert data.classes == classes
+    named = [data.classes[i] for i in data.labels.tolist()]
+    flat = labels.reshape(-1)
+    assert named == [str(value) if flat.dtype.kind == "U" else str(int(value)) for value in flat]
+
+
+@pytest.mark.parametrize("label", [0.5, np.nan, np.inf, 1e12, 2**40, 1j, None])
+def test_other_labels_of_an_npz_are_refused(tmp_path: Path, label: object) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.array([0, label]))
+    with pytest.raises(UserError, match=r"x\.npz"):
+        load_data(tmp_path / "x.npz", "all")
+    np.savez(
+        tmp_path / "y.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.array(["a", "c"]), classes=np.array(["a"])
+    )
+    with pytest.raises(UserError, match=r"label 'c' is none of its classes"):
+        load_data(tmp_path / "y.npz", "all")
+
+
 def test_an_npz_with_code_in_it_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "o.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match=r"o\.npz"):

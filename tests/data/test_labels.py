@@ -18,6 +18,9 @@ from stillroom.data.prompt_sources import prompt_source
 from stillroom.data.source import ArrayData, load_data
 from stillroom.data.texts import load_texts
 from stillroom.errors import UserError
+from stillroom.recipe import Recipe
+from stillroom.task import make_task
+from tiny import CLASSES, make_data, make_teacher
 
 TWELVE = [str(i) for i in range(12)]
 
@@ -148,6 +151,29 @@ def test_data_in_a_network_s_order() -> None:
     assert (data.classes, data.labels.tolist()) == (["a", "b", "c"], [0, 1, 2, 0])
     assert turned.fingerprint != data.fingerprint
     assert data.by_names(["A", "B", "C"], "x") is data
+
+
+def test_data_follow_the_order_of_a_teacher_that_draws_classes(tmp_path: Path) -> None:
+    make_teacher(tmp_path / "teacher")
+    with np.load(make_data(tmp_path / "data") / "train.npz") as stored:
+        arrays = dict(stored)
+    turned = {"classes": arrays["classes"][[2, 0, 1]], "labels": (arrays["labels"] + 1) % 3}
+    np.savez(tmp_path / "turned.npz", **{**arrays, **turned})
+    np.savez(tmp_path / "strange.npz", **{**arrays, "classes": np.array(["bar", "cross", "square"])})
+
+    def loaded(name: str) -> ArrayData:
+        task: Any = make_task("class-images", str(tmp_path / "teacher"))
+        task.load(Recipe.load("dmd2", teacher=str(tmp_path / "teacher"), data=str(tmp_path / name)))
+        return task.data
+
+    every = load_data(tmp_path / "turned.npz", "train")
+    known = {image.numpy().tobytes(): every.classes[i] for image, i in zip(every.array, every.labels.tolist())}
+    data = loaded("turned.npz")
+    assert data.classes == list(CLASSES)
+    assert [known[image.numpy().tobytes()] for image in data.array] == [data.classes[i] for i in data.labels.tolist()]
+    assert loaded("data").classes == list(CLASSES)
+    with pytest.raises(UserError, match=r"class 'square' of the data is none of the classes of teacher '.*teacher'"):
+        loaded("strange.npz")
 
 
 # --- which files ------------------------------------------------------------------------------------------------------

@@ -153,7 +153,8 @@ class ArrayData:
         found = copy.copy(self)
         found.__dict__.pop("fingerprint", None)
         found.cond, found.classes = self.cond | {LABELS: torch.tensor(order)[self.labels]}, names
-        found.parts = {key: part.by_names(theirs, whose) if part.classes else part for key, part in self.parts.items()}
+        same = {key: part.classes == self.classes for key, part in self.parts.items()}
+        found.parts = {key: part.by_names(theirs, whose) if same[key] else part for key, part in self.parts.items()}
         return found
 
     def reordered(self, seed: int) -> Reordered:
