@@ -57,7 +57,7 @@ from stillroom.method import Method, get_method
 from stillroom.networks.discriminators import DiscriminatorHead, middle_block
 
 BATCH, CRITICS, GUIDANCE, GAN = 64, 5, 1.5, 3e-3
-WARM_UP, CYCLES = 3, 30
+WARM_UP, CYCLES = 2, 15
 LIKE_THE_PEER = {"gan_network": "teacher", "gan_pass": "shared"}
 ARMS: dict[str, tuple[dict[str, Any], float]] = {  # options, and the rate that is wanted
     "FastGen's algorithm: the teacher's features": (LIKE_THE_PEER, 1.05),

@@ -229,7 +229,7 @@ def main() -> None:
         "dmd2 without GAN, three networks, two turns": (two_turns, two_turns_by_hand),
         "dmd2 with GAN, three networks and a head, two turns": (with_gan, with_gan_by_hand),
     }
-    rows = [measure(name, *pair, batch, 100 if batch > 16 else 300) for name, pair in kinds.items() for batch in LIMITS]
+    rows = [measure(name, *pair, batch, 60 if batch > 16 else 200) for name, pair in kinds.items() for batch in LIMITS]
     most = " and ".join(f"{limit}x at batch {batch}" for batch, limit in LIMITS.items())
     record(
         "Engine overhead",

@@ -17,6 +17,9 @@ _FREE = (
     "accumulate",
     "compile",
     "activation_checkpointing",
+    "tf32",
+    "channels_last",
+    "prefetch",
     "backward_per_term",
     "offload",
     "parallel",
@@ -70,6 +73,12 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = (
         "fp32"  # "bf16": networks run under autocast; weights, losses and optimizer state stay fp32
     )
+    # "bf16": networks that are frozen for good hold their matrices in bfloat16, at half the memory, and run under
+    # autocast
+    frozen: Literal["fp32", "bf16"] = field(default="fp32", metadata={"later": True})
+    tf32: bool = field(default=True, metadata={"later": True})  # on CUDA: float32 products in TF32
+    channels_last: bool = field(default=False, metadata={"later": True})  # filters of convolutions, for U-Nets
+    prefetch: bool = field(default=True, metadata={"later": True})  # on CUDA: the next batch is made during a step
     compile: bool = False
     activation_checkpointing: bool = False
     # one backward pass for each term of a turn that its method lets wait, in place of one for all: less memory at once,
@@ -104,6 +113,11 @@ class EngineConfig:
         if self.offload and self.compile:
             raise UserError(
                 "engine.offload moves weights behind the back of engine.compile", cure="switch one of the two off"
+            )
+        if self.frozen == "bf16" and self.parallel == "fsdp":
+            raise UserError(
+                "engine.frozen=bf16 leaves weights of two types in a block, which engine.parallel=fsdp cannot spread",
+                cure="leave engine.frozen at fp32, or use engine.parallel=ddp",
             )
         if self.optim:
             self._check_optim()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from stillroom.engine.offload import CAST, untrained
 from stillroom.errors import UserError
+from stillroom.method import Method
 
 
 def networks(method: nn.Module) -> Iterator[nn.Module]:
@@ -37,6 +39,60 @@ def return_float32(method: nn.Module) -> None:
     (differences of denoisers above all) keeps its small digits."""
     for network in networks(method):
         network.register_forward_hook(_to_float32)
+
+
+def fast_products(on: bool) -> None:
+    """Whether a CUDA device takes float32 matrix products and convolutions in TF32 (10 bits of mantissa, several times
+    as fast), in this process."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def halve_frozen(method: Method, device: torch.device) -> None:
+    """Hold the matrices and filters of the networks that are frozen for good in bfloat16, and let these networks
+    compute as autocast does, which would round the very same weights. What they hand out is float32; all others stay.
+
+    Raises UserError where there is no such network: adapters on one base are trained with it.
+    """
+    untouched, halved = {id(p) for p in untrained(method)}, 0
+    for network in networks(method):
+        parameters = list(network.parameters())
+        if getattr(network, "is_frozen", False) and parameters and all(id(p) in untouched for p in parameters):
+            halved += 1
+            for part in network.modules():
+                if isinstance(part, CAST):
+                    part.to(torch.bfloat16)
+            _under_autocast(network, device)
+    if not halved:
+        raise UserError(
+            f"engine.frozen=bf16, but {method.slug!r} has no network that is frozen for good and shares no weight with "
+            "one that is trained",
+            cure="leave engine.frozen at fp32",
+        )
+
+
+def _under_autocast(network: nn.Module, device: torch.device) -> None:
+    entered: list[torch.autocast] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(torch.autocast(device.type, torch.bfloat16))
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        entered.pop().__exit__(None, None, None)
+        return _to_float32(module, args, output)
+
+    enter.of_engine = leave.of_engine = True  # type: ignore[attr-defined]
+    network.register_forward_pre_hook(enter)
+    network.register_forward_hook(leave, always_call=True)
+
+
+def filters_last(method: nn.Module) -> None:
+    """Lay the filters of two-dimensional convolutions out with their channels last, as fast kernels want them."""
+    for network in networks(method):
+        for part in network.modules():
+            if isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

@@ -69,7 +69,7 @@ def check_fits(
     cure = "resume with the recipe that the run was started with, or start a new run"
     if manifest["method"] != method.slug:
         raise UserError(f"{where} was made by {manifest['method']!r}, not {method.slug!r}", cure=cure)
-    theirs = manifest["config"]
+    theirs = EngineConfig().to_dict() | manifest["config"]  # settings that it does not know stood at their defaults
     for key, value in json.loads(json.dumps(config.trajectory())).items():
         if theirs.get(key) != value:
             raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stillroom.checks import Waiting, waiting
 from stillroom.draws import Draws, mix
 from stillroom.engine import precision, state
+from stillroom.engine.ahead import Ahead, pinned
 from stillroom.engine.config import EMARule, EngineConfig
 from stillroom.engine.distributed import DataParallel, Sharded, World, finished, local, shard, statistics
 from stillroom.engine.ema import EMA
@@ -48,6 +49,10 @@ class Stepper:
         self._focused: Player | None = None
         self._entered: Span | None = None  # the stage that the method has been told of
         self._made: list[int] = []  # the numbers of the stages whose data the method has made a part of
+        on_cuda = self.world.device.type == "cuda"
+        self.ahead = Ahead(lambda *at: pinned(self.made(*at))) if on_cuda and config.prefetch else None
+        if on_cuda:
+            precision.fast_products(config.tf32)
         self._split_batch()
         self._check_names()
         self._prepare_method()
@@ -83,8 +88,13 @@ class Stepper:
     def _prepare_method(self) -> None:
         m, c = self.method, self.config
         self.sharded = self.world.size > 1 and c.parallel == "fsdp"
+        if c.frozen == "bf16":
+            precision.halve_frozen(m, self.world.device)
+        if c.channels_last:
+            precision.filters_last(m)
         self.offload = place(m, self.world.device, c.offload)
-        self._generator, self._shared = (torch.Generator(device=self.world.device) for _ in range(2))
+        # integers that the host goes by are drawn on the host: it would have to wait for a device
+        self._generator, self._shared = torch.Generator(device=self.world.device), torch.Generator()
         self.seed(m, -1, -1, 0)
         m.eval()
         m.prepare(self.data)
@@ -169,7 +179,8 @@ class Stepper:
         m.step, m.progress, m.stage = step, step / c.steps, span.stage
         if span is not self._entered:
             self.enter(span, resumed=step > span.start)
-        batches = [self.to_device(self.reading.batch(c.seed, step, c.batch, rows)) for rows in self.rows]
+        made = self.ahead.take(self.reading, step, step + 1 < span.end) if self.ahead else self.made(self.reading, step)
+        batches = [self.to_device(batch) for batch in made]
         shared: list[dict[str, Any]] = [{} for _ in batches]
         losses: dict[str, Tensor] = {}
         with waiting() as self.checks:
@@ -180,6 +191,10 @@ class Stepper:
         m.shared = {}
         self.step = step + 1
         return losses
+
+    def made(self, reading: Any, step: int) -> list[Batch]:
+        """The micro-batches of a step, on the host."""
+        return [reading.batch(self.config.seed, step, self.config.batch, rows) for rows in self.rows]
 
     def span_at(self, step: int) -> Span:
         return next(span for span in self.spans if step < span.end)
@@ -236,6 +251,8 @@ class Stepper:
             with player.runner.gradients(last=k == count - 1):
                 with self._autocast():
                     terms = player.runner.call(batch)
+                    if not c.backward_per_term:  # within one context, which rounds each weight once
+                        terms = finished(terms)
                 for part in self._parts(terms):
                     with self._autocast():
                         made = finished(part)
@@ -312,7 +329,7 @@ class Stepper:
         torch.manual_seed(mix("torch", c.seed, step, turn, w.rank, micro))
 
     def _choices(self, step: int, turn: int) -> torch.Generator | None:
-        """What draws the integers that the host goes by: on a device of its own, it would have to wait for them."""
+        """What draws the integers that all processes share; None: the turn's own generator."""
         if self.config.draws == "global" and self.world.device.type == "cpu":
             return None
         self._shared.manual_seed(mix("shared", self.config.seed, step, turn))

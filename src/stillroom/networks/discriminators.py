@@ -38,7 +38,7 @@ class DiscriminatorHead(nn.Module):
             )  # fmt: skip
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.body(tokens).squeeze(-1) if self.kind == "mlp" else tokens.float().mean(-1)
+        return self.body(tokens).squeeze(-1).float() if self.kind == "mlp" else tokens.float().mean(-1)
 
 
 class Discriminator(nn.Module):
