@@ -353,7 +353,7 @@ class Stepper:
             p.requires_grad_(True)
         for module, mode in player.modes.items():
             if module.training is not mode:
-                module.training = mode
+                object.__setattr__(module, "training", mode)  # a module's own way is slow, and these are hundreds
         self._focused = player
 
     # --- what a turn may not touch --------------------------------------------------------------------------------
