@@ -92,7 +92,7 @@ def filters_last(method: nn.Module) -> None:
     for network in networks(method):
         for part in network.modules():
             if isinstance(part, nn.Conv2d):
-                part.to(memory_format=torch.channels_last)
+                part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
