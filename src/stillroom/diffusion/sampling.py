@@ -43,6 +43,12 @@ def ancestral_step(p: Prediction, process: Process, t: Tensor, s: Tensor, eta: f
     return a_s * p.x0 + (s_s**2 - fresh**2).clamp_min(0).sqrt() * p.eps + fresh * noise
 
 
+def fresh_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal, drawn where the generator is (on the CPU where there is none) and brought to ``like``."""
+    place = "cpu" if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=place).to(like)
+
+
 SAMPLERS: dict[str, type[Sampler]] = {}
 """Every sampler whose module has been imported, by name."""
 
@@ -136,7 +142,7 @@ class AncestralSampler(Sampler):
         times = process.grid(self.steps).to(noise)
         x = process.sigma(times[0]) * noise
         for t, s in zip(times[:-2], times[1:-1], strict=True):
-            p, noise = denoiser(x, t, cond, self.guidance), torch.randn(x.shape, generator=generator).to(x)
+            p, noise = denoiser(x, t, cond, self.guidance), fresh_noise(x, generator)
             x = ancestral_step(p, process, t, s, self.eta, noise)
         return denoiser(x, times[-2], cond, self.guidance).x0
 
@@ -172,7 +178,7 @@ class FewStepSampler(Sampler):
         for fraction in self.times:
             t = torch.full((), fraction * process.t_max, dtype=noise.dtype, device=noise.device)
             if p is not None and self.renoise == "fresh":
-                eps = torch.randn(noise.shape, generator=generator).to(noise)
+                eps = fresh_noise(noise, generator)
             elif p is not None and self.renoise == "ddim":
                 eps = p.eps
             x = process.sigma(t) * eps if p is None else process.add_noise(p.x0, eps, t)

@@ -56,6 +56,19 @@ def test_features_do_not_depend_on_the_captions_beside_them() -> None:
     assert not torch.allclose(together["pooled_projections"][0], together["pooled_projections"][1])
 
 
+def test_a_caption_that_is_asked_for_several_times_is_encoded_once(
+    generator: TextImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [CAPTIONS[1], CAPTIONS[0], CAPTIONS[1], CAPTIONS[1]]
+    encode, seen = generator.space.text.encode, []
+    monkeypatch.setattr(generator.space.text, "encode", lambda texts: seen.append(list(texts)) or encode(texts))
+    found = generator.cond(asked)
+    assert seen == [CAPTIONS[1::-1]]
+    expected = encode(asked)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
 def test_the_empty_caption_is_its_end_token_alone() -> None:
     found = tiny_text().encode([""])
     assert found["encoder_attention_mask"].sum() == 1

@@ -157,10 +157,13 @@ class TextImageGenerator(PictureGenerator):
         return torch.cat(out)
 
     def cond(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The conditions ``[B, ...]`` that the network reads, on its device."""
-        features, device = self.space.text.encode(captions), device_of(self.network)
+        """The conditions ``[B, ...]`` that the network reads, on its device. A caption that is asked for several times
+        is encoded once."""
+        places = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        features, device = self.space.text.encode(list(places)), device_of(self.network)
         names = tuple(self.network.null) if isinstance(self.network, Denoiser) else (TEXT,)
-        return {name: features[name].to(device) for name in names}
+        rows = torch.tensor([places[caption] for caption in captions])
+        return {name: features[name][rows.to(features[name].device)].to(device) for name in names}
 
     def _check_patches(self, shape: tuple[int, int, int], size: tuple[int, int]) -> None:
         network = self.network.network if isinstance(self.network, Denoiser) else self.network
