@@ -61,32 +61,68 @@ def python(root: Path, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def stillroom(root: Path, *words: str, code: int = 0) -> str:
-    return python(root, "-m", "stillroom", *words, code=code)
+WORDS = {
+    "plan": ("plan", "imitate.yaml"),
+    "run": ("run", "imitate.yaml", "--name", "first"),
+    "sample": ("sample", "runs/first"),
+    "demo": ("demo", "runs/first"),
+    "compare": ("compare", "first"),
+    "report": ("report", "first"),
+    "doctor": ("doctor", "first"),
+    "student": ("run", "imitate.yaml", "--name", "second", "--student", "runs/first", "--steps", "10"),
+    "export": ("export", "runs/first", "--to", "torch", "--out", "exported"),
+    "prove": ("prove", "imitate", "--seeds", "0", "1"),
+    "bench": ("bench", "vectors"),
+    "misspelt": ("run", "imitate.yaml", "--student", "mpl-8"),
+}
+"""Commands in their order; one process runs them all, for the start of each takes longer than what it does."""
+ALL = """
+import contextlib, io, json, sys
+import stillroom as sr
+from stillroom import cli
+from stillroom.errors import UserError
+from stillroom.task import make_task
+
+def told(call):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = call()
+    return code, said.getvalue()
+
+if __name__ == "__main__":
+    found = {name: told(lambda: cli.main(words)) for name, words in json.loads(sys.argv[1]).items()}
+    found["load"] = 0, type(sr.load("runs/first")).__name__
+    try:
+        make_task("vector")
+    except UserError as error:
+        found["task"] = 2, str(error)
+    json.dump(found, open("told.json", "w"))
+"""
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path) -> Path:
-    stillroom(place, "run", "imitate.yaml", "--name", "first")
-    return place / "runs" / "first"
+def told(place: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and words of each command."""
+    (place / "all.py").write_text(ALL)
+    python(place, "all.py", json.dumps(WORDS))
+    return json.loads((place / "told.json").read_text())
 
 
-def test_a_plan_before_anything_is_trained(place: Path) -> None:
-    assert "imitate" in stillroom(place, "plan", "imitate.yaml")
-    assert not (place / "runs" / "imitate").exists()
+def test_every_command_ends_as_it_should(told: dict[str, tuple[int, str]]) -> None:
+    assert {name: code for name, (code, _) in told.items() if code} == {"demo": 2, "misspelt": 2, "task": 2}
+    assert "imitate" in told["plan"][1]
 
 
-def test_a_run_leaves_a_student_that_load_reads(place: Path, finished: Path) -> None:
-    result = json.loads((finished / "result.json").read_text())
+def test_a_run_leaves_a_student_that_load_reads(place: Path, told: dict[str, tuple[int, str]]) -> None:
+    result = json.loads((place / "runs" / "first" / "result.json").read_text())
     assert result["task"] == "vectors"
     assert result["teachers"] == ["teacher-1"]
     assert set(result["scores"]) == {"student", "teacher-1"}
     assert result["student"]["params"] == 8 * 3 + 8 + 8 + 1
-    said = python(place, "-c", f"import stillroom as sr; print(type(sr.load({str(finished)!r})).__name__)")
-    assert said.strip() == "Regressor"
+    assert told["load"][1] == "Regressor"
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(place: Path, finished: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(place: Path, told: dict[str, tuple[int, str]]) -> None:
     command = [sys.executable, "-m", "stillroom", "run", "imitate.yaml", "--name", "killed"]
     run = subprocess.Popen(command, cwd=place, env=environment(place), stderr=subprocess.DEVNULL)
     checkpoint = place / "runs" / "killed" / "checkpoints" / "step-0000020" / "manifest.json"
@@ -95,50 +131,43 @@ def test_a_killed_run_goes_on_to_the_same_weights(place: Path, finished: Path) -
     run.send_signal(signal.SIGKILL)
     run.wait()
     if not (place / "runs" / "killed" / "result.json").exists():  # it may have been faster than we are
-        stillroom(place, "run", "--resume", "runs/killed")
-    first, again = (path / "student" / "model.safetensors" for path in (finished, place / "runs" / "killed"))
+        python(place, "-m", "stillroom", "run", "--resume", "runs/killed")
+    first, again = (place / "runs" / name / "student" / "model.safetensors" for name in ("first", "killed"))
     assert first.read_bytes() == again.read_bytes()
 
 
-def test_what_is_shown(place: Path, finished: Path) -> None:
-    assert re.search(r"random vectors\n +\[.*\] -> ", stillroom(place, "sample", "runs/first"))
-    assert "predicts numbers" in stillroom(place, "demo", "runs/first", code=2)
-    compared = stillroom(place, "compare", "first")
-    assert "Mean squared error ↓" in compared
-    assert "Vectors seen" in compared
-    stillroom(place, "report", "first")
-    page = (finished / "report.html").read_text(encoding="utf-8")
+def test_what_is_shown(place: Path, told: dict[str, tuple[int, str]]) -> None:
+    assert re.search(r"random vectors\n +\[.*\] -> ", told["sample"][1])
+    assert "predicts numbers" in told["demo"][1]
+    assert "Mean squared error ↓" in told["compare"][1]
+    assert "Vectors seen" in told["compare"][1]
+    page = (place / "runs" / "first" / "report.html").read_text(encoding="utf-8")
     assert "Mean squared error" in page
     assert "random vectors" in page
     assert "-&gt;" in page
-    assert "step" in stillroom(place, "doctor", "first", code=0)
-    card = (finished / "student" / "README.md").read_text(encoding="utf-8")
+    assert "step" in told["doctor"][1]
+    card = (place / "runs" / "first" / "student" / "README.md").read_text(encoding="utf-8")
     assert "A regressor taught by `teacher`" in card
     assert "y = student.predict(vectors)" in card
 
 
-def test_a_student_goes_on_from_another_run(place: Path, finished: Path) -> None:
-    stillroom(place, "run", "imitate.yaml", "--name", "second", "--student", "runs/first", "--steps", "10")
+def test_a_student_goes_on_from_another_run(place: Path, told: dict[str, tuple[int, str]]) -> None:
     result = json.loads((place / "runs" / "second" / "result.json").read_text())
     assert result["student"]["params"] == 8 * 3 + 8 + 8 + 1
 
 
-def test_an_export_answers_as_the_model_does(place: Path, finished: Path) -> None:
-    stillroom(place, "export", "runs/first", "--to", "torch", "--out", "exported")
+def test_an_export_answers_as_the_model_does(place: Path, told: dict[str, tuple[int, str]]) -> None:
     facts = json.loads((place / "exported" / "export.json").read_text())
     assert facts["files"]["model.pt2"]["parity"]["max_abs_error"] < 1e-5
 
 
-def test_its_claims_hold_on_its_bench(place: Path) -> None:
-    shown = stillroom(place, "prove", "imitate", "--seeds", "0", "1")
-    assert "learns" in shown
+def test_its_claims_hold_on_its_bench(place: Path, told: dict[str, tuple[int, str]]) -> None:
+    assert "learns" in told["prove"][1]
     result = json.loads((place / "results" / "imitate.json").read_text())
     assert {claim["id"]: claim["verdict"] for claim in result["claims"]} == {"learns": "holds", "control": "holds"}
-    assert "exact function" in stillroom(place, "bench", "vectors")
+    assert "exact function" in told["bench"][1]
 
 
-def test_mistakes_are_one_line(place: Path) -> None:
-    assert "no regressor 'mpl-8'" in stillroom(place, "run", "imitate.yaml", "--student", "mpl-8", code=2)
-    wrong = "from stillroom.task import make_task; make_task('vector')"
-    said = python(place, "-c", wrong, code=1)
-    assert "unknown task 'vector' (did you mean 'vectors'?)" in said
+def test_mistakes_are_one_line(told: dict[str, tuple[int, str]]) -> None:
+    assert "no regressor 'mpl-8'" in told["misspelt"][1]
+    assert "unknown task 'vector' (did you mean 'vectors'?)" in told["task"][1]

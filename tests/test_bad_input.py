@@ -101,6 +101,9 @@ def run_arguments(*more: str, teacher: str = "teacher", data: str = "data", meth
         (["run", "data/train.npz.yaml"], "does not exist"),
         (["run", "--resume", "nothing"], "there are no runs under runs/"),
         (["run", "dmd2", "--resume", "data"], "keeps its own recipe"),
+        (["run", "dmd2", "--teacher", ""], "--teacher is empty"),
+        (["plan", "dmd2", "--data", ""], "--data is empty"),
+        (["run", "lightgen", "--student", "lightgem"], "(did you mean 'lightgen'?); give the folder of a run or of a"),
         (["run", "--resume", "data"], "no run folder"),
         (["prove"], "no method"),
         (["prove", "dmd3"], "did you mean 'dmd2'"),
@@ -188,7 +191,7 @@ def test_data_that_cannot_be_used_are_refused(
     [
         ("nowhere", "no model 'nowhere'"),
         ("fashon", "did you mean 'fashion'"),
-        ("./nowhere", "nowhere does not exist"),
+        ("./nowhere", "nowhere does not exist; check the path"),
         ("empty", "no model"),
         ("data", "no model"),
         ("rgb-teacher", "3 channels"),

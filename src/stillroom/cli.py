@@ -72,6 +72,8 @@ def _recipe(source: str, overrides: Sequence[str], given: Mapping[str, Any]) -> 
     """The recipe that a command names, by default the default one, with what its arguments change."""
     from stillroom.recipe import DEFAULT, Recipe
 
+    if empty := [key for key in ("teacher", "data", "name") if given.get(key) == ""]:
+        raise UserError(f"--{empty[0]} is empty", cure="give it a value, or leave it out")
     if "=" in source:
         source, overrides = "", [source, *overrides]
     return Recipe.load(source or DEFAULT, overrides, **{key: v for key, v in given.items() if v is not None})

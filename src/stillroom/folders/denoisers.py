@@ -73,7 +73,7 @@ def network_folder(folder: str | Path) -> Path:
     """Where a model folder keeps its network. Raises UserError when it does not exist or holds none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"teacher folder {folder} does not exist", cure="give a folder in diffusers layout")
+        raise UserError(f"teacher folder {folder} does not exist", cure="check the path")
     name = next((n for n in NETWORK_FOLDERS if (folder / n).is_dir()), None)
     if name is None:
         raise UserError(f"{folder} holds no model", cure=f"it needs one of: {', '.join(NETWORK_FOLDERS)}")

@@ -22,7 +22,7 @@ def model_folder(name: str | Path) -> Path:
     name = str(name)
     if name in SHIPPED and not Path(name).is_dir():
         return ASSETS / SHIPPED[name]
-    if "/" not in name and not Path(name).exists():
+    if "/" not in name and not any(Path(one).exists() for one in (name, name.rpartition("@")[0] or name)):
         raise UserError(
             f"no model {name!r}{nearest(name, SHIPPED)}", cure=f"give a model's folder, or one of: {', '.join(SHIPPED)}"
         )

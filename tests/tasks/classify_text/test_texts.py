@@ -174,6 +174,12 @@ def test_a_text_in_a_batch_is_read_as_it_is_alone(kind: str, tmp_path: Path) -> 
     assert (logits.softmax(-1) - torch.cat(alone)[batch["index"]]).abs().max() < 1e-6
 
 
+def test_a_tokenizer_that_knows_more_tokens_than_its_network_is_refused(tmp_path: Path) -> None:
+    TextClassifier(encoder(), KINDS["added tokens"], CLASSES, 24).save(tmp_path)
+    with pytest.raises(UserError, match=r"knows 19 tokens, its network 17; .*resize"):
+        TextClassifier.load(tmp_path)
+
+
 def test_a_text_without_any_token_is_named() -> None:
     with pytest.raises(UserError, match=r"makes no token of the text 'zzz'"):
         Texts(["red", "zzz"]).tokenised(KINDS["drops the unknown"])

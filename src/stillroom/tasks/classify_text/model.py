@@ -22,7 +22,7 @@ from stillroom.folders.weights import save_pretrained
 from stillroom.networks.recognition import ForwardPass
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
-from stillroom.surgery.text_reader import positions
+from stillroom.surgery.text_reader import positions, token_table
 from stillroom.task import FileJudge, Model, Part
 
 LENGTH = 512
@@ -115,6 +115,11 @@ class TextClassifier(Model):
         if tokenizer is None:
             raise UserError(f"{folder} has no tokenizer", cure="copy the tokenizer's files beside the model")
         check_pads(tokenizer, str(folder))
+        if (rows := token_table(network).num_embeddings) < len(tokenizer):
+            raise UserError(
+                f"the tokenizer of {folder} knows {len(tokenizer):,} tokens, its network {rows:,}",
+                cure="use the network's own tokenizer, or resize the network's embeddings to it",
+            )
         config: Any = network.config
         classes = [str(name) for _, name in sorted(config.id2label.items())]
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else {}

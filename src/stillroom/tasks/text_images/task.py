@@ -19,7 +19,8 @@ from stillroom.data.source import ASSETS
 from stillroom.data.store import MANIFEST
 from stillroom.data.synthetic import SynthesisOptions
 from stillroom.diffusion.sampling import Sampler
-from stillroom.errors import UserError
+from stillroom.errors import UserError, nearest
+from stillroom.folders.shipped import SHIPPED
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.recipe import Recipe
 from stillroom.synthesis import plan_hash, synthesize
@@ -68,6 +69,12 @@ class TextImages(Task):
         """The network that the student goes on from; None: the method makes a new one."""
         one = given.get("student")
         if one is None and recipe.student:
+            if "/" not in recipe.student and recipe.student not in SHIPPED and not Path(recipe.student).exists():
+                ours = [name for name, folder in SHIPPED.items() if TextImageGenerator.holds(ASSETS / folder)]
+                raise UserError(
+                    f"no student {recipe.student!r}{nearest(recipe.student, ours)}",
+                    cure=f"give the folder of a run or of a generator, or one of: {', '.join(ours)}",
+                )
             one = TextImageGenerator.load(model_home(recipe.student))
         self.start: nn.Module | None = one.network if isinstance(one, TextImageGenerator) else one
 
