@@ -89,6 +89,22 @@ def damaged_text(text: str, rng: random.Random) -> str:
     return text
 
 
+SPELLINGS = (
+    "010", "0o17", "0x1F", "1e-4", "1E3", "1_000", "+5", "-0", ".5", "5.", "1:30", "on", "Off", "yes", "n", "TRUE",
+    "Null", "~", "", "2026-11-29", ".INF", ".nan", "!!int 010", "!!float 3", "!!str 4", "!!timestamp 2020-01-01",
+    "!!binary aGk=", "!!set {a, b}", "|\n    4", ">\n    4", "'4'", '"4\\n"', "4 # four", "[4", "{a: 4}", "<<", "=",
+)  # fmt: skip
+
+
+def spelled(text: str, rng: random.Random) -> str:
+    """A YAML text, some of whose values are written in another way."""
+    lines = text.splitlines()
+    for _ in range(rng.randint(1, 3)):
+        at = rng.choice([i for i, line in enumerate(lines) if ": " in line])
+        lines[at] = f"{lines[at].split(': ')[0]}: {rng.choice(SPELLINGS)}"
+    return "\n".join(lines) + "\n"
+
+
 def one_line(error: UserError) -> None:
     if "\n" in str(error):
         raise ValueError(f"more than one line: {error}")
@@ -108,7 +124,8 @@ def try_recipes(numbers: range, folder: Path) -> tuple[int, int]:
                 Recipe.from_dict(tree).to_yaml()
             else:
                 file = folder / "recipe.yaml"
-                file.write_text(damaged_text(yaml.safe_dump(tree, allow_unicode=True), rng), encoding="utf-8")
+                change = spelled if number % 2 else damaged_text
+                file.write_text(change(yaml.safe_dump(tree, allow_unicode=True), rng), encoding="utf-8")
                 Recipe.load(file)
             accepted += 1
         except UserError as error:

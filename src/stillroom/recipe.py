@@ -89,7 +89,8 @@ class Recipe:
         if folder and tree.get("folder") == folder:  # what is named now is named from here
             changed = {*given, *(text.partition("=")[0] for text in overrides)}
             for key in changed & {"teacher", "student", "data"}:
-                tree[key] = type(tree[key])(",".join(map(from_here, str(tree[key]).split(","))))
+                if isinstance(named := tree[key], str):
+                    tree[key] = type(named)(",".join(map(from_here, named.split(","))))
         return cls.from_dict(tree)
 
     def changed(self, *overrides: str) -> Recipe:
@@ -267,7 +268,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         tree = inner
     if isinstance(value, Mapping) and isinstance(tree.get(last), dict):
         for name, item in value.items():
-            _put(tree[last], name, item)
+            _put(tree[last], str(name), item)
     else:
         tree[last] = copy.deepcopy(value)
 

@@ -144,6 +144,7 @@ class EngineConfig:
                     cure="give every EMA a name of its own",
                 )
             names.add(rule.name)
+            self.ema[i] = entry | {key: getattr(rule, key) for key in ("name", "of") if key in entry}
 
     def check_turns(self, names: Sequence[str]) -> None:
         """Raises UserError where ``optim`` names a turn that is none of these."""
