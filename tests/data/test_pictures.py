@@ -164,6 +164,21 @@ def test_one_colour_may_be_transparent(kind: str, mode: str) -> None:
     assert found[:, 0, 1].tolist() == second
 
 
+def test_one_colour_of_sixteen_bits_may_be_transparent() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(colour: int, *values: int) -> io.BytesIO:
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour, 0, 0, 0))
+        clear = chunk(b"tRNS", struct.pack(f">{len(values) // 2}H", *values[: len(values) // 2]))
+        pixels = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values)))
+        return io.BytesIO(b"\x89PNG\r\n\x1a\n" + head + clear + pixels + chunk(b"IEND", b""))
+
+    assert levels(png(0, 100, 0x8080), "here").tolist() == [[[255, 128]]]
+    found = levels(png(2, 0x1234, 0x5678, 0x9ABC, 0x8080, 0, 0xFFFF), "here")
+    assert found[:, 0].T.tolist() == [[255, 255, 255], [128, 0, 255]]
+
+
 def test_the_background_is_the_same_everywhere(tmp_path: Path) -> None:
     clear = np.dstack([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)])
     for i in range(5):

@@ -107,6 +107,9 @@ def _flat(picture: Any, grey: bool) -> np.ndarray:
     if not clear:
         found = np.asarray(picture.convert("L") if grey else _srgb(picture))
         return found[..., None] if found.ndim == 2 else found
+    key = picture.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # one colour of 16 bits, of which Pillow keeps the upper 8
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
     whole = picture.convert("RGBA")
     colours = np.asarray(whole.convert("RGB") if grey else _srgb(whole.convert("RGB"), picture)).astype(np.uint16)
     opaque = np.asarray(whole.getchannel("A")).astype(np.uint16)[..., None]

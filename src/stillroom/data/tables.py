@@ -110,9 +110,9 @@ def _csv_rows(file: Path, wanted: Sequence[str], delimiters: str) -> Iterator[Ro
         found, begun = [], 0
         try:
             for values in reader:
-                place, begun = f"{file}:{begun + 1 + skipped}", reader.line_num
-                if any(value.strip() for value in values):
-                    found.append((place, values))
+                line, begun = begun + 1 + skipped, reader.line_num
+                if "".join(values).strip():
+                    found.append((line, values))
         except csv.Error as problem:
             begun, told = begun + 1 + skipped, str(problem)
             if told == "unexpected end of data":
@@ -121,20 +121,20 @@ def _csv_rows(file: Path, wanted: Sequence[str], delimiters: str) -> Iterator[Ro
                 f"{file}:{begun}: {told}",
                 cure="put a text with quotes or line ends in double quotes, and double the quotes inside",
             ) from None
-    for place, values in found[1:]:
-        if any(value.strip() for value in values[len(names) :]):
+    for line, values in found[1:]:
+        if len(values) > len(names) and "".join(values[len(names) :]).strip():
             raise UserError(
-                f"{place}: {len(values)} values for {len(names)} columns",
+                f"{file}:{line}: {len(values)} values for {len(names)} columns",
                 cure=f"put a text that holds {delimiter!r} in double quotes",
             )
-        yield place, dict(zip(names, values))
+        yield f"{file}:{line}", dict(zip(names, values))
 
 
 def _heading(text: str, delimiter: str) -> list[str]:
     """The names in the first row that has any; none where it cannot be read."""
     try:
         for values in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
-            if any(value.strip() for value in values):
+            if "".join(values).strip():
                 return [value.strip().lstrip("\ufeff") for value in values]
     except csv.Error:
         pass
