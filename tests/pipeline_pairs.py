@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from stillroom.data.prompt_sources import PromptSource
-from stillroom.diffusion.process import RectifiedFlow
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.recipe import Recipe
@@ -18,7 +17,7 @@ from stillroom.tasks.pipelines.data import PromptedData, encode_prompts
 from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator
 from stillroom.tasks.pipelines.task import Pipelines
 from stillroom.training import build_method
-from tiny_pipelines import make_pipeline
+from tiny_pipelines import SIDE, WIDER, make_pipeline
 
 METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct")
 STEPS = 2
@@ -33,7 +32,7 @@ class Pictures(PromptSource):
 
 @cache
 def teacher_of(family: str) -> tuple[PipelineGenerator, PromptedData]:
-    side = 32 if family == "sana" else 16
+    side = WIDER.get(family, SIDE)
     teacher = PipelineGenerator(make_pipeline(family), size=(side, side))
     return teacher, encode_prompts(Pictures([], "three pictures"), teacher, report=lambda _: None)
 
@@ -65,5 +64,4 @@ def try_pair(family: str, method: str) -> str:
     images = student.sample(list(PROMPTS[:2]))
     assert images.shape == (2, 3, *teacher.size)
     assert bool(torch.isfinite(images).all())
-    assert isinstance(teacher.denoiser.process, RectifiedFlow) or student.pipeline.scheduler.config.use_karras_sigmas
     return "runs"

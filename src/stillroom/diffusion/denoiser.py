@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillroom.checks import require
 from stillroom.diffusion.process import EDM, Process, expand, match_snr
+from stillroom.errors import UserError
 
 Kind = Literal["x0", "eps", "v", "edm"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -19,6 +20,13 @@ Cond = Mapping[str, Tensor]
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 Guide = Callable[[Tensor, Tensor, float], Tensor]
 """``(conditional, unconditional, w)`` to the guided output, all ``[B, ...]`` in the network's own output space."""
+
+
+NAME_NULL = (
+    'say which class means "unconditional", {"null": {"label": N}} in stillroom.json in the model\'s folder, or do '
+    "without guidance and discriminator (options.guidance=1.0 options.gan_weight=0)"
+)
+"""The cure where a network's folder does not name what stands for no condition."""
 
 
 class Prediction:
@@ -131,7 +139,7 @@ class Denoiser(nn.Module):
         """``cond`` with every entry replaced by its "unconditional" value."""
         missing = [name for name in cond if name not in self.null]
         if missing:
-            raise ValueError(f"guidance needs an unconditional value for: {', '.join(missing)}")
+            raise UserError(f"guidance needs an unconditional value for: {', '.join(missing)}", cure=NAME_NULL)
         return {k: self._null(k, v).expand_as(v).contiguous() for k, v in cond.items()}
 
     def _null(self, name: str, like: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ def diffusers_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> T
     added: dict[str, Any] = {"resolution": None, "aspect_ratio": None} if "PixArt" in type(network).__name__ else {}
     for name, value in cond.items():
         name = ALIASES.get(name, name)
+        if name == "class_labels" and getattr(network, "class_embedding", True) is None:
+            continue  # a UNet without classes has the argument too
         if name in known:
             arguments[name] = value
         elif "added_cond_kwargs" in known:
@@ -207,6 +209,11 @@ def denoiser_from_diffusers(
             f"{type(network).__name__}: its config has no sample_size / in_channels", cure="give a complete config.json"
         )
     height, width = (size, size) if isinstance(size, int) else size
+    if type(network).__name__ == "UNet2DModel" and config.get("class_embed_type") is not None:
+        raise UserError(
+            f"a UNet2DModel with class_embed_type {config['class_embed_type']!r} is not supported",
+            cure="supported: num_class_embeds, or no classes",
+        )
     if null is None:
         null = {}
         if type(network).__name__ == "DiTTransformer2DModel":
@@ -219,6 +226,11 @@ def denoiser_from_diffusers(
         shape=(channels, height, width),
         call=diffusers_call if "timestep" in _arguments(type(network)) else plain_call,
     )
+
+
+def label_count(network: nn.Module) -> int:
+    """Labels that a UNet of pixels knows, among them the one that means "unconditional" if it has one; else 0."""
+    return int(getattr(network, "config", {}).get("num_class_embeds") or 0)
 
 
 def disable_label_dropout(network: nn.Module) -> None:

@@ -18,13 +18,8 @@ from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
 from stillroom.files import stay_inside
 from stillroom.folders.diffusers_networks import scheduler_config
-from stillroom.folders.pipeline_families import (
-    BY_CLASS,
-    Size,
-    family_of,
-    network_name,
-    network_of,
-)
+from stillroom.folders.pipeline_calls import Size, network_name, network_of
+from stillroom.folders.pipeline_families import BY_CLASS, family_of
 from stillroom.folders.pretrained import in_float32
 from stillroom.folders.transformers_layout import CONFIG, check_config, without_bar
 from stillroom.folders.weights import copy_weights, is_weight_file, weight_files
@@ -34,8 +29,9 @@ from stillroom.surgery.skeleton import pipeline_from_configs, unread
 INDEX = "model_index.json"
 LORA = "lora"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "kolors")
 """Where the parts of a pipeline may come from; a part from anywhere else would run code of its own."""
+PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "KarrasVePipeline")
 _SIZED = re.compile(r"(?P<folder>.+)@(?P<height>[0-9]+)(x(?P<width>[0-9]+))?")
 
 
@@ -51,8 +47,15 @@ def sized(name: str | Path) -> tuple[Path, Size | None]:
 
 
 def is_pipeline(name: str | Path) -> bool:
-    """Whether a name is the folder of a diffusers pipeline. No name is not the working folder's."""
-    return str(name) != "" and (sized(name)[0] / INDEX).is_file()
+    """Whether a name is the folder of a diffusers pipeline that draws more than pixels without words
+    (:func:`draws_pixels`). No name is not the working folder's."""
+    return str(name) != "" and (sized(name)[0] / INDEX).is_file() and not draws_pixels(sized(name)[0])
+
+
+def draws_pixels(folder: Path) -> bool:
+    """Whether a folder is a diffusers pipeline of one network of pixels, drawn by label or by nothing, as its
+    ``train_unconditional.py`` leaves it."""
+    return (folder / INDEX).is_file() and read_json(folder / INDEX).get("_class_name") in PIXEL_PIPELINES
 
 
 def check_index(folder: Path) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {
         name: (value[0], value[1])
         for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None and value[1] is not None
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
 
 
@@ -229,9 +232,10 @@ def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
 
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
-def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: str) -> Any:
+def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: str, trigflow: bool = False) -> Any:
     """A diffusers scheduler that, asked for ``len(sampler.times)`` steps and nothing else, runs a pipeline as
-    ``sampler`` would. Timesteps of several steps are whole numbers, at most one from those of training.
+    ``sampler`` would. Timesteps of several steps are whole numbers, at most one from those of training. trigflow: for
+    pipelines that read a flow as TrigFlow.
 
     Raises UserError for samplers that no scheduler reproduces, with what to change.
     """
@@ -249,6 +253,10 @@ def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: st
             raise UserError(
                 f"pipelines of rectified flows start from pure noise, not at t = {t_init}", cure="options.t_init=1.0"
             )
+        if trigflow:
+            if n > 2 or (n == 2 and sampler.renoise != "fresh"):
+                raise UserError("Sana-Sprint's pipeline takes one step, or two with fresh noise", cure="take one step")
+            return diffusers.SCMScheduler()
         # The same even steps, whether a pipeline gives the scheduler its sigmas (1 .. 1/n) or leaves them to it.
         return diffusers.FlowMatchEulerDiscreteScheduler(
             shift=1.0,

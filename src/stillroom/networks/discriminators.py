@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.diffusion.denoiser import NAME_NULL, Cond, Denoiser, Prediction
 from stillroom.errors import UserError
 from stillroom.surgery.taps import Features, Tap, Taps, as_tokens, block_paths
 
@@ -113,5 +113,5 @@ def feature_width(denoiser: Denoiser, taps: Taps) -> int:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"cannot try the discriminator on {type(denoiser.network).__name__}: {error}",
-            cure="give the denoiser its null conditions",
+            cure=NAME_NULL,
         ) from error

@@ -15,6 +15,8 @@ from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.engine.progress import Parts
 from stillroom.errors import UserError, nearest, reading
 from stillroom.folders.denoisers import EXPERTS, NETWORK_FOLDERS, SIDE_FILE, load_denoiser, save_denoiser
+from stillroom.folders.diffusers_networks import label_count
+from stillroom.folders.pipelines import draws_pixels
 from stillroom.parsing import read_json
 from stillroom.surgery.modules import device_of
 from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
@@ -123,7 +125,8 @@ class ImageGenerator(PictureGenerator):
     def holds(cls, folder: Path) -> bool:
         """A network in diffusers' layout, or several with a route between them, that read no text."""
         side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
-        words = (folder / "text_encoder").is_dir() or (folder / "model_index.json").is_file() or "components" in side
+        others = (folder / "model_index.json").is_file() and not draws_pixels(folder)
+        words = (folder / "text_encoder").is_dir() or others or "components" in side
         return not words and any((folder / name).is_dir() for name in (*NETWORK_FOLDERS, EXPERTS))
 
     @classmethod
@@ -151,6 +154,7 @@ def class_index(label: str, classes: Sequence[str]) -> int:
 
 
 def class_count(denoiser: Denoiser) -> int:
-    """Classes of a class-conditional denoiser, whose "unconditional" label comes after the last class; else 0."""
+    """Classes of a class-conditional denoiser, whose "unconditional" label comes after the last class, or is not known;
+    else 0."""
     values = [value for name, value in denoiser.null.items() if "label" in name and isinstance(value, int)]
-    return values[0] if values else 0
+    return values[0] if values else label_count(denoiser.network)

@@ -13,6 +13,7 @@ from stillroom.data.source import IMAGE_SETS, ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
 from stillroom.errors import UserError
+from stillroom.folders.diffusers_networks import label_count
 from stillroom.recipe import Recipe
 from stillroom.task import COLUMNS, NOTHING, Card, Rows, Task, model_home, sheet, task
 from stillroom.tasks.class_images.model import ROWS, ImageGenerator, class_count
@@ -38,6 +39,11 @@ class ClassImages(Task):
         if "teacher" not in given:
             self.folders["teacher"] = model_home(recipe.teacher)
         check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
+        if label_count(self.teacher.denoiser.network) and not self.teacher.denoiser.null:
+            # which of its labels is none is not known: those of the data are classes in any case
+            self.teacher = ImageGenerator(self.teacher.denoiser, self.teacher.sampler, self.data.classes)
+        elif takes_nothing(self.teacher.denoiser):
+            self.data = ArrayData(self.data.array, name=self.data.name, origin=self.data.origin, ids=self.data.ids)
         self.data = self._by_names(self.data, self.teacher, f"the classes of teacher {recipe.teacher!r}")
         self.start = self.teacher.denoiser
         if "student" in given or recipe.student:
@@ -80,7 +86,7 @@ class ClassImages(Task):
 
     def call(self, model: Any, batch: int) -> Tensor:
         """Samples of all classes in turn."""
-        classes = class_count(model.denoiser)
+        classes = len(model.choices)
         return model.sample([i % classes for i in range(batch)] if classes else batch)
 
     @classmethod
@@ -127,13 +133,24 @@ def check_fit(denoiser: Denoiser, data: ArrayData, name: str, source: str) -> No
                 cure="put the images into one sub-folder per class" if "label" in condition else "give data with it",
             )
     if count := class_count(denoiser):
+        if not any("label" in key for key in data.cond):
+            raise UserError(
+                f"{name} is conditioned on 'label', but data {source!r} has none",
+                cure="put the images into one sub-folder per class",
+            )
         labels = [int(values.max()) + 1 for key, values in data.cond.items() if "label" in key]
         have = len(data.classes) or max(labels)
-        if have != count:
+        if have != count and (denoiser.null or have > count):
             raise UserError(
                 f"{name} knows {count} classes, but data {source!r} has {have}",
                 cure="give the data the teacher's classes, in its order",
             )
+
+
+def takes_nothing(denoiser: Denoiser) -> bool:
+    """Whether a network of diffusers draws without any condition."""
+    network = denoiser.network
+    return type(network).__name__ == "UNet2DModel" and not label_count(network)
 
 
 def _size(shape: Sequence[int]) -> str:

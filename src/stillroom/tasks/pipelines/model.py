@@ -21,14 +21,8 @@ from stillroom.draws import mix
 from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, save_network
-from stillroom.folders.pipeline_families import (
-    Family,
-    Size,
-    check_pipeline,
-    family_of,
-    network_name,
-    network_of,
-)
+from stillroom.folders.pipeline_calls import Size, network_name, network_of
+from stillroom.folders.pipeline_families import Family, check_pipeline, family_of
 from stillroom.folders.pipelines import (
     INDEX,
     LORA,
@@ -102,12 +96,17 @@ class PipelineGenerator(PictureGenerator):
         self.denoiser = denoiser.eval()
         self.sampler = sampler or OwnScheduler()
         for part in pipeline.components.values():
-            if isinstance(part, nn.Module) and any(p.dtype != torch.float32 for p in part.parameters()):
-                part.float()  # an object's parts may be halves; those of a folder never are
+            if isinstance(part, nn.Module):
+                part.eval()
+                if any(p.dtype != torch.float32 for p in part.parameters()):
+                    part.float()  # an object's parts may be halves; those of a folder never are
         self.pipeline = copy.copy(pipeline)
         parts: dict[str, Any] = {network_name(pipeline): denoiser.network}
         if isinstance(self.sampler, FewStepSampler):
-            parts["scheduler"] = few_step_scheduler(self.sampler, denoiser.process, denoiser.prediction)
+            asked = (denoiser.process, denoiser.prediction, self.family.trigflow)
+            parts["scheduler"] = few_step_scheduler(self.sampler, *asked)
+        if self.family.parts is not None:
+            parts |= self.family.parts(getattr(self.sampler, "guidance", 1.0))
         self.pipeline.register_modules(**parts)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -157,13 +156,10 @@ class PipelineGenerator(PictureGenerator):
     @property
     def arguments(self) -> dict[str, Any]:
         """What the pipeline's own call is given besides prompts, noise and size."""
-        found = {**self.family.arguments, "num_inference_steps": self.steps}
+        times = self.sampler.times if isinstance(self.sampler, FewStepSampler) else ()
         guidance = getattr(self.sampler, "guidance", 1.0)
-        if guidance != 1.0:
-            found[self.family.guided] = guidance - self.family.offset
-            if self.family.guided == "true_cfg_scale":
-                found["negative_prompt"] = self.family.null
-        return found
+        asked = self.family.asked(self.pipeline, self.denoiser.process, times, guidance)
+        return {**asked, "num_inference_steps": self.steps}
 
     @property
     def steps(self) -> int:
@@ -209,7 +205,7 @@ class PipelineGenerator(PictureGenerator):
                     prompt=texts[rows], height=self.size[0], width=self.size[1], generator=generators,
                     output_type="pt", **part,
                 )[0]  # fmt: skip
-            images = images[:, 0] if images.ndim == 5 else images
+            images = images[:, 0] if images.ndim == 5 else images[:, :3]  # some autoencoders decode opacity as well
             found.append(images.float().cpu() * 2 - 1)
         return torch.cat(found)
 
@@ -275,10 +271,11 @@ class PipelineGenerator(PictureGenerator):
         if adapter:
             save_lora(self.denoiser, name, folder / LORA)
         network = plain_copy(self.denoiser, adapter, share=True).network if adapter else self.denoiser.network
+        guiding = self.family.parts(getattr(self.sampler, "guidance", 1.0)) if self.family.parts else {}
         if self.folder is not None:
             index = read_json(self.folder / INDEX)
             for part in _parts(index):
-                if part not in (name, "scheduler") and (self.folder / part).is_dir():
+                if part not in (name, "scheduler", *guiding) and (self.folder / part).is_dir():
                     copy_part(self.folder / part, folder / part)
         else:
             others = {k: v for k, v in self.pipeline.components.items() if k not in (name, "scheduler")}
@@ -288,6 +285,11 @@ class PipelineGenerator(PictureGenerator):
                     save_pretrained(module, folder / part)
                 elif hasattr(module, "save_pretrained"):
                     module.save_pretrained(folder / part)
+        for part, guider in guiding.items():
+            index[part] = [None, None]
+            if guider is not None:
+                guider.save_pretrained(folder / part)
+                index[part] = ["diffusers", type(guider).__name__]
         save_network(network, folder, dtype)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(self.pipeline.scheduler).__name__]

@@ -102,7 +102,7 @@ class Pipelines(Task):
         sampler, denoiser = method.sampler(), self.teacher.denoiser
         if not isinstance(sampler, FewStepSampler):
             raise UserError(f"a student sampled by {sampler.name!r} cannot be a pipeline", cure="use a few-step method")
-        few_step_scheduler(sampler, denoiser.process, denoiser.prediction)
+        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, self.teacher.family.trigflow)
         judge = getattr(method, "discriminator", None)
         if judge is not None and not isinstance(judge, nn.Identity) and not self.data.pictures:
             raise UserError(
