@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -31,11 +32,15 @@ from stillroom.data.source import load_data
 from stillroom.data.store import read_store
 from stillroom.data.tables import rows
 from stillroom.data.texts import load_texts
+from stillroom.diffusion.process import VP, process_from_dict
 from stillroom.engine.checkpoint import Checkpoints
 from stillroom.errors import UserError
+from stillroom.folders.diffusers_networks import process_from_scheduler
 from stillroom.recipe import SHIPPED, Recipe
 from stillroom.tasks.class_images.model import ImageGenerator
+from stillroom.tasks.pipelines.model import PipelineGenerator
 from tiny import FAST, make_data, make_teacher
+from tiny_pipelines import save_pipeline
 from workers.draw import FEW_CAPTIONS, Samplewise
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(SHIPPED.glob("*.yaml"))}
@@ -333,6 +338,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("whole")
     make_teacher(folder / "model")
+    save_pipeline("sd", folder / "pipeline")
     make_data(folder / "arrays")
     place = folder / "pictures"
     images = load_data(folder / "arrays", "train")
@@ -412,6 +418,7 @@ def read_captioned(folder: Path) -> None:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "model": ImageGenerator.load,
+    "pipeline": PipelineGenerator.load,
     "arrays": lambda folder: load_data(folder, "train").images(slice(2)),
     "pictures": lambda folder: load_data(folder, "train").images(slice(2)),
     "store": lambda folder: read_store(folder, report=str),
@@ -494,6 +501,95 @@ def test_damaged_folders(whole: Path, tmp_path: Path) -> None:
 def test_fifteen_hundred_damaged_folders(whole: Path, tmp_path: Path) -> None:
     refused = try_folders(range(1_500), whole, tmp_path)
     assert all(count >= 20 for count in refused.values()), refused
+
+
+# --- schedulers and types of numbers ----------------------------------------------------------------------------------
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "num_train_timesteps": (1000, 1, 2, 3, 0, -1, 10.0, "10", None), "beta_start": (1e-4, 0, -1, 2.0, "x"),
+    "beta_end": (0.02, 0, 1.0, 1.5, None), "trained_betas": (None, [], [0.1], [0.1, 0.2, 0.3], [0.2, 1.0], [0.1, "x"]),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", 3),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "trigflow", "", 1, None),
+    "rescale_betas_zero_snr": (True, False, "yes", None), "use_flow_sigmas": (True, False), "shift": (3.0, 0, -1, "x"),
+    "flow_shift": (3.0, 0, -1, "x", None), "use_dynamic_shifting": (True, False), "invert_sigmas": (True, False),
+    "timestep_spacing": ("leading", "trailing", "linspace", "x"), "sigma_max": (80.0, 0, -1, "x"),
+    "timestep_type": ("discrete", "continuous"), "predict_epsilon": (True, False), "final_sigmas_type": ("zero", "x"),
+    "use_karras_sigmas": (True, False), "_diffusers_version": ("0.6.0", "9.9", 3), "written_elsewhere": ([], {"x": 1}),
+    "_class_name": (None, 3, ["a", "b"], "UNet2DModel", "AutoencoderKL", "NoSuchScheduler", "SchedulerMixin"),
+}  # fmt: skip
+
+
+def try_schedulers(numbers: range) -> tuple[int, int]:
+    """How many were accepted and refused. What is accepted has the noise rates that its class computes itself."""
+    import diffusers
+
+    classes = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+    accepted = 0
+    for number in numbers:
+        rng = random.Random(f"scheduler {number}")
+        config: dict[str, Any] = {"_class_name": rng.choice(classes)}
+        for field in rng.sample(list(FIELDS), rng.randint(0, 4)):
+            config[field] = rng.choice(FIELDS[field])
+        try:
+            process, kind = process_from_scheduler(dict(config))
+        except UserError as error:
+            one_line(error)
+            continue
+        except Exception as error:
+            raise AssertionError(f"scheduler {number}: {config}") from error
+        accepted += 1
+        assert kind in ("eps", "v", "x0", "edm"), config
+        assert process_from_dict(process.to_dict()) == process, config
+        times = torch.linspace(0, process.t_max, 50, dtype=torch.float64)
+        ratio = process.alpha(times) / torch.hypot(process.alpha(times), process.sigma(times))
+        assert bool(torch.isfinite(ratio).all()), config
+        assert bool((ratio.diff() <= 0).all()), config
+        if isinstance(process, VP):
+            cls = getattr(diffusers, config["_class_name"])
+            given = {key: value for key, value in config.items() if key != "_class_name"}
+            theirs = cls.from_config(given).alphas_cumprod.double()
+            ours = process.alpha(torch.arange(process.steps, dtype=torch.float64)) ** 2
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6, msg=str(config))
+            assert not process.zero_snr or kind != "eps", config
+    return accepted, len(numbers) - accepted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_schedulers() -> None:
+    assert min(try_schedulers(range(150))) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_five_thousand_random_schedulers() -> None:
+    assert min(try_schedulers(range(5_000))) > 500
+
+
+TYPES: tuple[Any, ...] = (
+    "float16", "bfloat16", "torch.float16", "float64", "auto", "float99", "int8", "", 16, None, [], {"x": "float16"},
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_types_in_configs_change_nothing(whole: Path, tmp_path: Path) -> None:
+    """Whatever type a part's config names, weights are read in float32 and are the same, or the config is refused."""
+    first = dict(PipelineGenerator.load(whole / "pipeline").pipeline.text_encoder.named_parameters())
+    folder = Path(shutil.copytree(whole / "pipeline", tmp_path / "pipeline"))
+    read = 0
+    for value in TYPES:
+        for part in ("text_encoder", "unet", "vae"):
+            config = json.loads((whole / "pipeline" / part / "config.json").read_text())
+            said = {"torch_dtype": value} | ({"dtype": value} if part == "text_encoder" else {})
+            (folder / part / "config.json").write_text(json.dumps(config | said))
+        try:
+            again = PipelineGenerator.load(folder)
+        except UserError as error:
+            one_line(error)
+            continue
+        read += 1
+        for name, parameter in again.pipeline.text_encoder.named_parameters():
+            assert torch.equal(parameter, first[name]), value
+        assert {p.dtype for p in again.denoiser.parameters()} == {torch.float32}, value
+    assert read >= 4
 
 
 def test_a_command_on_a_damaged_folder_leaves_nothing_behind(

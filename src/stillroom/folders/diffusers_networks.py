@@ -144,20 +144,21 @@ def _variance_preserving(name: str, scheduler: Any, config: dict[str, Any]) -> V
         bool(config.get("rescale_betas_zero_snr"))
         and "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
     )
-    named = [config.get(key) for key in ("beta_schedule", "beta_start", "beta_end")]
-    if named[0] in BETA_SCHEDULES and config.get("trained_betas") is None:
-        process = VP(str(named[0]), steps, float(named[1]), float(named[2]), zero_snr=zero)  # type: ignore[arg-type]
+    schedule, first, last = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
+    said: list[VP] = []
+    if schedule in BETA_SCHEDULES and isinstance(first, int | float) and isinstance(last, int | float):
+        said.append(VP(str(schedule), steps, float(first), float(last), zero_snr=zero))
+    if config.get("trained_betas") is not None:
+        said = [VP("trained", steps, betas=tuple(config["trained_betas"]), zero_snr=zero or float(kept[-1]) == 0)]
+    for process in said:
         rates = process.alpha(torch.arange(steps, dtype=torch.float64)) ** 2
         if torch.allclose(rates, kept, rtol=1e-3, atol=1e-6):  # theirs are float32
             return process
-    betas = config.get("trained_betas") or scheduler.betas.tolist()
-    if not zero:
-        zero = float(kept[-1]) == 0.0
-    if config.get("trained_betas") is None and zero:
-        rates = kept[:-1]
-        betas = (1 - rates / torch.cat([torch.ones(1, dtype=torch.float64), rates[:-1]])).tolist()
-        betas.append(1.0)
-    return VP("trained", steps, betas=tuple(betas), zero_snr=zero)
+    zero = zero or float(kept[-1]) == 0
+    kept = torch.cat(
+        [torch.ones(1, dtype=torch.float64), kept[:-1], torch.zeros(1, dtype=torch.float64) if zero else kept[-1:]]
+    )
+    return VP("trained", steps, betas=tuple((1 - kept[1:] / kept[:-1]).tolist()), zero_snr=zero)
 
 
 def scheduler_config(process: Process, prediction: str) -> dict[str, Any]:
