@@ -124,10 +124,11 @@ def pipeline_from_configs(cls: Any, folder: Path, index: Mapping[str, Any]) -> A
 
     given: dict[str, Any] = {key: value for key, value in index.items() if not key.startswith("_")}
     for name, value in given.items():
-        if not isinstance(value, list):
-            continue
+        if not isinstance(value, list) or len(value) != 2 or any(isinstance(word, int | float) for word in value):
+            continue  # a setting
         library, kind = value
-        part = getattr(diffusers, str(kind), None) or getattr(transformers, str(kind), None)
+        places = (diffusers, transformers, getattr(diffusers.pipelines, str(library), None))
+        part = next((getattr(place, str(kind)) for place in places if hasattr(place, str(kind))), None)
         if library is None or part is None or name == "safety_checker":
             given[name] = None
         elif isinstance(part, type) and issubclass(part, nn.Module):
