@@ -120,6 +120,18 @@ def test_a_part_in_a_variant_alone_is_read_by_itself(tmp_path: Path) -> None:
         load_pretrained(AutoencoderKL, tmp_path)
 
 
+def test_a_library_that_a_class_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    def needs(*given: Any, **more: Any) -> Any:
+        raise ImportError("KolorsPipeline requires the sentencepiece library")
+
+    make_pipeline("sd").save_pretrained(tmp_path)
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", needs)
+    with pytest.raises(UserError, match=r"requires the sentencepiece library\); install it"):
+        PipelineGenerator.load(tmp_path)
+
+
 # --- autoencoders -----------------------------------------------------------------------------------------------------
 def decoded(pipeline: Any, latents: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What a pipeline hands to its autoencoder for these latents of the network."""

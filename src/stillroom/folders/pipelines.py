@@ -129,6 +129,8 @@ def read_pipeline(cls: Any, folder: Path) -> Any:
             )
     except UserError:
         raise
+    except ImportError as problem:  # what some classes need more
+        raise UserError(f"the pipeline {folder} cannot be read ({problem})", cure="install it") from None
     except Exception as problem:  # of a config's nonsense anything may come
         raise UserError(
             f"the pipeline {folder} cannot be read ({' '.join(str(problem).split())[:300]})",
