@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stillroom.data.prompt_sources import PromptList, PromptSource, fitted, prompt_source, read_picture
@@ -399,3 +401,25 @@ def test_the_task_follows_the_teacher(tmp_path: Path) -> None:
     assert isinstance(make_task("class-images", "fashion"), ClassImages)
     assert not isinstance(make_task("text-images", str(tmp_path)), Pipelines)
     assert isinstance(PromptList("scenes:3"), PromptSource)
+
+
+def test_a_shard_on_disk_is_opened_once_however_many_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    rows = [torch.randn(SHARD, 3, 2), torch.randn(5, 3, 2)]
+    paths: list[Any] = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path, tensor in zip(paths, rows, strict=True):
+        save_file({"text/prompt": tensor, "latents": tensor.clone()}, path)
+    opened: list[Path] = []
+    plain = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda path, *more: opened.append(path) or plain(path, *more))
+    data = PromptedData(paths, [str(i) for i in range(SHARD + 5)], {"prompt": torch.zeros(3, 2)}, "made")
+    for step in range(3):
+        batch = data.batch(0, step, 40, slice(0, 40))
+        index = data._order.indices(0, step, 40)
+        assert torch.equal(batch["cond"]["prompt"], torch.cat(rows)[index])
+    assert sorted(opened) == paths
+    copied = copy.deepcopy(data)
+    assert torch.equal(copied.batch(0, 0, 4)["x"], data.batch(0, 0, 4)["x"])

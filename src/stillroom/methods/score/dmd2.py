@@ -169,8 +169,13 @@ class DMD2(Method):
         real_t, t_real, _ = self.noised(batch["x"], o.critic_times)
 
         def told_apart() -> Tensor:
-            fake_logits = self.discriminator.logits(self.tapped, fake_t, t_fake, cond) if logits is None else logits
-            real_logits = self.discriminator.logits(self.tapped, real_t, t_real, cond)
+            if self.tapped is self.teacher:  # without a graph, so both fit into one pass
+                twice = {key: torch.cat([value, value]) for key, value in cond.items()}
+                x_both, t_both = torch.cat([fake_t, real_t]), torch.cat([t_fake, t_real])
+                fake_logits, real_logits = self.discriminator.logits(self.teacher, x_both, t_both, twice).chunk(2)
+            else:
+                fake_logits = self.discriminator.logits(self.fake, fake_t, t_fake, cond) if logits is None else logits
+                real_logits = self.discriminator.logits(self.fake, real_t, t_real, cond)
             self.note("real_logit", real_logits.mean())
             self.note("fake_logit", fake_logits.mean())
             return o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits)
