@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.data.source import ArrayData
+from stillroom.draws import mix
 from stillroom.engine.ahead import Ahead
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.precision import fast_products
@@ -131,3 +132,11 @@ def test_filters_with_their_channels_last_learn_the_same_up_to_rounding() -> Non
     filters = [p for p in last.values() if p.ndim == 4]
     assert filters
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+
+
+def test_a_turn_seeds_torch_s_own_generator_as_manual_seed_does() -> None:
+    made = trainer()
+    made.seed(made.method, 3, 0, 0)
+    found = torch.rand(4)
+    torch.manual_seed(mix("torch", made.config.seed, 3, 0, 0, 0))
+    assert torch.equal(found, torch.rand(4))

@@ -325,8 +325,12 @@ class Stepper:
             self._generator.manual_seed(mix(c.seed, step, turn, w.rank, micro))
             size = rows.stop - rows.start
             m.draw = Draws(self._generator, slice(0, size), size, self._choices(step, turn))
-        # dropout inside networks draws from torch's own generator
-        torch.manual_seed(mix("torch", c.seed, step, turn, w.rank, micro))
+        # Dropout inside networks draws from torch's own generators. Not torch.manual_seed, which notes the whole call
+        # stack for devices that are not there.
+        own = mix("torch", c.seed, step, turn, w.rank, micro)
+        torch.default_generator.manual_seed(own)
+        if w.device.type == "cuda":
+            torch.cuda.manual_seed(own)
 
     def _choices(self, step: int, turn: int) -> torch.Generator | None:
         """What draws the integers that all processes share; None: the turn's own generator."""
