@@ -26,6 +26,7 @@ import tiny_text
 from given import given as by_name
 from stillroom import cli, planning
 from stillroom.data.source import ArrayData
+from stillroom.engine import rehearsal
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.rehearsal import Rehearsal, TurnCost, storage_bytes
 from stillroom.engine.trainer import Trainer
@@ -230,6 +231,28 @@ def test_micro_batches_take_less() -> None:
     (whole,), (parts,) = rehearsed(regression, wide, batch=512), rehearsed(regression, wide, batch=512, accumulate=8)
     assert parts.activations < whole.activations
     assert parts.flops == whole.flops
+
+
+def test_micro_batches_that_are_not_gone_through_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept(Regression):
+        @turn(trains="student")
+        def first(self, batch: Batch) -> Terms:
+            self.shared["made"] = self.student(batch["x"])
+            return {"error": self.shared["made"].square().mean()}
+
+        @turn(trains="student")
+        def second(self, batch: Batch) -> Terms:
+            return {"error": (self.student(batch["x"]) - self.shared["made"].detach()).square().mean()}
+
+    def make() -> Method:
+        method = Kept()
+        method.build()
+        return method
+
+    wide = ArrayData(torch.randn(64, 4))
+    found = rehearsed(make, wide, batch=512, accumulate=16)
+    monkeypatch.setattr(rehearsal, "LIKE", 16)
+    assert found == rehearsed(make, wide, batch=512, accumulate=16)
 
 
 def test_a_turn_that_needs_values_of_its_networks_is_refused() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from stillroom.data.blank import by_sizes
 from stillroom.engine.rehearsal import Counted, Rehearsal, TurnCost, storage_bytes
 from stillroom.errors import UserError
 from stillroom.method import get_method
@@ -172,10 +173,16 @@ def bytes_of(text: int | str) -> int:
 
 def _rehearsed(recipe: Recipe, world: int, objects: Mapping[str, Any]) -> Plan:
     recipe = copy.deepcopy(recipe)
-    with recipe.place(), torch.random.fork_rng(devices=[]), weights_unread() as mode:
-        task = make_task(get_method(recipe.method).task, objects.get("teacher", recipe.teacher))
-        task.check_kinds(recipe, objects)
-        task.sketch(recipe, {who: thing if who == "data" else unshared(thing) for who, thing in objects.items()})
+    kind = get_method(recipe.method).task
+    with (
+        recipe.place(),
+        torch.random.fork_rng(devices=[]),
+        weights_unread() as mode,
+        by_sizes(recipe, objects, kind) as (known, objects),
+    ):
+        task = make_task(kind, objects.get("teacher", known.teacher))
+        task.check_kinds(known, objects)
+        task.sketch(known, {who: thing if who == "data" else unshared(thing) for who, thing in objects.items()})
         given = task.given()
         for network in tree_leaves(dict(given)):
             if isinstance(network, nn.Module):

@@ -32,6 +32,7 @@ DEFAULT = "lightgen-quick"
 """The recipe of ``stillroom run`` without arguments."""
 
 SHIPPED = Path(__file__).parent / "recipes"
+PAPERS = SHIPPED / "papers"
 
 
 @dataclass
@@ -186,8 +187,18 @@ class Recipe:
 
 
 def shipped() -> list[str]:
-    """Slugs of the recipes that come with the package."""
+    """Slugs of the recipes that come with the package, for its benches and shipped models."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def papers() -> list[str]:
+    """Names of the recipes that come with the package for public models, with what the papers used: papers/NAME."""
+    return sorted(f"{PAPERS.name}/{path.stem}" for path in PAPERS.glob("*.yaml"))
+
+
+def named() -> list[str]:
+    """Every name that :meth:`Recipe.load` finds a file for."""
+    return [*shipped(), *papers()]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -198,21 +209,21 @@ def _read(source: str | Path) -> dict[str, Any]:
         path = path / "recipe.yaml"
     elif path.suffix not in (".yaml", ".yml"):
         path = SHIPPED / f"{source}.yaml"
-        if "/" in str(source) or not path.is_file():
+        if str(source) not in named():
             return _bare(str(source))
     try:
         tree = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"recipe file {path} does not exist", cure=f"shipped recipes: {', '.join(shipped())}") from None
+        raise UserError(f"recipe file {path} does not exist", cure=f"shipped recipes: {', '.join(named())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values", cure="start it with `method: <slug>`")
     if "base" not in tree:
         return tree
     base = tree.pop("base")
-    if base not in shipped() or base == path.stem:
+    if base not in named() or SHIPPED / f"{base}.yaml" == path:
         raise UserError(
-            f"{path}: base {base!r} is no shipped recipe{nearest_key(str(base), shipped())}",
-            cure=f"give one of: {', '.join(shipped())}",
+            f"{path}: base {base!r} is no shipped recipe{nearest_key(str(base), named())}",
+            cure=f"give one of: {', '.join(named())}",
         )
     merged = _read(base)
     for key, value in tree.items():
@@ -234,7 +245,7 @@ def _bare(slug: str) -> dict[str, Any]:
     known = methods()
     if slug not in known:
         raise UserError(
-            f"no method or recipe {slug!r}{nearest_key(slug, [*known, *shipped()])}",
+            f"no method or recipe {slug!r}{nearest_key(slug, [*known, *named()])}",
             cure="`stillroom methods` lists them all; a recipe file ends in .yaml",
         )
     return {"method": slug}

@@ -27,6 +27,7 @@ from stillroom.evaluation.scores import Score
 from stillroom.files import stay_inside
 from stillroom.folders.image_networks import architecture
 from stillroom.folders.pipelines import sized
+from stillroom.folders.public import refuse_public
 from stillroom.folders.shipped import SHIPPED, model_folder
 from stillroom.parsing import read_json
 from stillroom.registry import Registry
@@ -364,6 +365,7 @@ class Task:
     def check_kinds(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         """Raises UserError for a teacher, a student or data of another kind than this task's, named or given. Comes
         before :meth:`load`."""
+        refuse_public(recipe, given)
         for who, thing in given.items():
             listed = who == "teacher" and self.several and isinstance(thing, list | tuple)
             for one in thing if listed else [thing]:

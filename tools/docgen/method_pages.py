@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from docgen import measured
+from docgen import measured, papers
 from docgen.figures import number, table
 from docgen.sources import Page, Sources
 
@@ -57,7 +57,14 @@ def block_card(sources: Sources, page: Page) -> str:
         f"Paper: [{paper.title}]({paper.url}) ({paper.year}{venue}){authors}  \n"
         f"Here: [{file}]({page.link(file)}) · wing {said} · task `{cls.task}`  \n"
         f"Commands: `stillroom run {page.slug}` · `stillroom prove {page.slug}` · `stillroom methods {page.slug}`"
+        f"{paper_settings(sources, page)}"
     )
+
+
+def paper_settings(sources: Sources, page: Page) -> str:
+    """A line of the recipes for public models, where there are some."""
+    names = ", ".join(f"`{name}`" for name in papers.by_method(sources).get(page.slug, []))
+    return f"  \n[The paper's settings]({page.link(papers.PAGE)}): {names}" if names else ""
 
 
 def block_turns(sources: Sources, page: Page) -> str:

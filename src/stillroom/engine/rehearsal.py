@@ -33,6 +33,8 @@ from stillroom.surgery.skeleton import NEED_VALUES, Answered
 
 LARGEST_CYCLE = 64
 """Steps after which a rehearsal stops looking for other combinations of turns."""
+LIKE = 2
+"""Micro-batches of a step that are gone through. Further ones are like the last of these."""
 PLACES = (0.5, 0.0, 1 - 2**-24)
 """Where whole-number draws fall in their range: in the middle, at its start, at its end."""
 
@@ -207,7 +209,9 @@ class Rehearsal(Stepper):
         self.counted.overlook(self.host)
         if config.draws == "per-rank":
             raise UserError("a plan knows engine.draws=global only", cure="leave engine.draws at its default")
-        self.rows = self.rows[: config.accumulate]
+        self.rows = self.rows[: min(config.accumulate, LIKE)]
+        self.unseen = config.accumulate - len(self.rows)
+        self._before = 0  # operations of a turn before its last micro-batch
         self._now = _Seen()
         if world > 1 and config.parallel == "fsdp":
             for unit, _ in owned(method):
@@ -222,6 +226,7 @@ class Rehearsal(Stepper):
     def seed(self, m: Method, step: int, turn: int, micro: int) -> None:
         m.draw = PlacedDraws(self._generator, self.rows[micro], self.config.batch)
         m.draw.mode = self.mode
+        self._before = self.counted.flops
 
     def reference(self, player: Player) -> float:
         return 0.0  # fake weights have no size
@@ -288,6 +293,7 @@ class Rehearsal(Stepper):
         with mode, self.counted:
             shown = [self._faked(batch) for batch in batches]
             shared: list[dict[str, Any]] = [{} for _ in shown]
+            batch = _bytes_in(shown[-1])
             for player in players:
                 self.focus(player)
                 hooks = [p.register_post_accumulate_grad_hook(self.counted.is_gradient) for p in player.trained]
@@ -296,9 +302,13 @@ class Rehearsal(Stepper):
                 self.take_turn(player, shown, shared)
                 for hook in hooks:
                     hook.remove()
-                entry = self._now
-                entry.peak, entry.other = max(entry.peak, self.counted.peak), max(entry.other, self.counted.other)
-                entry.flops[self.counted.flops] += times
+                entry, flops = self._now, self.counted.flops
+                flops += self.unseen * (flops - self._before)
+                # of each other micro-batch there are the rows, and what its turns leave for the step's later ones
+                hidden = self.unseen * (batch + _bytes_in(shared[-1]))
+                entry.peak = max(entry.peak, self.counted.peak + hidden)
+                entry.other = max(entry.other, self.counted.other + hidden)
+                entry.flops[flops] += times
                 player.norm, player.notes = None, {}
         self.method.shared, self.method.notes = {}, {}
 
@@ -394,6 +404,10 @@ class Rehearsal(Stepper):
                 found.block, found.block_gradients = max(found.block, size), max(found.block_gradients, gradients)
                 found.kept += (size + gradients) * (id(unit) in seen.first)
         return found
+
+
+def _bytes_in(tree: Any) -> int:
+    return storage_bytes(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _asks(tree: Any) -> bool:
