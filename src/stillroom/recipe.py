@@ -191,9 +191,10 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def papers() -> list[str]:
-    """Names of the recipes that come with the package for public models, with what the papers used: papers/NAME."""
-    return sorted(f"{PAPERS.name}/{path.stem}" for path in PAPERS.glob("*.yaml"))
+def papers(slug: str = "") -> list[str]:
+    """Names of the recipes that come with the package for public models, with what the papers used: papers/SLUG-MODEL.
+    slug: only those of this method."""
+    return sorted(f"{PAPERS.name}/{path.stem}" for path in PAPERS.glob(f"{slug}-*.yaml" if slug else "*.yaml"))
 
 
 def named() -> list[str]:

@@ -39,10 +39,10 @@ def method_of(path: Path, files: dict[str, Path]) -> str:
 
 
 def said_of(path: Path) -> str:
-    """What the comment at the head of a recipe says, in one line; file names are joined where it breaks them."""
+    """What the comment at the head of a recipe says, in one line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     head = [line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
-    return re.sub(r" (_\w)", r"\1", " ".join(head))
+    return " ".join(head)
 
 
 def block_papers(sources: Sources, page: Page) -> str:

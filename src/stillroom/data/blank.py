@@ -37,13 +37,13 @@ class BlankImages(ArrayData):
 
 def blank(public: PublicData) -> ArrayData | Texts:
     """As many rows as the data say, of their shape. Each class has as many as every other."""
-    labels = torch.arange(public.rows) % public.classes
     names = [str(i) for i in range(public.classes)]
+    labels = torch.arange(public.rows) % max(public.classes, 1)
     if public.texts:
         return Texts([" ".join(["word"] * WORDS)] * public.rows, labels, names, public.what)
     assert public.shape is not None
     images = torch.zeros(1, *public.shape, dtype=torch.uint8).expand(public.rows, -1, -1, -1)
-    return BlankImages(images, {LABELS: labels}, names, public.what)
+    return BlankImages(images, {LABELS: labels} if names else {}, names, public.what)
 
 
 @contextlib.contextmanager
@@ -63,8 +63,9 @@ def by_sizes(recipe: Recipe, given: Mapping[str, Any], task: str) -> Iterator[tu
             (store / "pairs").mkdir(parents=True)  # by which a plan knows that there are some
             (store / "manifest.json").write_text("{}")
             found = replace(found, data=str(store))
-        elif known is not None and known.rows:
-            found, given = replace(found, data="(in memory)"), {**given, "data": blank(known)}
+        elif known is not None:  # of prompts and pictures for a pipeline no plan reads any
+            found = replace(found, data="(in memory)")
+            given = {**given, "data": blank(known)} if known.rows else given
         yield found, given
 
 

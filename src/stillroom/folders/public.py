@@ -46,6 +46,7 @@ DATA = {
     "journeydb-prompts": PublicData("prompts, one to a line: those of JourneyDB"),
     "sam-llava-prompts": PublicData("prompts, one to a line: LLaVA's captions of SA-1B"),
     "text-to-image-2m": PublicData("two million images that text-to-image models drew, with their captions"),
+    "cifar10-images": PublicData("CIFAR-10's images alone, 32x32 pixels, without classes", (3, 32, 32), rows=1000),
     "cifar10": PublicData("CIFAR-10, 32x32 pixels, in ten classes", (3, 32, 32), 10, rows=1000),
     "imagenet64": PublicData(f"{IMAGENET}, 64x64 pixels, in 1,000 classes", (3, 64, 64), 1000, rows=5000),
     "imagenet": PublicData(f"{IMAGENET}, 224x224 pixels, in 1,000 classes", (3, 224, 224), 1000, rows=50_000),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillroom.method import Method, get_method, option_fields
+from stillroom.recipe import papers
 from stillroom.report.rows import facts
 from stillroom.values import describe, describe_limits
 
@@ -75,7 +76,9 @@ def options_table(slug: str) -> Table:
     table.add_column("recipe key", no_wrap=True)  # to be typed: never cut
     for head in ("default", "allowed", ""):
         table.add_column(head, overflow="fold")
-    table.title_justify = "left"
+    table.title_justify = table.caption_justify = "left"
+    if names := papers(slug):
+        table.caption = f"\nwith the paper's settings, on public models: {', '.join(names)}"
     for option in options_of(method):
         table.add_row(f"options.{option.name}", option.default, option.allowed, escape(option.meaning))
     for turn in method.turns_for(method.Options()):
