@@ -88,6 +88,7 @@ def row(name: str) -> dict[str, Any]:
         "steps": engine.steps,
         "trained": trained,
         "parameters": networks,
+        "step": max(turn.total for turn in first.turns),
         "total": first.total,
         "flops_per_step": first.flops,
         "devices": fitted(recipe, first),

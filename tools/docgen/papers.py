@@ -61,14 +61,14 @@ def block_papers(sources: Sources, page: Page) -> str:
 def plan_table(plans: list[dict[str, Any]]) -> str:
     if not plans:
         return ""
-    head = ["recipe", "batch, of micro-batches", "weights, trained of all", "memory of a step", "FLOPs of a step"]
+    head = ["recipe", "batch, of micro-batches", "weights, trained of all", "memory of a step, of the run", "FLOPs of a step"]
     head += [f"one device of {name}" for name in plans[0]["devices"]]
     rows = [
         [
             f"`{plan['recipe']}`",
             f"{number(plan['batch'])}, of {number(plan['micro_batch'])}",
             f"{scaled(plan['trained'])} of {scaled(plan['parameters'])}",
-            f"{scaled(plan['total'])}B",
+            f"{scaled(plan['step'])}B, {scaled(plan['total'])}B",
             scaled(plan["flops_per_step"]),
             *(device(found) for found in plan["devices"].values()),
         ]
