@@ -61,7 +61,8 @@ def block_papers(sources: Sources, page: Page) -> str:
 def plan_table(plans: list[dict[str, Any]]) -> str:
     if not plans:
         return ""
-    head = ["recipe", "batch, of micro-batches", "weights, trained of all", "memory of a step, of the run", "FLOPs of a step"]
+    head = ["recipe", "batch, of micro-batches", "weights, trained of all", "memory of a step, of the run"]
+    head += ["FLOPs of a step"]
     head += [f"one device of {name}" for name in plans[0]["devices"]]
     rows = [
         [
