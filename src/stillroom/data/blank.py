@@ -56,7 +56,8 @@ def by_sizes(recipe: Recipe, given: Mapping[str, Any], task: str) -> Iterator[tu
             names = [name.strip() for name in getattr(recipe, who).split(",")]
             if who not in given and any(map(is_public, names)):
                 folders = [_folder(name, Path(place)) if is_public(name) else name for name in names]
-                found = replace(found, **{who: ",".join(folders)})
+                changed: dict[str, Any] = {who: ",".join(folders)}
+                found = replace(found, **changed)
         known = DATA.get(recipe.data) if "data" not in given and not Path(recipe.data).exists() else None
         if known is not None and task == "text-images":
             store = Path(place) / "data"
