@@ -159,10 +159,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         make(size, home / size)
+        planned = planning.plan(recipe(size, home))
         gc.collect()
         child = [sys.executable, __file__, "--child", size, str(home)]
         found = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        planned = planning.plan(recipe(size, home))
     said = {phase.name: phase.process for phase in planned.phases}
     rows: list[Row] = []
     for phase, seconds in found["seconds"].items():
