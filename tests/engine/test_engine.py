@@ -258,6 +258,10 @@ def test_ema_is_updated_with_its_role_and_exported_on_request() -> None:
     assert not exported.training
     assert torch.equal(exported.network.out.weight, run.averages["slow"].values["student.network.out.weight"])
     assert not torch.equal(exported.network.out.weight, run.method.student.network.out.weight)
+    shared = run.export_role(share=True)
+    assert all(torch.equal(p, q) for p, q in zip(shared.parameters(), exported.parameters(), strict=True))
+    assert shared.network.out.weight.data_ptr() == run.averages["slow"].values["student.network.out.weight"].data_ptr()
+    assert exported.network.out.weight.data_ptr() != shared.network.out.weight.data_ptr()
 
 
 # --- precision, memory, compilation -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from stillroom.diffusion.process import EDM, VP, RectifiedFlow, TrigFlow
 from stillroom.diffusion.sampling import AncestralSampler, FewStepSampler, ODESampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import SIDE_FILE, WEIGHTS, load_denoiser
+from stillroom.folders.weights import read_tensors, save_tensors
 from stillroom.networks.point_mlp import PointMLP
 from stillroom.surgery.lora import lora_role
 from stillroom.tasks.class_images.model import ImageGenerator
@@ -223,3 +224,13 @@ def test_pickles_are_never_read(folder: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="never pickles"):
         load_denoiser(folder)
+
+
+def test_a_weight_under_two_names_is_written_and_read(tmp_path: Path) -> None:
+    """The format refuses tensors that share their storage."""
+    weight = torch.arange(6.0).view(2, 3)
+    given = {"embedding": weight, "head": weight, "part": weight[:1], "empty": torch.zeros(0)}
+    save_tensors(given, tmp_path / "x.safetensors")
+    assert {name: value.tolist() for name, value in read_tensors(tmp_path / "x.safetensors").items()} == {
+        name: value.tolist() for name, value in given.items()
+    }

@@ -27,6 +27,11 @@ from tiny_denoisers import ask, dit_teacher, point_teacher, train
 TARGETS = ("to_q", "to_v")
 
 
+def targets_of(denoiser: Denoiser) -> list[str]:
+    """Ends of the names of the modules with an adapter."""
+    return [name.rsplit(".", 1)[-1] for name, m in denoiser.network.named_modules() if isinstance(m, LoraLayer)]
+
+
 TEACHERS = {"point": point_teacher, "dit": dit_teacher}
 
 
@@ -147,6 +152,12 @@ def test_merging_gives_an_ordinary_network_that_says_the_same(teacher: Denoiser)
     assert not hasattr(merged.network, "lora_switch")
     assert not any(isinstance(module, BaseTunerLayer) for module in merged.network.modules())
     assert torch.equal(ask(plain_copy(teacher)), before)
+    shared = first.merged(share=True)
+    assert all(torch.equal(p, q) for p, q in zip(shared.network.parameters(), merged.network.parameters(), strict=True))
+    own = {p.data_ptr() for p in teacher.network.parameters()}
+    changed = [name for name, p in shared.network.named_parameters() if p.data_ptr() not in own]
+    assert changed  # the weights that the adapter changes, and no others
+    assert all(name.rpartition(".")[0].endswith(tuple(targets_of(first))) for name in changed)
     assert torch.equal(ask(teacher), before)  # merging made a copy
 
 
