@@ -71,7 +71,7 @@ def fitted(recipe: Recipe, first: Plan) -> dict[str, dict[str, Any]]:
     return found
 
 
-def row(name: str) -> dict[str, Any]:
+def row(name: str, first_only: bool) -> dict[str, Any]:
     started = time.perf_counter()
     recipe = Recipe.load(name)
     first = plan(recipe)
@@ -91,7 +91,7 @@ def row(name: str) -> dict[str, Any]:
         "step": max(turn.total for turn in first.turns),
         "total": first.total,
         "flops_per_step": first.flops,
-        "devices": fitted(recipe, first),
+        "devices": {} if first_only else fitted(recipe, first),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -99,11 +99,13 @@ def row(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipes", nargs="*", help="by name; default: all")
-    chosen = parser.parse_args().recipes or papers()
+    parser.add_argument("--as-is", action="store_true", help="the recipe as it is alone, no device")
+    asked = parser.parse_args()
+    chosen = asked.recipes or papers()
     known = json.loads(RECORD.read_text())["plans"] if RECORD.is_file() else []
     rows = {found["recipe"]: found for found in known if found["recipe"] in papers()}
     for name in chosen:
-        rows[name] = row(name)
+        rows[name] = row(name, asked.as_is)
         print(name, f"{rows[name]['total'] / 1e9:.1f} GB", rows[name]["seconds"], "s", flush=True)
         record = {
             "name": "The papers' settings, planned",

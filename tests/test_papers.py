@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from stillroom.planning import plan
 from stillroom.recipe import PAPERS, Recipe, papers
 from stillroom.run import run
 
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "results" / "benchmarks" / "paper-plans.json"
 QUICK = ("papers/dho-resnet18", "papers/g2sd-vit-tiny")
 MISSPELT = "dmd2-sdlx"
 
@@ -59,6 +62,19 @@ def test_a_recipe_is_planned_without_weights_and_data(name: str) -> None:
     found = plan(Recipe.load(name))
     assert found.recipe == Recipe.load(name)  # the plan names the model, not where its configs were written
     assert all(turn.trained > 1e6 or turn.turn == "judge" for turn in found.turns)
+    recorded = {entry["recipe"]: entry for entry in json.loads(RECORD.read_text())["plans"]}
+    if name in recorded:
+        assert max(turn.total for turn in found.turns) == pytest.approx(recorded[name]["step"], rel=0.01)
+        assert found.flops == pytest.approx(recorded[name]["flops_per_step"], rel=0.01)
+
+
+def test_the_page_has_every_recipe_and_the_record_no_other() -> None:
+    plans = [entry["recipe"] for entry in json.loads(RECORD.read_text())["plans"]]
+    assert set(plans) <= set(papers())
+    page = (ROOT / "docs" / "papers.md").read_text()
+    for name in papers():
+        assert f"- [`{name}`](" in page
+        assert (f"| `{name}` |" in page) == (name in plans)
 
 
 def test_a_run_asks_for_what_only_a_plan_can_do_without(tmp_path: Path) -> None:

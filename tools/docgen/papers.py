@@ -63,7 +63,8 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
         return ""
     head = ["recipe", "batch, of micro-batches", "weights, trained of all", "memory of a step, of the run"]
     head += ["FLOPs of a step"]
-    head += [f"one device of {name}" for name in plans[0]["devices"]]
+    sizes = list(dict.fromkeys(size for plan in plans for size in plan["devices"]))
+    head += [f"one device of {size}" for size in sizes]
     rows = [
         [
             f"`{plan['recipe']}`",
@@ -71,15 +72,17 @@ def plan_table(plans: list[dict[str, Any]]) -> str:
             f"{scaled(plan['trained'])} of {scaled(plan['parameters'])}",
             f"{scaled(plan['step'])}B, {scaled(plan['total'])}B",
             scaled(plan["flops_per_step"]),
-            *(device(found) for found in plan["devices"].values()),
+            *(device(plan["devices"].get(size)) for size in sizes),
         ]
         for plan in plans
     ]
     return table(head, rows)
 
 
-def device(found: dict[str, Any]) -> str:
+def device(found: dict[str, Any] | None) -> str:
     """What must be set on a device, and what the plan takes then."""
+    if found is None:
+        return "not tried yet"
     typed = " ".join(f"`{shlex.quote(argument)}`" for argument in found["arguments"])
     then = f"{scaled(found['total'])}B"
     if not found["fits"]:
