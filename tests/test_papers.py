@@ -56,6 +56,17 @@ def test_the_settings_are_the_papers_own() -> None:
     assert sid.engine.optim["all"]["betas"] == [0.0, 0.999]
 
 
+@pytest.mark.parametrize(("world", "numel"), [("cifar10", 3072), ("cifar10-classes", 3072), ("imagenet64", 12288)])
+def test_uni_instruct_s_gan_weighs_as_in_the_released_code(world: str, numel: int) -> None:
+    """There the score loss weighs 100 and the GAN 0.01, and the critic's terms stand beside a sum over elements, under
+    EDM's weights, and its gradient is clipped at 1."""
+    uni = Recipe.load(f"papers/uni-instruct-{world}")
+    assert uni.options["gan_weight"] == pytest.approx(0.01 / 100)
+    assert uni.options["gan_time_weight"] == "edm"
+    assert uni.options["critic_gan_weight"] * numel == pytest.approx(1, rel=1e-3)
+    assert uni.engine.optim["critic"]["clip_value"] * numel == pytest.approx(1, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in papers()])
 @pytest.mark.timeout(900)
 def test_a_recipe_is_planned_without_weights_and_data(name: str) -> None:

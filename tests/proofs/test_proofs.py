@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,26 @@ def test_recorded_arms_are_found_again(slug: str) -> None:
     ]
     assert shown
     assert lost == []
+
+
+def commits(record: Any) -> set[str]:
+    """What stands under ``commit`` anywhere in a record."""
+    if isinstance(record, list):
+        return set().union(*map(commits, record))
+    if not isinstance(record, dict):
+        return set()
+    own = record.get("commit", [])
+    return set().union([own] if isinstance(own, str) else own, *map(commits, record.values()))
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_record_names_a_commit_of_this_history() -> None:
+    """A commit that was left behind by a rebase is nobody's to look up."""
+    log = ["git", "-C", str(RESULTS.parent), "rev-list", "HEAD"]
+    found = subprocess.run(log, capture_output=True, text=True, check=False)
+    if found.returncode or (RESULTS.parent / ".git" / "shallow").exists():
+        pytest.skip("no whole history here")
+    known = {commit[:12] for commit in found.stdout.split()}
+    named = {c: path for path in RESULTS.rglob("*.json") for c in commits(json.loads(path.read_text()))}
+    assert named
+    assert {commit: path.name for commit, path in named.items() if commit[:12] not in known} == {}

@@ -60,7 +60,8 @@ class UniInstruct(Method):
     its gradient is kept by default, since detaching it makes all but reverse_kl wrong. The GAN's weight of 0.01 stands
     against a score loss of weight 1 (in the released code against 100); the critic's GAN term stands beside a mean over
     elements and has no weight over times (there a sum, and EDM's weight: ``critic_gan_weight`` of 1 / numel and
-    ``gan_time_weight: edm``); gradients are not clipped by value unless the recipe says so (``clip_value: 1`` there).
+    ``gan_time_weight: edm``); gradients are not clipped by value unless the recipe says so (there the critic's,
+    at 1 beside that sum).
     """
 
     @dataclass
