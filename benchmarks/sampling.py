@@ -3,7 +3,8 @@
     python benchmarks/sampling.py
 
 Both ask the same network the same questions: Euler steps of the flow, with guidance, conditional and unconditional rows
-in one batch. Calls are taken in turns, so that whatever else the machine does falls on both.
+in one batch. The network answers with x0, of which the hand makes the velocity that diffusers' scheduler wants. The
+pictures must be the same to rounding. Calls are taken in turns, so that whatever else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from stillroom.bench.teach import TeacherRecipe
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler
 
-STEPS, GUIDANCE, PAIRS, WARM_UP, LIMIT = 4, 1.5, 25, 3, 1.02
+STEPS, GUIDANCE, PAIRS, WARM_UP, LIMIT, ROUNDING = 4, 1.5, 100, 5, 1.02, 1e-4
 
 
 def by_hand(teacher: Denoiser, noise: Tensor, labels: Tensor) -> Tensor:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1 - k / STEPS for k in range(STEPS)])
     both, x = torch.cat([labels, torch.full_like(labels, int(teacher.null["label"]))]), noise
-    for t in scheduler.timesteps:
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
         at = t.expand(2 * len(x))
         answer = teacher.network(torch.cat([x, x]), timestep=at, class_labels=both, return_dict=False)[0]
         conditional, unconditional = answer.chunk(2)
         guided = unconditional + GUIDANCE * (conditional - unconditional)
-        x = scheduler.step(guided, t, x, return_dict=False)[0]
+        x = scheduler.step((x - guided) / sigma, t, x, return_dict=False)[0]
     return x
 
 
@@ -71,7 +72,7 @@ def main() -> None:
         "(fashion teacher; ratio = median over interleaved calls, wall-clock).",
         "python benchmarks/sampling.py",
         rows,
-        all(row["ratio"] <= LIMIT for row in rows),
+        all(row["ratio"] <= LIMIT and row["largest difference"] <= ROUNDING for row in rows),
     )
 
 
