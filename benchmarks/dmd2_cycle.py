@@ -61,8 +61,8 @@ WARM_UP, CYCLES = 2, 15
 LIKE_THE_PEER = {"gan_network": "teacher", "gan_pass": "shared"}
 ARMS: dict[str, tuple[dict[str, Any], float]] = {  # options, and the rate that is wanted
     "FastGen's algorithm: the teacher's features": (LIKE_THE_PEER, 1.05),
-    "the paper's, generated samples judged in the scores' own pass": ({"gan_pass": "shared"}, 0.85),
-    "the paper's, every pass its own": ({}, 0.0),
+    "the paper's, every pass its own": ({}, 0.85),
+    "the paper's networks, generated samples judged in the scores' own pass": ({"gan_pass": "shared"}, 0.0),
 }
 
 
