@@ -457,6 +457,7 @@ def krea2() -> dict[str, Any]:
 
 PIPELINES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sd": ("StableDiffusionPipeline", sd),
+    "lcm": ("LatentConsistencyModelPipeline", lambda: told("sd")),
     "sdxl": ("StableDiffusionXLPipeline", sdxl),
     "sd3": ("StableDiffusion3Pipeline", sd3),
     "kolors": ("KolorsPipeline", kolors),

@@ -404,6 +404,15 @@ def cogview4(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]
     }  # fmt: skip
 
 
+def cogview4_blank(pipeline: Any) -> dict[str, Tensor]:
+    length, width = call_default(pipeline, "max_sequence_length"), int(pipeline.transformer.config["text_embed_dim"])
+    pairs = {name: torch.zeros(1, 2) for name in ("original_size", "target_size", "crop_coords")}
+    return {
+        "encoder_hidden_states": torch.zeros(1, length, width),
+        "encoder_attention_mask": torch.ones(1, length, dtype=torch.bool), **pairs, "shift": torch.ones(1),
+    }  # fmt: skip
+
+
 def cogview4_shift(pipeline: Any, tokens: int) -> float:
     config = pipeline.scheduler.config
     ratio = (tokens / config.get("base_image_seq_len", 256)) ** 0.5

@@ -41,7 +41,8 @@ class Family:
     resolution. inputs: whether the network has the guidance scale as an input, at the pipeline's default; then the
     pipeline does not guide in another way. few: ``(pipeline, shift, times)`` to arguments of the call that make the
     pipeline ask a student at ``times``. parts: ``(guidance)`` to parts of the pipeline that guide. trigflow: the
-    pipeline reads the flow as TrigFlow. extra: the kind of text projection that a UNet of this family has. checks:
+    pipeline reads the flow as TrigFlow. consistency: it steps with an LCMScheduler alone. steps: of the teacher, where
+    it was made for few; 0: as of others. extra: the kind of text projection that a UNet of this family has. checks:
     ``(what is unsupported, test of the pipeline)``. blank: zeros for the longest text, where the length of what
     ``encode`` makes depends on the text.
     """
@@ -68,6 +69,8 @@ class Family:
     few: Callable[[Any, float, tuple[float, ...]], dict[str, Any]] | None = None
     parts: Callable[[float], dict[str, Any]] | None = None
     trigflow: bool = False
+    consistency: bool = False
+    steps: int = 0
     extra: str | None = None
     checks: tuple[tuple[str, Callable[[Any], bool]], ...] = ()
     blank: Callable[[Any], dict[str, Tensor]] | None = None
@@ -186,6 +189,15 @@ FAMILIES: dict[str, Family] = {
         ("StableDiffusionPipeline",),
         calls.sd,
         inputs=calls.reads_guidance,
+    ),
+    "lcm": Family(
+        "Latent consistency models",
+        ("LatentConsistencyModelPipeline",),
+        calls.sd,
+        inputs=lambda pipeline: True,
+        consistency=True,
+        steps=4,
+        checks=(("no input for the guidance scale (time_cond_proj_dim)", lambda p: not calls.reads_guidance(p)),),
     ),
     "sdxl": Family(
         "Stable Diffusion XL",
@@ -324,6 +336,7 @@ FAMILIES: dict[str, Family] = {
         calls.cogview4,
         call=calls.cogview4_call,
         few=calls.cogview4_arguments,
+        blank=calls.cogview4_blank,
         shift=calls.cogview4_shift,
     ),
     "krea2": Family(

@@ -234,10 +234,12 @@ def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
 
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
-def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: str, trigflow: bool = False) -> Any:
+def few_step_scheduler(
+    sampler: FewStepSampler, process: Process, prediction: str, trigflow: bool = False, consistency: bool = False
+) -> Any:
     """A diffusers scheduler that, asked for ``len(sampler.times)`` steps and nothing else, runs a pipeline as
     ``sampler`` would. Timesteps of several steps are whole numbers, at most one from those of training. trigflow: for
-    pipelines that read a flow as TrigFlow.
+    pipelines that read a flow as TrigFlow. consistency: for those that step with an LCMScheduler alone.
 
     Raises UserError for samplers that no scheduler reproduces, with what to change.
     """
@@ -271,20 +273,23 @@ def few_step_scheduler(sampler: FewStepSampler, process: Process, prediction: st
     config["steps_offset"] = 1  # unused here, but Stable Diffusion's pipelines insist on it
     top = torch.tensor(t_init * process.t_max, dtype=torch.float64)
     ends_in_noise = process.zero_snr and t_init == 1.0
-    if ends_in_noise and (n == 1 or sampler.renoise == "ddim"):
+    if consistency and n > 1 and sampler.renoise == "ddim":
+        raise UserError("LatentConsistencyModelPipeline takes fresh noise at each step", cure="options.renoise=fresh")
+    if not consistency and ends_in_noise and (n == 1 or sampler.renoise == "ddim"):
         return diffusers.DDIMScheduler(**config, clip_sample=False)  # Euler's has no noise rate without signal
     config.pop("timestep_spacing", None)
-    if n == 1:  # one "karras" step lies at sigma_max; its noise is scaled as in training, its time need not be whole
+    if n == 1 and not consistency:
+        # One "karras" step lies at sigma_max; its noise is scaled as in training, its time need not be whole.
         sigma = float(process.sigma(top) / process.alpha(top))
         return diffusers.EulerDiscreteScheduler(
             **config, timestep_spacing="linspace", use_karras_sigmas=True, sigma_max=sigma, sigma_min=sigma / 2
         )
-    if sampler.renoise == "ddim":
+    if sampler.renoise == "ddim" and not consistency:
         return diffusers.EulerDiscreteScheduler(**_ending_at(config, process, top), timestep_spacing="trailing")
     if float(process.sigma(top)) < 0.99:
         raise UserError(
             f"diffusers' scheduler with fresh noise starts from pure noise, not at {t_init} of the process",
-            cure="options.t_init=1.0, or options.renoise=ddim, or one step",
+            cure="options.t_init=1.0" + ("" if consistency else ", or options.renoise=ddim, or one step"),
         )
     # With this scaling its boundary condition is the identity: c_skip = 0, c_out = 1.
     return diffusers.LCMScheduler(**_ending_at(config, process, top), original_inference_steps=n, timestep_scaling=1e8)

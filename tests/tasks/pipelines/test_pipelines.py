@@ -147,6 +147,35 @@ def test_a_guided_prediction_is_that_of_the_pipelines_own_loop(loaded: Callable[
         assert not torch.allclose(ours, plain, rtol=1e-2)
 
 
+@torch.no_grad()
+def test_a_consistency_model_is_asked_as_in_its_own_loop(loaded: Callable[[str], PipelineGenerator]) -> None:
+    """At its own four steps, with the pipeline's default guidance scale as an input."""
+    teacher = loaded("lcm")
+    scheduler, seen = teacher.pipeline.scheduler, []
+    real = scheduler.step
+
+    def step(value: Tensor, t: Tensor, latents: Tensor, *given: Any, **more: Any) -> Any:
+        answer = real(value, t, latents, *given, **more)
+        seen.append((value, t, latents, answer[1]))
+        return answer
+
+    scheduler.step = step
+    try:
+        teacher.sample(PROMPTS, seed=[3, 4])
+        teacher.sample(PROMPTS, seed=[3, 4], num_inference_steps=1, guidance_scale=3.0)
+    finally:
+        scheduler.step = real
+    assert [int(t) for _, t, *_ in seen] == [999, 759, 499, 259, 999]
+    assert teacher.sampler.nfe == 4
+    cond, _ = teacher.conditions(PROMPTS)
+    for value, t, latents, denoised in seen[:4]:
+        ours = teacher.denoiser(latents, float(t), cond)
+        torch.testing.assert_close(ours.value, value, rtol=1e-4, atol=1e-4)
+        scale = float(denoised.std())
+        torch.testing.assert_close(ours.x0, denoised, rtol=1e-3, atol=1e-3 * scale)  # the boundary condition's share
+    assert not torch.allclose(seen[4][0], seen[0][0], rtol=1e-2, atol=1e-3)
+
+
 GUIDED = {
     "sd": {"guidance_rescale": 0.0}, "sdxl": {"guidance_rescale": 0.0}, "sd3": {"skip_guidance_layers": None},
     "z-image": {"cfg_normalization": False, "cfg_truncation": 1.0},
@@ -170,6 +199,10 @@ def test_several_steps_ask_at_the_right_times(teacher: PipelineGenerator) -> Non
         with pytest.raises(UserError, match="one step, or two"):
             teacher.student(teacher.denoiser, sampler)
         return
+    if teacher.family.consistency:
+        with pytest.raises(UserError, match="renoise=fresh"):
+            teacher.student(teacher.denoiser, sampler)
+        sampler = ONE  # with fresh noise the two ways draw other noise
     student = teacher.student(teacher.denoiser, sampler)
     theirs, ours = drawn_latents(student)
     # whole timesteps against fractions of them
@@ -265,6 +298,7 @@ def call(pipeline: Any, side: dict[str, Any], seeds: list[int]) -> Tensor:
         *((name, 1) for name in [*PIPELINES, *VARIANTS] if name not in IN_MEMORY),
         ("sd zero-snr v", 2),
         ("sd", 2),
+        ("lcm", 4),
         ("sdxl", 4),
         ("pixart", 3),
         ("sd3", 2),
@@ -463,6 +497,19 @@ def test_samplers_that_no_scheduler_reproduces_are_refused(process: Any, sampler
         few_step_scheduler(sampler, process, "eps")
 
 
+def test_a_consistency_model_s_scheduler() -> None:
+    for times, expected in (((1.0,), [999]), ((1.0, 0.5), [999, 499])):
+        scheduler = few_step_scheduler(FewStepSampler(times), VP(), "eps", consistency=True)
+        assert type(scheduler).__name__ == "LCMScheduler"
+        scheduler.set_timesteps(len(times), original_inference_steps=None)
+        assert scheduler.timesteps.tolist() == expected
+    with pytest.raises(UserError, match="pure noise") as found:
+        few_step_scheduler(FewStepSampler((0.625,)), VP(), "eps", consistency=True)
+    assert found.value.cure == "options.t_init=1.0"
+    with pytest.raises(UserError, match="fresh noise"):
+        few_step_scheduler(FewStepSampler((1.0, 0.5), "ddim"), VP(), "eps", consistency=True)
+
+
 # --- in ---------------------------------------------------------------------------------------------------------------
 def test_packing_is_undone() -> None:
     x = torch.randn(2, 3, 4, 6)
@@ -547,6 +594,7 @@ def test_what_is_missing_or_damaged_is_named(saved: Callable[[str], Path], tmp_p
         ("sana", {"guidance_embeds": True}, "guidance_embeds"),
         ("qwen-image", {"guidance_embeds": True}, "guidance_embeds"),
         ("wan", {"image_dim": 4}, "image_dim"),
+        ("lcm", {"time_cond_proj_dim": None}, "time_cond_proj_dim"),
         ("sd", {"in_channels": 9}, "9 channels.*4"),
         ("sd", {"class_embed_type": "timestep"}, "more than text"),
     ],

@@ -94,7 +94,7 @@ class PipelineGenerator(PictureGenerator):
             asked = {"call": self.family.call, "guide": self.family.guide}
             denoiser = Denoiser(network, process, kind, shape=shape, **asked)  # type: ignore[arg-type]
         self.denoiser = denoiser.eval()
-        self.sampler = sampler or OwnScheduler()
+        self.sampler = sampler or OwnScheduler(self.family.steps)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.eval()
@@ -103,8 +103,8 @@ class PipelineGenerator(PictureGenerator):
         self.pipeline = copy.copy(pipeline)
         parts: dict[str, Any] = {network_name(pipeline): denoiser.network}
         if isinstance(self.sampler, FewStepSampler):
-            asked = (denoiser.process, denoiser.prediction, self.family.trigflow)
-            parts["scheduler"] = few_step_scheduler(self.sampler, *asked)
+            loop = (self.family.trigflow, self.family.consistency)
+            parts["scheduler"] = few_step_scheduler(self.sampler, denoiser.process, denoiser.prediction, *loop)
         if self.family.parts is not None:
             parts |= self.family.parts(getattr(self.sampler, "guidance", 1.0))
         self.pipeline.register_modules(**parts)

@@ -102,7 +102,8 @@ class Pipelines(Task):
         sampler, denoiser = method.sampler(), self.teacher.denoiser
         if not isinstance(sampler, FewStepSampler):
             raise UserError(f"a student sampled by {sampler.name!r} cannot be a pipeline", cure="use a few-step method")
-        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, self.teacher.family.trigflow)
+        loop = (self.teacher.family.trigflow, self.teacher.family.consistency)
+        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, *loop)
         judge = getattr(method, "discriminator", None)
         if judge is not None and not isinstance(judge, nn.Identity) and not self.data.pictures:
             raise UserError(
