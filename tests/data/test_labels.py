@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from stillroom.data.captioned_folders import FolderTeacher
-from stillroom.data.labels import in_order, label_text, matched, places, without_points
+from stillroom.data.labels import in_order, label_text, matched, numbered, places, without_points
 from stillroom.data.listing import left_out
 from stillroom.data.prompt_sources import prompt_source
 from stillroom.data.source import ArrayData, load_data
@@ -138,6 +138,21 @@ def test_names_stay_the_data_s_where_it_has_some() -> None:
     assert matched(["Cat", "Dog"], ["dog, hound", "cat"], "x") == ([1, 0], ["Dog", "Cat"])
     assert matched(["0", "1"], ["dog", "cat"], "x") == ([0, 1], ["dog", "cat"])
     assert matched(["b", "c"], ["LABEL_0", "LABEL_1"], "x") == ([0, 1], ["b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("mine", "wanted"),
+    [
+        (["0", "2"], ["0", "1", "2", "3"]),
+        (["00", "03"], ["00", "1", "2", "03"]),
+        (["1", "2", "3", "4"], []),
+        (["1", "01"], []),
+        (["0", "cat"], []),
+        ([], []),
+    ],
+)
+def test_outputs_without_names_are_called_by_number(mine: list[str], wanted: list[str]) -> None:
+    assert numbered(mine, 4) == wanted
 
 
 def test_data_in_a_network_s_order() -> None:

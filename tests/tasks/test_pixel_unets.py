@@ -34,7 +34,7 @@ def saved(folder: Path, kind: str, index: bool = True, **more: Any) -> Path:
         network = UNet2DModel(
             sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), norm_num_groups=4,
             layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-            **KINDS[kind], **more,
+            **KINDS[kind] | more,
         )  # fmt: skip
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
     if not index:
@@ -110,6 +110,19 @@ def test_the_class_that_means_none_is_asked_for_in_one_line(tmp_path: Path) -> N
     (folder / "stillroom.json").write_text(json.dumps({"null": {"label": 3}}))
     task, _ = built(folder)
     assert task.teacher.denoiser.null == {"label": 3}
+
+
+def test_labels_of_some_classes_mean_the_network_s_by_number(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "conditional", num_class_embeds=7)
+    images = pictures()
+    data = ArrayData(images.array, images.cond, ["0", "2", "5"])
+    task, recipe = ClassImages(), Recipe.load("dmd2", [*PLAIN], teacher=str(folder), data="pictures")
+    task.load(recipe, {"data": data})
+    assert task.data.labels.tolist() == [0, 2, 5] * 4
+    assert task.data.classes == task.teacher.choices == ["0", "1", "2", "3", "4", "5"]
+    (folder / "stillroom.json").write_text(json.dumps({"null": {"label": 6}}))
+    with pytest.raises(UserError, match=r"knows 6 classes.*has 3"):
+        ClassImages().load(recipe, {"data": data})
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

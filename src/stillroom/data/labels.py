@@ -55,6 +55,18 @@ def nameless(names: Sequence[str]) -> bool:
     return list(names) == [f"LABEL_{i}" for i in range(len(names))]
 
 
+def numbered(mine: Sequence[str], count: int) -> list[str]:
+    """What ``count`` outputs without names are called where the classes of the data are numbers of outputs, perhaps not
+    of all: ``0, 2, 5`` are not the first three. Empty where they are names, or numbers that no output has."""
+    numbers = [int(name) for name in mine if name.isascii() and name.isdecimal() and len(name) <= 18]
+    if len({*numbers}) < len(mine) or max(numbers, default=count) >= count:
+        return []
+    names = list(map(str, range(count)))
+    for number, name in zip(numbers, mine):
+        names[number] = name
+    return names
+
+
 def places(mine: Sequence[str], theirs: Sequence[str], whose: str) -> list[int]:
     """Where each class of the data (``mine``) stands among a network's outputs (``theirs``), by name.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stillroom.data.labels import places
+from stillroom.data.labels import numbered, places
 from stillroom.data.source import IMAGE_SETS, ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler
@@ -39,9 +39,12 @@ class ClassImages(Task):
         if "teacher" not in given:
             self.folders["teacher"] = model_home(recipe.teacher)
         check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
-        if label_count(self.teacher.denoiser.network) and not self.teacher.denoiser.null:
-            # which of its labels is none is not known: those of the data are classes in any case
-            self.teacher = ImageGenerator(self.teacher.denoiser, self.teacher.sampler, self.data.classes)
+        if (labels := label_count(self.teacher.denoiser.network)) and not self.teacher.denoiser.null:
+            # which of its labels is none is not known: those of the data are classes in any case, and those below
+            names = numbered(self.data.classes, labels) or list(self.data.classes)
+            while names and names[-1] not in self.data.classes:
+                names.pop()
+            self.teacher = ImageGenerator(self.teacher.denoiser, self.teacher.sampler, names)
         elif takes_nothing(self.teacher.denoiser):
             self.data = ArrayData(self.data.array, name=self.data.name, origin=self.data.origin, ids=self.data.ids)
         self.data = self._by_names(self.data, self.teacher, f"the classes of teacher {recipe.teacher!r}")
