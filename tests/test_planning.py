@@ -350,14 +350,15 @@ def test_sizes_are_read_as_they_are_written() -> None:
     assert [bytes_of(text) for text in ("24GB", "80GiB", "1.5 MB", 7)] == [24 * 10**9, 80 * 2**30, 1_500_000, 7]
 
 
-@pytest.mark.parametrize("family", ["sd3"])
+@pytest.mark.parametrize("family", ["sd3", "lumina2", "cogview4"])
 def test_a_pipeline_is_planned_from_its_configs(tmp_path: Path, family: str) -> None:
     folder = tiny_pipelines.save_pipeline(family, tmp_path / family)
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     made = tiny_pipelines.make_pipeline(family)
     changes = ["engine.batch=2", "options.t_init=1.0"]
-    found = plan(Recipe.load("sim", changes, teacher=f"{folder}@16", data="prompts.txt"))
+    side = tiny_pipelines.WIDER.get(family, 16)
+    found = plan(Recipe.load("sim", changes, teacher=f"{folder}@{side}", data="prompts.txt"))
     count = sum(p.numel() for p in made.transformer.parameters())
     assert {(turn.trained, turn.frozen) for turn in found.turns} == {(count, 2 * count)}
 

@@ -323,7 +323,7 @@ def test_the_servers_code_stands_in_the_page(monkeypatch: pytest.MonkeyPatch) ->
         assert block(name).count(serve.PORT) == 1
 
 
-NOT_EXPORTABLE = ("z-image", "qwen-image-2.1", "chroma", "lumina2", "hunyuan-image", "cogview4", "krea2", "kolors")
+NOT_EXPORTABLE = ("z-image", "qwen-image-2.1", "chroma", "lumina2", "hunyuan-image", "cogview4", "kolors")
 EXPORTABLE = [name for name in PIPELINES if name not in NOT_EXPORTABLE]
 
 

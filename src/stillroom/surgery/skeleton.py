@@ -85,7 +85,8 @@ def making() -> Iterator[None]:
 
 
 class Answered(TorchDispatchMode):
-    """Answers for the values that fake tensors lack, where the answer is clear: checks are passed, a seed is 0."""
+    """Answers for the values that fake tensors lack, where the answer is clear: checks are passed, a seed is 0, and a
+    mask is true everywhere, so that as many words are counted as there is room for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
@@ -93,6 +94,11 @@ class Answered(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func in _ANSWERS and isinstance(made, FakeTensor):
             made.answer = _ANSWERS[func]  # type: ignore[attr-defined]
+        elif func is torch.ops.aten.sum.dim_IntList and isinstance(made, FakeTensor) and args[0].dtype == torch.bool:
+            made.answer = args[0].numel() // max(made.numel(), 1)  # type: ignore[attr-defined]
+        elif func in _PARTS and hasattr(args[0], "answer"):
+            for part in made if isinstance(made, list | tuple) else [made]:
+                part.answer = args[0].answer
         return made
 
 
@@ -102,6 +108,8 @@ _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.randint.default: 0,
     torch.ops.aten.randint.low: 0,
 }
+_PARTS = (torch.ops.aten.select.int, torch.ops.aten.unbind.int)
+"""Whose results have the values of what they are parts of."""
 
 
 def from_config(cls: Any, folder: Path) -> nn.Module:

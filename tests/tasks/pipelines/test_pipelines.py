@@ -64,7 +64,15 @@ def loaded(saved: Callable[[str], Path]) -> Callable[[str], PipelineGenerator]:
     return generator
 
 
-@pytest.fixture(params=[*PIPELINES, *VARIANTS])
+LIKE_OTHERS = ("flux2-klein", "sdxl guidance input")
+"""Made as others are, and not soon made: marked slow."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in [*PIPELINES, *VARIANTS]
+    ]
+)
 def teacher(request: pytest.FixtureRequest, loaded: Callable[[str], PipelineGenerator]) -> PipelineGenerator:
     return loaded(request.param)
 
@@ -292,10 +300,18 @@ def call(pipeline: Any, side: dict[str, Any], seeds: list[int]) -> Tensor:
     return images[:, 0] if images.ndim == 5 else images
 
 
+ONE_STEP = ("sd", "lcm", "sdxl", "sd3", "qwen-image", "flux", "z-image", "wan", "sd zero-snr v")
+"""Families whose students of one step are tried by default; the others are marked slow."""
+
+
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        *((name, 1) for name in [*PIPELINES, *VARIANTS] if name not in IN_MEMORY),
+        *(
+            (name, 1) if name in ONE_STEP else pytest.param(name, 1, marks=pytest.mark.slow)
+            for name in [*PIPELINES, *VARIANTS]
+            if name not in IN_MEMORY
+        ),
         ("sd zero-snr v", 2),
         ("sd", 2),
         ("lcm", 4),
@@ -374,7 +390,7 @@ torch.save(images.detach(), {str(tmp_path / "images.pt")!r})
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     blocked = ["-c", f"import sys; sys.modules['stillroom'] = None\n{script}"]
-    subprocess.run([sys.executable, *blocked], check=True, env=environment, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, *blocked], check=True, env=environment, capture_output=True, timeout=280)
     assert torch.equal(torch.load(tmp_path / "images.pt", weights_only=True), call(student.pipeline, side, [1, 2]))
 
 
