@@ -11,9 +11,14 @@ import torch
 
 from stillroom.bench import autoencoders, encoders, get_bench
 from stillroom.bench.canvas.bench import Canvas, CanvasBench, painted
+from stillroom.bench.fashion_encoders.bench import ImageEncodersBench
+from stillroom.data.source import ArrayData
+from stillroom.errors import UserError
 from stillroom.evaluation.probes import probe_scores
+from stillroom.networks.mae import make_encoder
 from stillroom.proofs import get_proofs
 from stillroom.proofs.runner import run_arm
+from stillroom.tasks.encode.model import ImageEncoder
 
 
 def test_a_digit_lies_where_its_quarters_are() -> None:
@@ -95,3 +100,30 @@ def test_arms_run_and_have_every_score(small: list[str], slug: str, names: set[s
             assert set(result["scores"]) == {score.key for score in bench.scores}
             assert all(0 <= value <= 1 for value in result["scores"].values())
             assert "diverged" not in result
+
+
+def few_pictures(classes: int, each: int) -> ArrayData:
+    images = torch.randint(0, 256, (classes * each, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    return ArrayData(images, {"label": torch.arange(classes).repeat(each)}, [str(i) for i in range(classes)], "few")
+
+
+@pytest.mark.parametrize("each", [3, 10])
+def test_a_class_with_few_images_leaves_out_the_score_that_needs_more(
+    each: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = ImageEncodersBench()
+    bench.train = bench.probe = few_pictures(3, each)  # type: ignore[misc]
+    bench.test = few_pictures(3, 2)  # type: ignore[misc]
+    student = ImageEncoder(make_encoder("mae-nano", 1, 8))
+    bench.try_out(student)
+    found = bench.compare({"student": student}, 6, 0)["scores"]["student"]
+    assert found.keys() >= {"probe", "knn", "probe_occluded", "probe_noisy"}
+    assert ("tuned" in found) == (each == 10)
+    assert ("left out, for a class has 3" in capsys.readouterr().err) == (each == 3)
+
+
+def test_one_class_is_refused_before_the_training() -> None:
+    bench = ImageEncodersBench()
+    bench.train = bench.probe = few_pictures(1, 12)  # type: ignore[misc]
+    with pytest.raises(UserError, match=r"one class.*evaluate\.n=0"):
+        bench.try_out(None)

@@ -292,3 +292,8 @@ def test_a_recipe_decides_which_roles_are_adapters(lora: tuple[str, ...], teache
         assert torch.equal(ask(method.teacher), before)
     method.train()
     assert not any(m.training for m in method.teacher.modules())
+
+
+def test_a_target_that_is_not_there_is_told_with_those_that_are() -> None:
+    with pytest.raises(UserError, match=r"'net\.9'.*to_q.*options\.targets, or lora\.fake\.targets"):
+        lora_role(dit_teacher(), "fake", 2, targets=["net.9"])

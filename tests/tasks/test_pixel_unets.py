@@ -135,3 +135,15 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     recipe = Recipe.load("dmd2", [*PLAIN], teacher=str(folder), data="pictures")
     with pytest.raises(UserError, match="conditioned on 'label'"):
         task.load(recipe, {"data": ArrayData(pictures().array)})
+
+
+def test_names_that_cannot_be_told_from_labels_are_refused_until_they_are_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "conditional", num_class_embeds=5)
+    task, recipe = ClassImages(), Recipe.load("dmd2", [*PLAIN], teacher=str(folder), data="pictures")
+    with pytest.raises(UserError, match=r'5 labels by number alone.*write \{"classes"'):
+        task.load(recipe, {"data": pictures()})
+    labels = ["0", "dot", "2", "cross", "bar"]
+    (folder / "stillroom.json").write_text(json.dumps({"classes": labels}))
+    task.load(recipe, {"data": pictures()})
+    assert task.data.labels.tolist() == [4, 3, 1] * 4
+    assert task.data.classes == labels

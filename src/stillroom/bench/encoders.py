@@ -16,7 +16,17 @@ from stillroom.cache import kept
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import Sampler
 from stillroom.draws import mix
-from stillroom.evaluation.probes import NAMES, accuracy, attention_collapse, fine_tune, occluded, probe_scores
+from stillroom.errors import UserError
+from stillroom.evaluation.probes import (
+    FEW,
+    NAMES,
+    accuracy,
+    attention_collapse,
+    fine_tune,
+    occluded,
+    probe_scores,
+    smallest_class,
+)
 from stillroom.evaluation.scores import Score
 from stillroom.networks.mae import make_encoder
 from stillroom.networks.recognition import class_logits
@@ -140,6 +150,14 @@ class EncoderBench(Bench):
         return {f"teacher_{name}": value for name, value in found.items()} | {"n": self.test.n}
 
     # --- what a run asks ----------------------------------------------------------------------------------------------
+    def try_out(self, model: Any) -> None:
+        """Probes tell classes apart."""
+        if len(torch.unique(self.probe.labels)) < 2:
+            raise UserError(
+                f"data {self.probe.name!r} has one class, by which no encoder can be scored",
+                cure="give several, or evaluate.n=0",
+            )
+
     def compare(
         self, everyone: Mapping[str, Any], n: int, seed: int, folders: Mapping[str, Path] = NO_FOLDERS
     ) -> dict[str, Any]:
@@ -147,6 +165,8 @@ class EncoderBench(Bench):
         are right."""
         test = self.test.take(torch.arange(min(n, self.test.n)))
         say(f"probing on {test.n:,} test images")
+        if (smallest := smallest_class(self.probe.labels)) < FEW:
+            say(f"{NAMES['tuned'].lower()}: left out, for a class has {smallest}")
         encoders = {who: ImageEncoder(encoder_of(model.network)) for who, model in everyone.items()}
         beside = next((encoder for who, encoder in encoders.items() if who != "student"), None)
         found = {}

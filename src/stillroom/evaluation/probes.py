@@ -57,10 +57,15 @@ def linear_probe(train: Tensor, labels: Tensor, *tests: Tensor) -> list[Tensor]:
 
 
 def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """The commonest class among the ``k`` training rows of greatest cosine."""
+    """The commonest class among the ``k`` training rows of greatest cosine, or all where there are fewer."""
     cosines = F.normalize(test, dim=-1) @ F.normalize(train, dim=-1).T
-    votes = F.one_hot(labels[cosines.topk(k, dim=1).indices], int(labels.max()) + 1).sum(1)
+    votes = F.one_hot(labels[cosines.topk(min(k, len(train)), dim=1).indices], int(labels.max()) + 1).sum(1)
     return votes.argmax(1)
+
+
+def smallest_class(labels: Tensor) -> int:
+    """Rows of the class that has the fewest, of those that occur."""
+    return int(torch.unique(labels, return_counts=True)[1].min())
 
 
 def few_labels(labels: Tensor, each: int) -> Tensor:
@@ -133,8 +138,8 @@ def probe_scores(
     teacher: Encoder | None = None,
     tuning: int = 100,
 ) -> dict[str, float]:
-    """Accuracies under the names of :data:`NAMES`; ``agreement`` and ``cka`` with the teacher where one is given.
-    ``tuning``: steps of fine-tuning.
+    """Accuracies under the names of :data:`NAMES`; ``agreement`` and ``cka`` with the teacher where one is given,
+    ``tuned`` where every class has :data:`FEW` images. ``tuning``: steps of fine-tuning.
 
     The probes learn from the clean images of ``train`` and are asked about those of ``test``, then about the same
     images damaged.
@@ -149,14 +154,12 @@ def probe_scores(
     def share(found: Tensor, right: Tensor = truth) -> float:
         return float((found == right).float().mean())
 
-    few = few_labels(train.labels, FEW)
-    tuned = fine_tune(encoder.network, train.images(few), train.labels[few], len(train.classes), tuning)
-    scores = {
-        "probe": share(clean),
-        "knn": share(nearest_neighbours(seen, train.labels, features[0])),
-        "tuned": accuracy(tuned, images, truth),
-        **{name: share(found) for name, found in zip(damaged, others, strict=True)},
-    }
+    scores = {"probe": share(clean), "knn": share(nearest_neighbours(seen, train.labels, features[0]))}
+    if smallest_class(train.labels) >= FEW:
+        few = few_labels(train.labels, FEW)
+        tuned = fine_tune(encoder.network, train.images(few), train.labels[few], len(train.classes), tuning)
+        scores["tuned"] = accuracy(tuned, images, truth)
+    scores |= {name: share(found) for name, found in zip(damaged, others, strict=True)}
     if teacher is not None:
         theirs = teacher.features(images)
         (told,) = linear_probe(teacher.features(train.images()), train.labels, theirs)

@@ -7,6 +7,7 @@ denoiser goes through it, and a layer recomputed under activation checkpointing 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -76,10 +77,14 @@ def lora_role(
     names = [name for name, _ in network.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
-            ends = {name.rsplit(".", 1)[-1] for name in names if name}
+            ends = Counter(
+                name.rsplit(".", 1)[-1] for name, one in network.named_modules() if isinstance(one, nn.Linear)
+            )
+            some = [end for end, _ in ends.most_common() if not end.isdecimal()][:6]
             raise UserError(
                 f"LoRA target {target!r} names no module of {type(network).__name__}{nearest(target, ends)}",
-                cure="targets are module path endings such as to_q, to_v",
+                cure=f"set targets to endings of its layers, for example [{', '.join(some)}] "
+                f"(options.targets, or lora.{role}.targets)",
             )
     trainable = {name: p.requires_grad for name, p in network.named_parameters()}
     config = LoraConfig(

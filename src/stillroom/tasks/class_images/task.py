@@ -39,11 +39,8 @@ class ClassImages(Task):
         if "teacher" not in given:
             self.folders["teacher"] = model_home(recipe.teacher)
         check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
-        if (labels := label_count(self.teacher.denoiser.network)) and not self.teacher.denoiser.null:
-            # which of its labels is none is not known: those of the data are classes in any case, and those below
-            names = numbered(self.data.classes, labels) or list(self.data.classes)
-            while names and names[-1] not in self.data.classes:
-                names.pop()
+        if label_count(self.teacher.denoiser.network) and not self.teacher.denoiser.null:
+            names = self.teacher.classes or self._by_number(self.teacher.denoiser.network, recipe)
             self.teacher = ImageGenerator(self.teacher.denoiser, self.teacher.sampler, names)
         elif takes_nothing(self.teacher.denoiser):
             self.data = ArrayData(self.data.array, name=self.data.name, origin=self.data.origin, ids=self.data.ids)
@@ -58,6 +55,25 @@ class ClassImages(Task):
                     cure="give a student of the teacher's order",
                 )
             self.start = begins.denoiser
+
+    def _by_number(self, network: nn.Module, recipe: Recipe) -> list[str]:
+        """What the labels of a network that knows them by number alone are called. Which of them means "unconditional"
+        is not known: those of the data are classes in any case, and those below. Raises UserError for names of which
+        nothing says which labels they are: all must be there, or all but one."""
+        mine, count = list(self.data.classes), label_count(network)
+        if names := numbered(mine, count):
+            while names[-1] not in mine:
+                names.pop()
+            return names
+        if mine and len(mine) < count - 1:
+            raise UserError(
+                f"teacher {recipe.teacher!r} knows {count} labels by number alone, and nothing says which of them are "
+                f"the classes {', '.join(map(repr, mine[:5]))}{', ...' if len(mine) > 5 else ''} of data "
+                f"{recipe.data!r}",
+                cure='write {"classes": [...]}, the names of its labels in their order, into stillroom.json in its '
+                "folder",
+            )
+        return mine
 
     @staticmethod
     def _by_names(data: ArrayData, model: ImageGenerator, whose: str) -> ArrayData:
