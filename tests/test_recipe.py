@@ -102,6 +102,8 @@ def test_the_hash_is_of_what_determines_the_result() -> None:
         ("engine.export=emma", "engine.export"),
         ("engine.ema=0.99", "'engine.ema' must be a list"),
         ("engine=3", "'engine' must be a mapping"),
+        ("engine.optim.all.lr=.nan", "'engine.optim.all.lr' must be finite, got nan"),
+        ("engine.optim.all.lr=-.inf", "'engine.optim.all.lr' must be finite, got -inf"),
         ("engine.steps.x=3", "engine.steps"),
         ("evaluate.n=-1", "'evaluate.n' must be a whole number, at least 0"),
         ("name=a/b", "'name' must be letters"),

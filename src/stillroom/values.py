@@ -203,6 +203,8 @@ def describe(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
     if kind in names:
         return names[kind]
+    if kind is Any:  # which only a number without end is refused as
+        return "finite"
     if (origin or kind) is tuple and arguments and arguments[-1] is not Ellipsis:
         return f"a list of {len(arguments)} values"
     if (origin or kind) in (list, tuple, Sequence):
