@@ -24,6 +24,7 @@ from stillroom.run import run
 from stillroom.task import load_model, make_task, sample_rows
 from stillroom.tasks.pipelines import model as pipeline
 from stillroom.tasks.pipelines.data import SHARD, PromptedData, encode_prompts
+from stillroom.tasks.pipelines.task import pipeline_card
 from tiny_pipelines import save_pipeline
 
 TEXTS = ["a red cat", "the boat", "a photo of the house"]
@@ -423,3 +424,20 @@ def test_a_shard_on_disk_is_opened_once_however_many_rows_are_read(
     assert sorted(opened) == paths
     copied = copy.deepcopy(data)
     assert torch.equal(copied.batch(0, 0, 4)["x"], data.batch(0, 0, 4)["x"])
+
+
+def test_the_card_s_code_asks_by_name() -> None:
+    """The first argument of Flux 2's pipelines is an image."""
+    recipe = Recipe.load("swiftbrush", [], teacher="flux2", data="prompts.txt")
+    about: dict[str, Any] = {
+        "licence": "",
+        "timesteps": [1000],
+        "size": [16, 16],
+        "arguments": {},
+        "scheduler": "S",
+        "random": False,
+    }
+    about |= {"family": "Flux 2", "lora": False}
+    calls = {"student": {"nfe": 1}, "teacher": {"nfe": 25}}
+    card = pipeline_card(recipe, {"name": "x", "pipeline": about, **calls})
+    assert "image = pipeline(prompt='a red cat', height=16" in "\n".join(card.use)

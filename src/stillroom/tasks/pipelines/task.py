@@ -178,7 +178,7 @@ def pipeline_card(recipe: Recipe, result: Mapping[str, Any]) -> Card:
         "import diffusers",
         "",
         f'pipeline = diffusers.DiffusionPipeline.from_pretrained("{folder}")',
-        f"image = pipeline('a red cat', {', '.join(f'{key}={value!r}' for key, value in asked.items())})[0][0]",
+        f"image = pipeline(prompt='a red cat', {', '.join(f'{key}={value!r}' for key, value in asked.items())})[0][0]",
     ]
     lines = [
         f"The scheduler in this folder, {about['scheduler']}, asks the network at the timesteps {times} when it is "
