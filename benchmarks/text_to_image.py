@@ -87,8 +87,7 @@ def main() -> None:
         row["MACs per image, M"] = macs(lambda model=model: model.sample(texts[:1])) / 1e6
         row[f"images/s, batch {BATCH}"] = 1 / median(batches[name])
         row["latency, batch 1, ms"] = 1000 * median(singles[name])
-        row[scores["names"]["sceneeval"]] = scores["sceneeval"]
-        row[scores["names"]["fd"]] = scores["fd"]
+        row |= {score.name: scores[score.key] for score in bench.called(chosen.n) if score.key in ("sceneeval", "fd")}
         rows.append(row)
     rate = f"images/s, batch {BATCH}"
     fastest = max(row[rate] for row in rows[:-1])
