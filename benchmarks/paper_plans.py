@@ -42,7 +42,8 @@ def steps(recipe: Recipe) -> list[tuple[str, ...]]:
     found.append(("engine.optim.all.name=adamw8bit",))
     if engine.ema:
         found.append(("engine.export=student", "engine.ema=[]"))
-    found += [(f"lora.{role}={{rank: 64}}",) for role in ("fake", "student") if role not in recipe.lora]
+    roles = [role for role in ("fake", "student") if role in recipe.trained() and role not in recipe.lora]
+    found += [(f"lora.{role}={{rank: 64}}",) for role in roles]
     return found
 
 

@@ -221,6 +221,9 @@ def try_out(recipe: Recipe, run_dir: Path, task: Task, network: nn.Module, sampl
             student.save(folder, task=student.task, method=recipe.method, recipe_hash=recipe.hash())
 
     def read() -> None:
+        assert student is not None
+        if not student.reloads:
+            return
         reading: AbstractContextManager[Any] = weights_unread() if large else nullcontext()
         with reading:
             model_class(folder).load(folder)

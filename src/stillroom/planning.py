@@ -191,13 +191,13 @@ def _rehearsed(recipe: Recipe, world: int, objects: Mapping[str, Any]) -> Plan:
         emptied(method, mode)
         rehearsal = Rehearsal(method, task.data, recipe.engine, world, mode)
         turns = rehearsal.turn_costs()
-        phases = _phases(task, rehearsal, turns) if world == 1 else []
+        phases = _phases(recipe, task, rehearsal, turns) if world == 1 else []
     stages = {stage for turn in turns for stage in turn.stages}
     flops = max(sum(turn.flops / turn.every for turn in turns if stage in turn.stages) for stage in stages)
     return Plan(recipe, world, turns, round(flops), phases)
 
 
-def _phases(task: Task, rehearsal: Rehearsal, turns: Sequence[TurnCost]) -> list[Phase]:
+def _phases(recipe: Recipe, task: Task, rehearsal: Rehearsal, turns: Sequence[TurnCost]) -> list[Phase]:
     """Load, train, save and draw, of a training that has been gone through. At the end only the student and its
     teachers are left; where they share their weights, these count once."""
     method = rehearsal.method
@@ -210,7 +210,8 @@ def _phases(task: Task, rehearsal: Rehearsal, turns: Sequence[TurnCost]) -> list
     student = task.student(role, method.sampler())
     merged = storage_bytes(_merged(role)) if isinstance(role, LoraDenoiser) else 0
     left = storage_bytes([*role.parameters(), *role.buffers(), *tensors_in(list(method.teachers().values()))])
-    drawn = _drawn(student, rehearsal) if isinstance(student, PictureGenerator) else 0
+    draws = isinstance(student, PictureGenerator) and (recipe.evaluate.samples or recipe.evaluate.n)
+    drawn = _drawn(student, rehearsal) if draws else 0
     train = max(turn.total for turn in turns)
     return [
         Phase("load", weights, beside),
@@ -314,7 +315,9 @@ def _total(tried: _Try) -> int | None:
 
 def _lora(now: _Try) -> list[_Try]:
     """Copies of the teacher that the method may turn into adapters: one, then both."""
-    wanted = [f"lora.{role}={{rank: {LORA_RANK}}}" for role in ("fake", "student") if role not in now.recipe.lora]
+    trained = now.recipe.trained()
+    roles = [role for role in ("fake", "student") if role in trained and role not in now.recipe.lora]
+    wanted = [f"lora.{role}={{rank: {LORA_RANK}}}" for role in roles]
     tries = [now.changed(argument) for argument in wanted]
     return [*tries, tries[0].changed(wanted[1])] if len(tries) > 1 else tries
 

@@ -123,9 +123,16 @@ class Recipe:
         recipe._check_turns(method.turns_for(options))
         return recipe
 
+    def trained(self) -> list[str]:
+        """The roles that the method's turns train with these options."""
+        from stillroom.method import get_method
+
+        method = get_method(self.method)
+        return _trained(method.turns_for(construct(method.Options, self.options, "options.")))
+
     def _check_turns(self, turns: Sequence[Turn]) -> None:
         self.engine.check_turns([turn.name for turn in turns])
-        trained = list(dict.fromkeys(role for turn in turns for role in turn.trains))
+        trained = _trained(turns)
         self._check_lora(trained)
         averages = ["student"]
         for i, entry in enumerate(self.engine.ema):
@@ -195,6 +202,10 @@ def papers(slug: str = "") -> list[str]:
     """Names of the recipes that come with the package for public models, with what the papers used: papers/SLUG-MODEL.
     slug: only those of this method."""
     return sorted(f"{PAPERS.name}/{path.stem}" for path in PAPERS.glob(f"{slug}-*.yaml" if slug else "*.yaml"))
+
+
+def _trained(turns: Sequence[Turn]) -> list[str]:
+    return list(dict.fromkeys(role for turn in turns for role in turn.trains))
 
 
 def named() -> list[str]:

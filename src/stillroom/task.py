@@ -134,6 +134,11 @@ class Model:
         """Whether a folder without a ``stillroom.json`` that names a task holds such a model."""
         return False
 
+    @property
+    def reloads(self) -> bool:
+        """Whether :meth:`load` reads what :meth:`save` writes of this network."""
+        return True
+
     @classmethod
     def load(cls, folder: str | Path) -> Model:
         """Read a folder. Raises UserError for a missing, incomplete or damaged one, naming the file."""

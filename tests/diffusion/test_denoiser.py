@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gaussians import PROCESSES, exact
 from stillroom.diffusion.denoiser import KINDS, Denoiser
 from stillroom.diffusion.process import EDM, RectifiedFlow
+from stillroom.errors import UserError
 
 MIXTURE = {"means": ((0.5, -1.0), (-0.7, 0.6), (1.5, 1.0)), "stds": (0.3, 0.5, 0.8), "weights": (0.2, 0.5, 0.3)}
 CASES = [(name, kind) for name in PROCESSES for kind in KINDS if kind != "edm" or name == "edm"]
@@ -96,7 +97,7 @@ def test_guidance_without_conditions_is_the_plain_answer(affine: Denoiser) -> No
 
 def test_guidance_without_a_null_value_names_the_condition() -> None:
     denoiser = Denoiser(Affine(), RectifiedFlow(), "v")
-    with pytest.raises(ValueError, match="label"):
+    with pytest.raises(UserError, match="unconditional value for: label"):
         denoiser(torch.ones(1, 2), 0.5, {"label": torch.ones(1)}, 2.0)
 
 

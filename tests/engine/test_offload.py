@@ -264,7 +264,8 @@ def test_it_is_advised_where_frozen_weights_dominate(tmp_path: Path, monkeypatch
     monkeypatch.setattr(planning, "_PROPOSALS", mine)
     advised = []
     for adapters in (["lora.student={rank: 1}", "lora.fake={rank: 1}"], []):
-        recipe = Recipe.load("sim", ["engine.batch=1", *adapters], teacher=str(teacher), data=str(data))
+        wanted = ["engine.batch=1", "evaluate.samples=0", "evaluate.n=0", *adapters]  # nothing is drawn
+        recipe = Recipe.load("sim", wanted, teacher=str(teacher), data=str(data))
         advice = planning.plan(recipe, memory=1000).advice
         assert advice is not None
         advised.append(advice.together)

@@ -88,7 +88,7 @@ class TextClassifier(Model):
 
         folder, network = Path(folder), self.network
         folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(network, "save_pretrained"):
+        if self.reloads:
             config: Any = network.config
             config.id2label = dict(enumerate(self.classes))
             config.label2id = {name: i for i, name in enumerate(self.classes)}
@@ -103,6 +103,11 @@ class TextClassifier(Model):
     def holds(cls, folder: Path) -> bool:
         """A model of transformers for sequence classification."""
         return architecture(folder).endswith("ForSequenceClassification")
+
+    @property
+    def reloads(self) -> bool:
+        """Not where a module that transformers does not know was given: its weights alone are written."""
+        return hasattr(self.network, "save_pretrained")
 
     @classmethod
     def load(cls, folder: str | Path) -> TextClassifier:
