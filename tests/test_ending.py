@@ -201,6 +201,20 @@ def test_what_fails_at_the_end_fails_before_the_first_step(
     assert not (place / "runs/a").exists()
 
 
+@pytest.mark.parametrize("places", [ending.WIDE, 0])
+def test_the_trial_draws_no_sheet_of_large_pictures(place: Path, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    real = ending.write_sheet
+    monkeypatch.setattr(ending, "WIDE", places)
+    def spy(folder: Path, *rest: Any) -> dict[str, Any]:
+        drawn.append(folder.name)
+        return real(folder, *rest)
+
+    monkeypatch.setattr(ending, "write_sheet", spy)
+    run(recipe(steps=1), place / "run")
+    assert ("trial" in drawn) == (places > 0)
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_the_trial_leaves_nothing_and_changes_nothing(
     place: Path, large: bool, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from stillroom.bench import find_bench
+from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.progress import showing
 from stillroom.errors import UserError
@@ -33,6 +35,8 @@ from stillroom.task import REAL_SIZE, Model, PictureGenerator, Rows, Task, model
 
 LARGE = 30_000_000
 """Weights from which on a student is tried without writing them."""
+WIDE = 64 * 64
+"""Places of a sample above which no sheet is drawn for the trial: a small network too takes long over a large one."""
 T = TypeVar("T")
 
 
@@ -196,7 +200,7 @@ def try_out(recipe: Recipe, run_dir: Path, task: Task, network: nn.Module, sampl
         assert student is not None
         if not (recipe.evaluate.samples or recipe.evaluate.n):
             return
-        if recipe.evaluate.samples and isinstance(student, PictureGenerator) and not large:
+        if recipe.evaluate.samples and isinstance(student, PictureGenerator) and not (large or wide):
             write_sheet(folder, "student", task.rows(student, recipe.evaluate.seed, 1))
         else:
             task.brief_call(student)
@@ -229,6 +233,7 @@ def try_out(recipe: Recipe, run_dir: Path, task: Task, network: nn.Module, sampl
             model_class(folder).load(folder)
 
     large = sum(p.numel() for p in network.parameters()) > LARGE
+    wide = isinstance(network, Denoiser) and math.prod(network.shape[1:]) > WIDE
     steps = {"be made a model": build, "be drawn": draw, "be scored": score, "be saved": keep, "be read again": read}
     with torch.random.fork_rng():
         shutil.rmtree(folder, ignore_errors=True)

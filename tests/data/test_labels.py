@@ -316,7 +316,9 @@ def test_captions_beside_and_in_tables_below(tmp_path: Path) -> None:
     picture(tmp_path / "b" / "0.png")
     (tmp_path / "b" / "0.caption").write_text("a dog")
     junk(tmp_path / "b")
-    assert FolderTeacher(tmp_path).captions == ["a cat", "a dog"]
+    picture(tmp_path / "c" / "0.PNG")
+    (tmp_path / "c" / "0.TXT").write_text("a cow")
+    assert FolderTeacher(tmp_path).captions == ["a cat", "a dog", "a cow"]
     picture(tmp_path / "b" / "1.png")
     with pytest.raises(UserError, match=r"1\.png has no caption; write one into 1\.txt"):
         FolderTeacher(tmp_path)

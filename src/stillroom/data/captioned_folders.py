@@ -22,7 +22,7 @@ from stillroom.files import stay_inside
 LONGEST_CAPTION = 4000
 """In characters. A teacher's own text encoder usually allows far fewer words."""
 EXAMPLE = '{"caption": "..."}'
-_CAPTION_FILES = (".txt", ".caption")
+_CAPTION_FILES = (".txt", ".caption", ".TXT", ".CAPTION")
 _SPLITS = {"train", "test", "val", "valid", "validation", "dev"}
 
 

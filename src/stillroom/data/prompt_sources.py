@@ -79,7 +79,7 @@ class PictureFolder(PromptSource):
     def __init__(self, folder: Path) -> None:
         found = FolderTeacher(folder)
         self.pairs = [(caption, file) for caption, files in found.files.items() for file in files]
-        beside = [path for path in folder.rglob("*") if path.suffix in (".txt", ".caption", ".jsonl", ".csv")]
+        beside = [path for path in folder.rglob("*") if path.suffix.lower() in (".txt", ".caption", ".jsonl", ".csv")]
         super().__init__(
             [file for _, file in self.pairs] + sorted(beside),
             f"{len(self.pairs):,} captioned images of {folder}{found.left_out}",

@@ -264,7 +264,7 @@ def _folder(path: Path) -> tuple[dict[str, list[tuple[str, str]]], list[Path]]:
 
 def _class_folders(path: Path) -> tuple[list[tuple[str, str]], list[Path]]:
     homes = [home for home in seen(path) if home.is_dir()]
-    folders = {home.name: [file for file in seen(home) if file.suffix == ".txt"] for home in homes}
+    folders = {home.name: [file for file in seen(home) if file.suffix.lower() == ".txt"] for home in homes}
     if sum(map(bool, folders.values())) < 2:
         raise UserError(
             f"{path} holds no labelled texts",
