@@ -1,6 +1,8 @@
 """What dmd2's student learns when its discriminator takes fewer passes, at equal updates.
 
-    python benchmarks/dmd2_passes.py
+    python benchmarks/dmd2_passes.py [WORD ...]
+
+With words given, only settings whose name holds one of them are trained; the rows of the others stay as recorded.
 
 The arms differ in ``gan_network`` and ``gan_pass`` alone: the paper's form (the fake score's features, by passes of
 their own), the fake score's with generated samples judged in the pass of their scores, and the frozen teacher's, with
@@ -10,11 +12,14 @@ trained with the GAN beside distribution matching and by the GAN alone, where th
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import Row, record
+from common import OUT, Row, record
 
 from stillroom.bench import benches
 from stillroom.proofs.base import Arm
@@ -59,9 +64,16 @@ def measure(setting: str, form: str) -> Row:
     return row
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    rows = [measure(setting, form) for setting in SETTINGS for form in FORMS]
+    file = OUT / "dmd2_passes.json"
+    recorded: list[Row] = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows: list[Row] = []
+    for setting in SETTINGS:
+        if words and not any(word in setting for word in words):
+            rows += [row for row in recorded if row["setting"] == setting]
+        else:
+            rows += [measure(setting, form) for form in FORMS]
     record(
         "DMD2's discriminator by fewer passes",
         f"Quality of dmd2's student by what its discriminator reads, at equal updates and {len(SEEDS)} seeds "
@@ -72,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
