@@ -206,6 +206,7 @@ def test_the_trial_draws_no_sheet_of_large_pictures(place: Path, places: int, mo
     drawn: list[str] = []
     real = ending.write_sheet
     monkeypatch.setattr(ending, "WIDE", places)
+
     def spy(folder: Path, *rest: Any) -> dict[str, Any]:
         drawn.append(folder.name)
         return real(folder, *rest)
