@@ -25,6 +25,7 @@ from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.evaluation.scores import Score
 from stillroom.files import stay_inside
+from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.folders.image_networks import architecture
 from stillroom.folders.pipelines import sized
 from stillroom.folders.public import refuse_public
@@ -236,11 +237,11 @@ class PictureGenerator(Model):
         if not isinstance(network, Denoiser):
             return []
         rows = self.at_once
-        null = {name: torch.as_tensor(value) for name, value in network.null.items()}
+        one = some_conditions(network)
         guided = 2 if getattr(self.sampler, "guidance", 1.0) not in (0.0, 1.0) else 1
 
         def evaluate() -> Any:
-            given = {k: torch.empty((guided * rows, *v.shape), dtype=v.dtype) for k, v in null.items()}
+            given = {k: torch.empty((guided * rows, *v.shape), dtype=v.dtype) for k, v in one.items()}
             return network(torch.empty(guided * rows, *network.shape), torch.full((guided * rows,), 0.5), given)
 
         return [evaluate]

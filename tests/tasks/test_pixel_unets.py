@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import stillroom as sr
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.process import VP
 from stillroom.errors import UserError
+from stillroom.evaluation.cost import forward_flops
 from stillroom.folders.denoisers import load_denoiser
 from stillroom.recipe import Recipe
 from stillroom.task import find_model_class
@@ -101,12 +103,14 @@ def test_their_predictions_are_those_of_diffusers(kind: str, tmp_path: Path) -> 
 
 def test_the_class_that_means_none_is_asked_for_in_one_line(tmp_path: Path) -> None:
     folder = saved(tmp_path, "conditional")
-    for changes in (("options.guidance=1.0",), ()):
-        with pytest.raises(UserError, match=r'"null": \{"label": N\}.*stillroom\.json.*gan_weight=0'):
-            built(folder, *changes)
-    _, method = built(folder, "options.gan_weight=0", "options.guidance=2.0")
-    with pytest.raises(UserError, match=r"unconditional value for: label.*stillroom\.json"):
-        method.teacher(torch.zeros(1, 3, 8, 8), 5.0, {"label": torch.tensor([0])}, 2.0)
+    _, method = built(folder)
+    x, t, cond = torch.zeros(2, 3, 8, 8), torch.full((2,), 5.0), {"label": torch.tensor([0, 3])}
+    assert method.discriminator.logits(method.fake, x, t, cond).shape[0] == 2  # which needs no such class
+    assert forward_flops(method.teacher) > 10 * sum(p.numel() for p in method.teacher.parameters())
+    wanted = ["engine.batch=4", "options.guidance=1.0"]
+    assert sr.plan("dmd2", teacher=str(folder), data=pictures(), overrides=wanted).phases[-1].name == "draw"
+    with pytest.raises(UserError, match=r"unconditional value for: label.*stillroom\.json.*guidance=1\.0"):
+        method.teacher(x, t, cond, 2.0)
     (folder / "stillroom.json").write_text(json.dumps({"null": {"label": 3}}))
     task, _ = built(folder)
     assert task.teacher.denoiser.null == {"label": 3}

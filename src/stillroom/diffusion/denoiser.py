@@ -24,7 +24,7 @@ Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 NAME_NULL = (
     'say which class means "unconditional", {"null": {"label": N}} in stillroom.json in the model\'s folder, or do '
-    "without guidance and discriminator (options.guidance=1.0 options.gan_weight=0)"
+    "without guidance (options.guidance=1.0)"
 )
 """The cure where a network's folder does not name what stands for no condition."""
 

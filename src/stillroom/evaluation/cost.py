@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError
+from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.surgery.skeleton import Answered, emptied, unshared, weights_unread
 
 
@@ -37,12 +38,12 @@ def forward_flops(denoiser: Denoiser) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    null = {name: torch.as_tensor(value) for name, value in denoiser.null.items()}
+    one = some_conditions(denoiser)
     try:
         with torch.random.fork_rng(), torch.no_grad(), weights_unread() as mode:
             copied = emptied(unshared(denoiser), mode)
             with mode, Answered(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                given = {name: torch.empty((1, *value.shape), dtype=value.dtype) for name, value in null.items()}
+                given = {name: torch.empty((1, *value.shape), dtype=value.dtype) for name, value in one.items()}
                 copied(torch.empty(1, *denoiser.shape), torch.full((1,), 0.5), given)
             return counter.get_total_flops()
     except Exception:  # of foreign networks anything may come; all that is lost is a better guess

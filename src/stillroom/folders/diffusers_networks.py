@@ -234,6 +234,13 @@ def label_count(network: nn.Module) -> int:
     return int(getattr(network, "config", {}).get("num_class_embeds") or 0)
 
 
+def some_conditions(denoiser: Denoiser) -> dict[str, Tensor]:
+    """Conditions of one sample by which a network can be tried: its "unconditional" ones, or its first label where it
+    has labels and none of them means that."""
+    known = denoiser.null or ({"label": 0} if label_count(denoiser.network) else {})
+    return {name: torch.as_tensor(value) for name, value in known.items()}
+
+
 def disable_label_dropout(network: nn.Module) -> None:
     """diffusers' label embeddings replace labels at random by themselves in train mode, block by block; label dropout
     is a choice of the training turn here."""

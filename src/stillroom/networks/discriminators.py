@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import NAME_NULL, Cond, Denoiser, Prediction
 from stillroom.errors import UserError
+from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.surgery.taps import Features, Tap, Taps, as_tokens, block_paths
 
 
@@ -99,11 +100,11 @@ def tokens_at(denoiser: Denoiser, taps: Taps, x_t: Tensor, t: Tensor, cond: Cond
 def feature_width(denoiser: Denoiser, taps: Taps) -> int:
     """Channels of the tokens after the tapped block, found by one dry call on zeros.
 
-    Raises UserError when the network does not run on the denoiser's null conditions alone.
+    Raises UserError when the network does not run on the denoiser's null conditions, or its first label, alone.
     """
     parameter = next(denoiser.parameters())
     x = torch.zeros(1, *denoiser.shape, device=parameter.device)
-    cond = {k: torch.as_tensor(v, device=parameter.device).unsqueeze(0) for k, v in denoiser.null.items()}
+    cond = {k: v.to(parameter.device).unsqueeze(0) for k, v in some_conditions(denoiser).items()}
     t = torch.full((1,), 0.5 * denoiser.process.t_max, device=parameter.device)
     try:
         with torch.no_grad():
@@ -113,5 +114,5 @@ def feature_width(denoiser: Denoiser, taps: Taps) -> int:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"cannot try the discriminator on {type(denoiser.network).__name__}: {error}",
-            cure=NAME_NULL,
+            cure=f"{NAME_NULL} and discriminator (options.gan_weight=0)",
         ) from error
