@@ -68,13 +68,13 @@ class Rows:
 @dataclass(frozen=True)
 class Card:
     """A task's part of the model card. makes: the sentence of what the student is. use: lines of Python after
-    ``student = sr.load(...)``; where ``alone`` says what else is needed, all of the lines. library, tag: as model hubs
-    call them (empty: they have no name for it). front: more of the front matter. before_scores, after_scores: lines of
-    Markdown there."""
+    ``student = sr.load(...)``; where ``alone`` says what else is needed, all of the lines. hub_library, tag: as
+    model hubs call them (empty: they have no name for it). front: more of the front matter. before_scores,
+    after_scores: lines of Markdown there."""
 
     makes: str
     use: Sequence[str]
-    library: str = ""
+    hub_library: str = ""
     tag: str = ""
     kind: str = ""  # of the task in the model index, where hubs have no tag
     alone: str = ""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
     """Markdown with the front matter that model hubs read; what its task says of it, and what was measured."""
     about = get_task(str(result["task"])).card(recipe, result)
-    front: dict[str, Any] = {"library_name": about.library} if about.library else {}
+    front: dict[str, Any] = {"library_name": about.hub_library} if about.hub_library else {}
     front |= {"pipeline_tag": about.tag} if about.tag else {}
     tags = [about.tag] if about.tag == "text-to-image" else []
     front |= dict(about.front) | {"tags": ["stillroom", "distillation", *tags, recipe.method]}

@@ -113,7 +113,7 @@ class ClassImages(Task):
         asked = "[0, 1, 2]" if any(result["rows"]) else "8"
         use = f"images = student.sample({asked}, seed=0)  # [N, C, H, W] in [-1, 1]"
         makes = f"A student of {made_from(recipe.teacher)} that makes an image in {calls(result)}"
-        return Card(makes, [use], library="diffusers", kind="image-generation")
+        return Card(makes, [use], hub_library="diffusers", kind="image-generation")
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------

@@ -131,4 +131,4 @@ class Classification(Recognition):
         taught = made_from(recipe.teacher)
         use = "names = student.classify(images)  # [N, C, H, W] in [-1, 1]"
         makes = f"A classifier {began(recipe, ARCHITECTURES)}" + (f", taught by {taught}" if taught else "")
-        return Card(makes, [use], library="transformers", tag="image-classification")
+        return Card(makes, [use], hub_library="transformers", tag="image-classification")

@@ -200,4 +200,4 @@ class TextClassification(Recognition):
         taught = made_from(recipe.teacher)
         makes = f"A classifier of texts {began(recipe, ENCODERS)}" + (f", taught by {taught}" if taught else "")
         use = "names = student.classify(texts)  # a list of strings"
-        return Card(makes, [use], library="transformers", tag="text-classification")
+        return Card(makes, [use], hub_library="transformers", tag="text-classification")

@@ -132,7 +132,7 @@ class Encoding(NetworkTask):
         taught = made_from(recipe.teacher)
         makes = f"An image encoder {began(recipe, ARCHITECTURES)}" + (f", a student of {taught}" if taught else "")
         use = "x = student.features(images)  # [N, C, H, W] in [-1, 1] to [N, D]"
-        return Card(makes, [use], library="transformers", tag="image-feature-extraction")
+        return Card(makes, [use], hub_library="transformers", tag="image-feature-extraction")
 
 
 def encoder(model: Any) -> ImageEncoder:

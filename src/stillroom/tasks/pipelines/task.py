@@ -210,7 +210,7 @@ def pipeline_card(recipe: Recipe, result: Mapping[str, Any]) -> Card:
         f"{evaluations(result['student']['nfe'])} (the teacher takes {result['teacher']['nfe']})"
     )
     return Card(
-        makes, use, library="diffusers", tag="text-to-image", front=front, alone="diffusers is all that is needed:",
+        makes, use, hub_library="diffusers", tag="text-to-image", front=front, alone="diffusers is all that is needed:",
         before_scores=lines, after_scores=licence,
     )  # fmt: skip
 

@@ -170,7 +170,7 @@ class TextImages(Task):
     def card(cls, recipe: Recipe, result: Mapping[str, Any]) -> Card:
         use = f"images = student.sample({result['rows'][:2]!r}, seed=0)  # [N, C, H, W] in [-1, 1]"
         makes = f"A student of {made_from(recipe.teacher)} that makes an image in {calls(result)}"
-        return Card(makes, [use], library="diffusers", tag="text-to-image")
+        return Card(makes, [use], hub_library="diffusers", tag="text-to-image")
 
 
 def synthesis_of(recipe: Recipe) -> SynthesisOptions:
