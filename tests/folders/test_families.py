@@ -257,11 +257,12 @@ def test_the_middle_of_a_shallow_transformer_is_still_a_block() -> None:
 
 
 def test_a_discriminator_on_a_network_without_its_null_conditions_says_so() -> None:
-    class_name, config, scheduler, _ = FAMILIES["unet"]
+    class_name, config, scheduler, _ = FAMILIES["unet-text"]
     denoiser = denoiser_from_diffusers(make_network(class_name, config), scheduler)
-    with pytest.raises(UserError, match=r"UNet2DModel.*class_labels") as error:
+    with pytest.raises(UserError, match=r"UNet2DConditionModel.*encoder_hidden_states") as error:
         Discriminator(denoiser)
     assert "null" in (error.value.cure or "")
+    assert "gan_weight=0" in (error.value.cure or "")
 
 
 def test_taps_read_any_module_and_leave_no_hook() -> None:
@@ -295,8 +296,7 @@ def test_a_unet_s_null_label_is_not_guessed() -> None:
     assert denoiser(x, t, cond()).value.shape == x.shape
     with pytest.raises(UserError, match=r"unconditional value for: label.*stillroom\.json"):
         denoiser(x, t, cond(), 2.0)
-    with pytest.raises(UserError, match="null"):
-        Discriminator(denoiser)
+    assert Discriminator(denoiser).logits(denoiser, x, t, cond()).shape[0] == 3  # which asks for no such label
 
 
 def test_conditions_that_a_network_does_not_take_are_named() -> None:

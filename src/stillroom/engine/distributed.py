@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -111,10 +112,12 @@ class World:
         return [json.loads(bytes(part[: int(n)].cpu().tolist())) for part, n in zip(parts, lengths, strict=True)]
 
     def leave(self) -> None:
-        """Leave the process group. The barrier keeps gloo from aborting while a peer still talks."""
+        """Leave the process group. The barrier keeps gloo from aborting while a peer still talks; what still holds the
+        group in a circle of references is collected, so that its threads end before the interpreter does."""
         if self.size > 1 and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+            gc.collect()
 
 
 def finished(terms: Terms) -> dict[str, Tensor]:
