@@ -12,9 +12,13 @@ ROWS = {str(row["name"]): row for row in TABLE}
 
 
 def plan(name: str, shares: dict[str, int], losses: dict[str, list[str]] | None = None, **options: Any) -> Arm:
-    """Stages are rows of the paper's table, in this order, for these steps; ``losses`` replaces a row's."""
+    """Stages are rows of the paper's table, in this order, for these steps; ``losses`` replaces a row's. A stage that
+    is alone runs at the full rate, as the first of several does, not at the last one's 0.6."""
+    alone = {"lr": 1.0} if len(shares) == 1 else {}
     rows = [
-        {**ROWS[stage], "share": float(steps)} | ({"losses": losses[stage]} if losses and stage in losses else {})
+        {**ROWS[stage], "share": float(steps)}
+        | alone
+        | ({"losses": losses[stage]} if losses and stage in losses else {})
         for stage, steps in shares.items()
     ]
     return Arm(
