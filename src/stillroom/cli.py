@@ -104,9 +104,13 @@ def _run_again(recipe: Recipe, folder: Path) -> int:
 def _show(folder: Path) -> None:
     from rich.console import Console
 
+    from stillroom.report.log import read_result
+    from stillroom.report.rows import in_one_line
     from stillroom.report.tables import comparison
 
     console = Console()
+    if first := in_one_line(read_result(folder)):
+        console.print(first, highlight=False, markup=False)
     console.print(comparison([folder]))
     console.print(f"student  {folder / 'student'}\nreport   {folder / 'report.html'}", highlight=False)
 

@@ -15,14 +15,17 @@ import torch
 import yaml
 
 from finished import RESULT, SCORES, STEPS
+from stillroom.cli import _show as show
 from stillroom.errors import UserError
+from stillroom.method import get_method
 from stillroom.recipe import Recipe
 from stillroom.report import write_report
+from stillroom.report.card import model_card
 from stillroom.report.doctor import examine
 from stillroom.report.images import CELL, GAP, save_grid
 from stillroom.report.log import read_metrics, series
 from stillroom.report.plots import curve, smooth
-from stillroom.report.rows import amount, duration, facts, milliseconds, number
+from stillroom.report.rows import amount, duration, facts, in_one_line, milliseconds, number
 from stillroom.run import run
 
 Curve = Callable[[float], float]
@@ -191,6 +194,71 @@ def test_several_teachers_stand_side_by_side(tmp_path: Path) -> None:
     assert heads == ["one", "two", "floor"]
     for words in ("SceneEval", "0.91", "0.87", "30×", "faster than one", "a red three"):
         assert words in page.text, words
+
+
+# --- the first line ---------------------------------------------------------------------------------------------------
+def line_of(params: float, ms: float, fd: float | None) -> str:
+    """Of a student so much larger, slower and farther off than its teacher."""
+    teacher = {"params": 1000, "latency_ms": {"1": 10.0, "32": 100.0}}
+    student = {"params": round(1000 * params), "latency_ms": {"1": 10 * ms, "32": 100.0}}
+    scores = {"student": {"fd": None if fd is None else 2 * fd}, "teacher": {"fd": 2.0}}
+    return in_one_line(RESULT | {"teacher": teacher, "student": student, "scores": scores})
+
+
+@pytest.mark.parametrize(
+    ("measured", "line"),
+    [
+        (
+            (0.5, 0.25, 1.03),
+            "is smaller (0.5 times the parameters), faster at batch 1 (4 times the speed) and as good "
+            "(Fréchet distance 2.06 against 2); it is not faster at batch 32 (1 times the speed).",
+        ),
+        (
+            (2.07, 1.3, 1.5),
+            "is not smaller (2.07 times the parameters), not faster at batch 1 (0.769 times the speed), not faster at "
+            "batch 32 (1 times the speed) and not as good (Fréchet distance 3 against 2).",
+        ),
+        (
+            (1.0, 0.97, 0.5),
+            "is better (Fréchet distance 1 against 2); it is not smaller (as many parameters), not faster at batch 1 "
+            "(1.03 times the speed) and not faster at batch 32 (1 times the speed).",
+        ),
+        (
+            (1.0, 0.05, None),
+            "is faster at batch 1 (20 times the speed); it is not smaller (as many parameters), not faster at batch 32 "
+            "(1 times the speed) and not as good (Fréchet distance – against 2).",
+        ),
+    ],
+)
+def test_the_first_line_says_what_is_so_and_what_is_not(measured: tuple[float, float, float | None], line: str) -> None:
+    assert line_of(*measured) == f"Beside its teacher the student {line}"
+
+
+def test_the_first_line_measures_by_the_best_of_several_teachers() -> None:
+    assert in_one_line(TWO_TEACHERS) == (
+        "Beside one, the better of its teachers, the student is faster at batch 1 (30 times the speed); it is not as "
+        "good (SceneEval 0.8 against 0.91) and not as good (Fréchet distance 2 against 1.5)."
+    )
+    unscored = {key: value for key, value in TWO_TEACHERS.items() if key != "scores"}
+    assert in_one_line(unscored) == (
+        "Beside one, the first of its teachers, the student is faster at batch 1 (30 times the speed)."
+    )
+
+
+def test_without_measurements_there_is_no_first_line(tmp_path: Path) -> None:
+    bare = {key: value for key, value in RESULT.items() if key not in ("student", "scores")}
+    assert in_one_line(bare) == ""
+    assert "Beside" not in page_of(make_run(tmp_path / "a", bare)).text
+
+
+def test_report_card_and_terminal_begin_with_the_same_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, line = make_run(tmp_path / "a"), in_one_line(RESULT)
+    (head,) = re.findall(r"<header>(.*?)</header>", write_report(folder).read_text(), re.DOTALL)
+    assert [words for words in map(str.strip, Page(head).text.splitlines()) if words][2] == line
+    card = model_card(Recipe.load("dmd2"), RESULT, get_method("dmd2").paper)
+    assert card.split("\n# a\n\n")[1].splitlines()[0] == line
+    show(folder)
+    assert " ".join(capsys.readouterr().out.split()).startswith(line)
 
 
 def test_a_student_that_misses_its_captions_is_found(tmp_path: Path) -> None:

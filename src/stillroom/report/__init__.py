@@ -8,7 +8,7 @@ from typing import Any
 
 from stillroom.files import write
 from stillroom.report.log import read_metrics, read_recipe, read_result
-from stillroom.report.rows import headline, score_rows, speed_rows, teachers, training_rows
+from stillroom.report.rows import headline, in_one_line, score_rows, speed_rows, teachers, training_rows
 
 
 def write_report(run_dir: Path) -> Path:
@@ -38,6 +38,7 @@ def write_report(run_dir: Path) -> Path:
         result=result,
         names=result.get("rows", []),
         paper=_paper(str(recipe.get("method"))),
+        first=in_one_line(result),
         tiles=headline(result),
         samples=_samples(run_dir, result),
         teachers=teachers(result),

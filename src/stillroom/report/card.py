@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stillroom.report.rows import metrics, score_rows, speed_rows, teachers, training_rows
+from stillroom.report.rows import in_one_line, metrics, score_rows, speed_rows, teachers, training_rows
 from stillroom.task import get_task
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ def model_card(recipe: Recipe, result: dict[str, Any], paper: Paper) -> str:
         f'student = sr.load("{Path(result["name"])}/student")',
         *about.use,
     ]
+    first = in_one_line(result)
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {result['name']}", "",
+        *([first, ""] if first else []),
         f"{about.makes}, distilled by [stillroom](https://pypi.org/project/stillroom/).",
         "",
         *_made(recipe, result, paper),

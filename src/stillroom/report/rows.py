@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stillroom.evaluation.scores import Score
 from stillroom.report.log import read_recipe, read_result
+
+SAME = 0.05
+"""Relative difference up to which a student is called as good as its teacher, and not called smaller or faster."""
 
 
 def number(value: Any) -> str:
@@ -52,6 +57,60 @@ def metrics(result: dict[str, Any]) -> list[Score]:
     """The scores that the student has, in the order in which its task shows them."""
     student = result.get("scores", {}).get("student", {})
     return [score for entry in result.get("metrics", ()) if (score := Score.from_dict(entry)).key in student]
+
+
+def in_one_line(result: dict[str, Any]) -> str:
+    """Whether the student is smaller, faster and as good as its teacher, and in the same breath what it is not: the
+    first line of report, card and terminal. Of several teachers, the one meant is the best by the first score that has
+    a label. What was not measured of both is left out; empty where nothing was."""
+    names, scores, which = teachers(result), result.get("scores", {}), "first"
+    who = next((name for name in names if result.get(name)), "")
+    for score in [score for score in metrics(result) if score.label][:1]:
+        if known := [name for name in names if _finite(scores.get(name, {}).get(score.key))]:
+            who = max(known, key=lambda name: _sign(score) * scores[name][score.key])
+            which = "better" if len(names) == 2 else "best"
+    told = _told(result, who)
+    true = [f"{what} ({how})" for holds, what, how in told if holds]
+    untrue = [f"not {what} ({how})" for holds, what, how in told if not holds]
+    if not told:
+        return ""
+    beside = "its teacher" if len(names) == 1 else f"{who}, the {which} of its teachers,"
+    return f"Beside {beside} the student is {'; it is '.join(listed(part) for part in (true, untrue) if part)}."
+
+
+def _told(result: dict[str, Any], who: str) -> list[tuple[bool, str, str]]:
+    """Whether it holds, what, and by which numbers: size, speed, quality of the student beside the teacher ``who``."""
+    student, teacher, scores = result.get("student", {}), result.get(who, {}), result.get("scores", {})
+    told = []
+    if student.get("params") and teacher.get("params"):
+        ratio = student["params"] / teacher["params"]
+        times = "as many parameters" if number(ratio) == "1" else f"{number(ratio)} times the parameters"
+        told.append((ratio <= 1 - SAME, "smaller", times))
+    for batch in ("1", "32"):
+        mine, theirs = (part.get("latency_ms", {}).get(batch) for part in (student, teacher))
+        if mine and theirs:
+            ratio = theirs / mine
+            told.append((ratio >= 1 + SAME, f"faster at batch {batch}", f"{number(ratio)} times the speed"))
+    for score in metrics(result):
+        mine, theirs = (scores.get(part, {}).get(score.key) for part in ("student", who))
+        if score.label and _finite(theirs):
+            gain = _sign(score) * (mine - theirs) / (abs(theirs) or 1) if _finite(mine) else -math.inf
+            against = f"{score.label} {number(mine)} against {number(theirs)}"
+            told.append((gain >= -SAME, "better" if gain > SAME else "as good", against))
+    return told
+
+
+def listed(items: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
+
+
+def _sign(score: Score) -> int:
+    return 1 if score.better == "higher" else -1
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def score_rows(result: dict[str, Any]) -> list[dict[str, str]]:
