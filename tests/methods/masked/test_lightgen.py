@@ -97,6 +97,15 @@ def test_the_control_trains_on_winners_in_the_last_stage() -> None:
     assert staged(parts=("pairs",), preference="sft")[-1] == ("sft", ("finetune",), "pairs", 1.0)
 
 
+def test_rounds_share_the_last_stage_among_them() -> None:
+    rounds = [f"dpo {number}" for number in range(3)]
+    found = build(dpo_share=0.3, dpo_rounds=3).stages()[2:]
+    assert [stage.name for stage in found] == rounds
+    assert [(stage.kind, stage.data, stage.round) for stage in found] == [("dpo", "pairs", n) for n in range(3)]
+    assert sum(stage.share for stage in found) == pytest.approx(0.3)
+    assert staged(parts=("pairs",), dpo_rounds=2, preference="sft")[-1] == ("sft 1", ("finetune",), "pairs", 1.0)
+
+
 def test_pairs_that_are_missing_are_asked_for() -> None:
     with pytest.raises(UserError, match="part 'pairs'"):
         Trainer(build(), Captioned(), EngineConfig(steps=10, batch=2), show=False)
@@ -315,6 +324,19 @@ def test_losers_may_be_the_winners_mirror_images() -> None:
     assert float((data.made["loser"].float() - expected).abs().max()) < 2 / 255
 
 
+def test_every_round_draws_by_the_student_as_it_stands() -> None:
+    method, data = entered(dpo_rounds=2)
+    first = data.made["loser"]
+    nudge(method)
+    method.draw = draws(B)  # what differs is the network that draws
+    again = method.enter(method.stages()[-1], data, resumed=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(method.student.parameters(), method.reference.parameters(), strict=True)
+    )
+    assert again is not None
+    assert not torch.equal(again["loser"], first)
+
+
 @pytest.fixture
 def bright(monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that keeps bright pictures and has nothing to say about caption 4."""
@@ -364,14 +386,29 @@ def test_without_a_kept_sample_the_real_picture_stands_on_both_sides() -> None:
 
 
 @pytest.mark.usefixtures("bright")
+def test_the_control_may_train_on_the_own_samples_that_won() -> None:
+    """As many steps on the winners that DPO would prefer: the same samples, drawn from the same numbers."""
+    _, preferred = entered(winners="own", judge="bright", tries=6)
+    method, data = entered(winners="own", judge="bright", tries=6, preference="sft", text_drop=0.0)
+    assert set(data.made) == {"winner", "winner_std"}
+    assert torch.equal(data.made["winner"], preferred.made["winner"])
+    terms = play(method, "finetune", batch(data), seed=5)
+    method.draw = draws(B, 5)
+    winner, std = (data.made[name][:B].float() for name in ("winner", "winner_std"))
+    x = winner + std * method.draw.normal_like(winner)
+    method.draw.uniform(B)  # of the texts to be dropped
+    loss = method.student(x, batch(data)["cond"][TEXT], **method.randomness(x))
+    assert float(terms["mse"]) == pytest.approx(float(loss.mse.mean()), rel=1e-5)
+    assert moved(method) == {"student"}
+
+
+@pytest.mark.usefixtures("bright")
 def test_a_judge_that_tells_nothing_apart_is_refused() -> None:
     with pytest.raises(UserError, match="of none of 12 captions the judge 'bright=-1'"):
         entered(winners="own", judge="bright=-1")
     with pytest.raises(UserError, match="unknown filter 'brigth'"):
         entered(winners="own", judge="brigth")
-    with pytest.raises(UserError, match=r"options\.winners=own is for dpo"):
-        build(winners="own", preference="sft")
-    with pytest.raises(UserError, match="not for preference=dpo, losers=mirrored"):
+    with pytest.raises(UserError, match=r"options\.winners=own is for own losers, not for losers=mirrored"):
         build(winners="own", losers="mirrored")
 
 
@@ -453,6 +490,21 @@ def test_a_run_goes_through_its_stages_and_resumes_in_any_of_them(tmp_path: Path
         again.fit()
         found = weights(again)
         assert all(torch.equal(found[name], value) for name, value in straight.items()), stop
+
+
+def test_rounds_resume_where_they_stopped(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "straight", dpo_rounds=2)
+    run.fit()
+    rows = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows][-4:] == ["dpo 0"] * 2 + ["dpo 1"] * 2
+    assert rows[8]["loss/prefer/dpo"] == pytest.approx(math.log(2), abs=1e-6)  # a new reference
+    for stop in (8, 9):  # where the second round begins, inside it
+        with pytest.raises(Stop):
+            trainer(tmp_path / str(stop), stop=stop, dpo_rounds=2).fit()
+        again = trainer(tmp_path / str(stop), resume=True, dpo_rounds=2)
+        again.fit()
+        found = weights(again)
+        assert all(torch.equal(found[name], value) for name, value in weights(run).items()), stop
 
 
 @pytest.mark.slow

@@ -51,11 +51,13 @@ class LightGen(Method):
         L_DPO = -mean log sigmoid(-beta/2 Delta)  +  anchor L_theta(w)                         eq. 7
 
     l_vb trains the head's variance alone. w and l, the winner and the loser of a pair, theta and the reference see the
-    same masks, orders, times and noise; the reference, the student as it enters the last stage, has no gradient.
+    same masks, orders, times and noise; the reference, the student as it enters the last stage, has no gradient. With
+    several rounds (``dpo_rounds``) that stage begins anew in each: a new reference draws new pairs.
 
     Departures: the text stack runs for the masked tokens only (they do not see each other there, so no
     number changes); the preference loss may be anchored to the winners (``anchor``; 0 is the paper's loss); winners may
     be own samples that a judge keeps (``winners``), since real pictures differ from own samples in more than obedience;
+    pairs may be drawn anew in rounds (``dpo_rounds``; the authors draw theirs once);
     images are not mirrored unless asked for, since that makes "left" and "right" mean nothing.
     """
 
@@ -81,9 +83,11 @@ class LightGen(Method):
         winners: Literal["real", "own"] = field(default="real", metadata={"later": True})
         # a filter by name, as in options.synthesis.filters
         judge: str = field(default="parser", metadata={"later": True})
-        # own samples of a caption, among which both are sought
+        # own samples of a caption, among which both are sought: best of n, where the judge says yes or no
         tries: int = field(default=4, metadata={"later": True, "min": 2})
         loser_round_trip: bool = True  # own samples become pictures and are encoded again, as the winners were
+        # parts of the last stage, each with a reference and own samples of its own
+        dpo_rounds: int = field(default=1, metadata={"later": True, "min": 1})
         swap_labels: float = field(default=0.0, metadata={"min": 0, "max": 1})  # share of pairs: the negative control
         beta: float = field(default=5000.0, metadata={"min": 0})
         anchor: float = field(default=0.0, metadata={"min": 0})  # gamma; 0 is the paper's loss
@@ -106,10 +110,9 @@ class LightGen(Method):
         o, codec = self.options, space.codec
         if o.pretrain_share + o.adapt_share + o.dpo_share == 0:
             raise UserError("every stage of lightgen has share 0", cure="set options.pretrain_share to 1, for example")
-        if o.winners == "own" and (o.preference, o.losers) != ("dpo", "own"):
+        if o.winners == "own" and o.losers != "own":
             raise UserError(
-                f"options.winners=own is for dpo with own losers, not for preference={o.preference}, losers={o.losers}",
-                cure="set options.winners to real",
+                f"options.winners=own is for own losers, not for losers={o.losers}", cure="set options.winners to real"
             )
         height, width = codec.grid(space.size)
         patch = o.network.patch or 2
@@ -124,7 +127,7 @@ class LightGen(Method):
         )
         if student is not None:
             self.take_over(student)
-        if self.by_preference:
+        if self.draws_pairs:
             # Not frozen(): its weights are those that training had reached, which a checkpoint must keep.
             self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
 
@@ -146,8 +149,10 @@ class LightGen(Method):
             ) from None
 
     @property
-    def by_preference(self) -> bool:
-        return self.options.dpo_share > 0 and self.options.preference == "dpo"
+    def draws_pairs(self) -> bool:
+        """Whether the last stage reads samples of the student as it stood: a reference draws them."""
+        o = self.options
+        return o.dpo_share > 0 and (o.preference == "dpo" or o.winners == "own")
 
     def prepare(self, data: Any) -> None:
         self.parts = tuple(getattr(data, "parts", ()))
@@ -161,10 +166,14 @@ class LightGen(Method):
         """Low resolution, full resolution, preferences; what a share of 0 leaves of them."""
         o, small = self.options, SMALL if SMALL in self.parts else ""
         last = "prefer" if o.preference == "dpo" else "finetune"
+        name, rounds, whole = o.preference, o.dpo_rounds, {"data": PAIRS, "own_schedule": True, "kind": o.preference}
         every = (
             Stage("pretrain", ("masked",), o.pretrain_share, small, own_schedule=True),
             Stage("adapt", ("masked",), o.adapt_share, lr=o.adapt_lr, own_schedule=True),
-            Stage(o.preference, (last,), o.dpo_share, PAIRS, own_schedule=True),
+            *(
+                Stage(f"{name} {number}" if rounds > 1 else name, (last,), o.dpo_share / rounds, round=number, **whole)
+                for number in range(rounds)
+            ),
         )
         return tuple(stage for stage in every if stage.share > 0)
 
@@ -221,9 +230,8 @@ class LightGen(Method):
         """``L_DPO`` (eq. 7): winner and loser, student and reference, under the same randomness."""
         for network in (self.student, self.reference):
             network.eval()  # no dropout: a loss that jitters by 1e-3 moves the logit by 2.5
+        batch = self.won(batch)
         win, std = batch["x"], batch.get("std")
-        if self.options.winners == "own":
-            win, std = batch["winner"].to(win), batch["winner_std"].to(win)
         lose = batch["loser"].to(win)
         if std is not None:
             noise = self.draw.normal_like(win)
@@ -246,16 +254,23 @@ class LightGen(Method):
         self.note("masked_loss", policy_win.mean())
         return terms
 
+    def won(self, batch: Batch) -> Batch:
+        """The batch with the winners in the place of the real pictures."""
+        if self.options.winners == "real":
+            return batch
+        x = batch["x"]
+        return {**batch, "x": batch["winner"].to(x), "std": batch["winner_std"].to(x)}
+
     @turn(trains="student", optim=Optim(lr=1e-5, **OPTIM))
     def finetune(self, batch: Batch) -> Terms:
         """The control: masked training goes on, on the winners, which are not mirrored."""
-        return self.masked_terms(batch, mirror=0.0)
+        return self.masked_terms(self.won(batch), mirror=0.0)
 
     @torch.no_grad()
     def enter(self, stage: Stage, data: Any, resumed: bool) -> dict[str, Tensor] | None:
-        """The student as it stands becomes the reference, which draws the losers, once: part of the stage's data from
-        then on."""
-        if stage.kind != "dpo" or resumed:
+        """The student as it stands becomes the reference, which draws the losers (and own winners), once a round: part
+        of the stage's data from then on."""
+        if stage.kind != self.options.preference or not self.draws_pairs or resumed:
             return None
         for mine, theirs in zip(self.reference.parameters(), self.student.parameters(), strict=True):
             mine.copy_(theirs)
@@ -272,6 +287,8 @@ class LightGen(Method):
                     f"{self.options.tries} own samples and rejects another",
                     cure="raise options.tries, or set options.winners to real",
                 )
+            if self.options.preference == "sft":
+                del made["loser"], made["loser_std"], made["swapped"]
         else:
             made["loser"], made["loser_std"] = joined([self.draw_losers(data, rows, device) for rows in every])
         return made
