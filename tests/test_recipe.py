@@ -155,6 +155,7 @@ IMPOSSIBLE = {
         (*NEGATIVE, *NO_NUMBER, *ENDLESS),
     ),
     "optim.all.nan_to_num": (*NEGATIVE, *NO_NUMBER, *ENDLESS),
+    "optim.critic.until": (*NEGATIVE, *NO_NUMBER, *ENDLESS, "1.5"),
     "optim.all.eps": (*BELOW, *NO_NUMBER, *ENDLESS),
     "optim.all.betas": ("0.9", "[0.9]", "[0.9, 0.99, 1]", "[0.9, 1]", "[-0.1, 0.9]", "[x, 0.9]", "[.nan, 0.9]", "null"),
     "optim.all.name": ("adamm", "1", "null", "[adam]"),

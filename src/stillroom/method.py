@@ -67,6 +67,8 @@ class Optim:
     clip_value: float = field(default=0.0, metadata={"min": 0, "cure": "0 switches it off"})
     # > 0: gradients are sanitised, nan -> 0 and +-inf -> +-this (SiD's rule)
     nan_to_num: float = field(default=0.0, metadata={"min": 0, "cure": "0 switches it off"})
+    # share of the run's steps after which the turn rests and its networks stay as they are; 1: never
+    until: float = field(default=1.0, metadata={"min": 0, "max": 1})
 
 
 @dataclass(frozen=True)

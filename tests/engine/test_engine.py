@@ -160,6 +160,14 @@ def test_recipe_overrides_the_optimizer_per_turn_and_for_all() -> None:
     assert line(1, optim={"all": {"lr": 0.2}, "move": {"lr": 0.5}}) == pytest.approx([0.5])
 
 
+def test_a_turn_rests_after_its_share_of_the_steps() -> None:
+    moving = [0.9, 0.8, 0.7]
+    assert line(5, optim={"move": {"until": 0.6}}) == pytest.approx([*moving, 0.7, 0.7])
+    assert line(5, every=2, optim={"move": {"until": 0.6}}) == pytest.approx([0.9, 0.9, 0.8, 0.8, 0.8])
+    assert line(3, optim={"all": {"until": 1.0}}) == pytest.approx(moving)
+    assert line(2, optim={"all": {"until": 0.0}}) == [1.0, 1.0]
+
+
 def test_clipping_and_sanitising_bound_the_update() -> None:
     assert line(1, slope=100.0, optim={"all": {"clip_norm": 2.0}}) == pytest.approx([0.8])
     assert line(1, slope=0.5, optim={"all": {"clip_norm": 2.0}}) == pytest.approx([0.95])

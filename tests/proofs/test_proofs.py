@@ -159,10 +159,10 @@ def test_a_claim_without_its_arms_is_listed_as_not_measured(tmp_path: Path) -> N
     assert [claim["id"] for claim in result["claims"]] == [claim.id for p in get_proofs("sim") for claim in p.claims]
     assert {claim["verdict"] for claim in result["claims"]} == {"not measured"}
     robust = next(claim for claim in result["claims"] if claim["id"] == "robust" and claim["level"] == "image")
-    assert robust["unmeasured"] == ["huber-5x-lr", "raw-l2-5x-lr"]
+    assert robust["unmeasured"] == ["huber-5x-lr", "l2-5x-lr"]
     assert result["floor"] == {}  # which no bench is asked for
     rows = table(result)
-    assert ("robust", "huber-5x-lr", "fd not measured", "", "not measured: huber-5x-lr <= 0.8 x raw-l2-5x-lr") in rows
+    assert ("robust", "huber-5x-lr", "fd not measured", "", "not measured: huber-5x-lr <= 0.8 x l2-5x-lr") in rows
 
 
 @pytest.mark.parametrize(

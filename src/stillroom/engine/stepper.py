@@ -186,6 +186,7 @@ class Stepper:
         with waiting() as self.checks:
             for player in self.players.values():
                 chosen = span.stage.turns is None or player.turn.name in span.stage.turns
+                chosen = chosen and step < round(player.optim.until * c.steps)
                 if chosen and (step - span.start) % player.period == 0:
                     losses |= self.take_turn(player, batches, shared)
         m.shared = {}

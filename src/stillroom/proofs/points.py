@@ -44,7 +44,13 @@ def control_claims(name: str, learns: float = 0.5) -> tuple[Claim, ...]:
     )
 
 
-def frozen_critic_claim(name: str) -> Claim:
-    """The second control of methods that run it: a fake score that does not learn."""
-    statement = "Control: without a learning fake score the student is far worse"
-    return Claim("control-critic", statement, "", "ced", "frozen-critic", ">=", 2.0, name)
+RESTING = {"optim": {"critic": {"until": 0.2}}}
+"""The engine of the second control: the fake score follows the student over the first fifth of the steps, then rests.
+(One that never learns, or learns real data, stays what it is copied from, the teacher: the difference of the two is 0
+and nothing moves.)"""
+
+
+def resting_critic_claim(name: str) -> Claim:
+    """The claim on the second control, an arm of the engine :data:`RESTING`."""
+    statement = "Control: where the fake score follows over the first fifth of the steps only, the student is far worse"
+    return Claim("control-critic", statement, "", "ced", "resting-critic", ">=", 2.0, name)
