@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stillroom.augment.images import flipped, shifted
 from stillroom.bench.base import Bench, given_things, only
+from stillroom.cache import kept
 from stillroom.data.source import LABELS, ArrayData
 from stillroom.diffusion.sampling import Sampler
-from stillroom.errors import UserError
+from stillroom.draws import mix
+from stillroom.errors import UserError, nearest
 from stillroom.evaluation.scores import Score
-from stillroom.networks.recognition import ForwardPass
+from stillroom.networks.recognition import ForwardPass, class_logits
 
 NOISE = 0.4
 """Share of the training labels that are drawn anew, uniformly over the classes."""
@@ -160,3 +163,72 @@ class FewLabelsBench(LabelledImagesBench):
             found = self.score(Recogniser(self.teacher(kind), ForwardPass()), self.seed)
             accuracy[f"{kind} teacher"] = found["accuracy"]
         return super().floor() | accuracy
+
+
+class EnsembleBench(LabelledImagesBench):
+    """The same with teachers: three networks wider than the student, trained on the same images and the same noisy
+    labels as the student will be, until their learning rate has come to nothing. An arm that names no teacher gets all
+    of them (``ensemble``), one that names ``one`` the first."""
+
+    kinds = ("ensemble", "one")
+    members = 3
+    training: ClassVar[dict[str, Any]]
+    """Of the teachers: ``steps``, ``pixels`` and ``mirrored`` of :func:`anneal`."""
+
+    def wide(self) -> nn.Module:
+        """An untrained teacher."""
+        raise NotImplementedError
+
+    def teachers(self, kind: str = "ensemble") -> list[nn.Module]:
+        """The trained teachers, made once. Raises UserError for an unknown kind."""
+        if kind not in self.kinds:
+            raise UserError(f"no teacher {kind!r}{nearest(kind, self.kinds)}", cure=f"known: {', '.join(self.kinds)}")
+        return [self._teacher(place) for place in range(self.members if kind == "ensemble" else 1)]
+
+    def _teacher(self, place: int) -> nn.Module:
+        seed = mix(self.name, self.seed, place)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = self.wide()
+
+        def make() -> Mapping[str, Tensor]:
+            anneal(network, self.train, self.train.labels, seed, **self.training)
+            return network.state_dict()
+
+        network.load_state_dict(kept(f"{self.name}/teacher", make, code=[type(self)], parts=[self.seed, place]))
+        return network.eval()
+
+    def given(self, teacher: str = "ensemble") -> Mapping[str, Any]:
+        return given_things(self.teachers(teacher), student=self.student(), classes=self.test.classes)
+
+    @torch.no_grad()
+    def floor(self) -> dict[str, Any]:
+        """The accuracy of one teacher and of the mean of all."""
+        said = [
+            torch.cat([class_logits(teacher, part).softmax(-1) for part in self.test.images().split(1000)])
+            for teacher in self.teachers()
+        ]
+        accuracy = {"one": said[0], "ensemble": torch.stack(said).mean(0)}
+        found = {f"{kind} teacher": self.judge(each)["accuracy"] for kind, each in accuracy.items()}
+        return super().floor() | found
+
+
+@torch.enable_grad()
+def anneal(
+    network: nn.Module, images: ArrayData, labels: Tensor, seed: int, steps: int, pixels: int = 0, mirrored: float = 0.0
+) -> None:
+    """Train a classifier on ``labels [N]`` by AdamW in batches of 64, its rate falling from 2e-3 to 0 along a cosine;
+    images are moved by up to so many ``pixels``, and this share of them is mirrored."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    network.train()
+    for _ in range(steps):
+        rows = torch.randint(images.n, (64,), generator=generator)
+        moved = shifted(images.images(rows), torch.rand(64, 2, generator=generator), pixels)
+        seen = flipped(moved, torch.rand(64, generator=generator), mirrored)
+        optimizer.zero_grad()
+        F.cross_entropy(class_logits(network, seen), labels[rows]).backward()
+        optimizer.step()
+        schedule.step()
+    network.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stillroom.bench import bench
 from stillroom.bench.digits.teachers import MISCAPTIONED, WORDS, caption_teacher, fit
-from stillroom.bench.labels import CLASSES, FewLabelsBench, LabelledImagesBench, Recogniser
+from stillroom.bench.labels import CLASSES, EnsembleBench, FewLabelsBench, LabelledImagesBench, Recogniser
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
@@ -68,6 +68,21 @@ class DigitsBench(LabelledImagesBench):
         return self.score(self.model(kernel, ForwardPass()), self.seed) | super().floor()
 
 
+@bench("digits-ensemble")
+class DigitsEnsembleBench(EnsembleBench, DigitsBench):
+    """The digits with teachers: a small student, and three networks of twice its channels, trained on the same 600
+    images, 40% of whose labels are redrawn, with a rate that falls to nothing."""
+
+    training: ClassVar = {"steps": 300, "pixels": 1}
+
+    def student(self) -> nn.Module:
+        """A convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 32 features and 3,706 weights."""
+        return smaller_network()
+
+    def wide(self) -> nn.Module:
+        return larger_network()
+
+
 @bench("digits-semi")
 class SemiDigitsBench(FewLabelsBench, DigitsBench):
     """The digits of scikit-learn, few of them labelled, a small convolutional student, and a choice of teachers: 1,000
@@ -83,11 +98,7 @@ class SemiDigitsBench(FewLabelsBench, DigitsBench):
 
     def student(self) -> nn.Module:
         """A convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 32 features and 3,706 weights."""
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES),
-        )  # fmt: skip
+        return smaller_network()
 
     def teacher(self, kind: str = "biased") -> nn.Module:
         """A teacher trained here. ``biased``: on labels of which 60% of 4, 7, 3 and 5 are 9, 1, 8 and 6, and 5% random;
@@ -114,6 +125,15 @@ class SemiDigitsBench(FewLabelsBench, DigitsBench):
         if kind != "untrained":
             fit(network, self.clean.images(), told, generator, steps=300 if kind == "biased" else 600)
         return network.eval()
+
+
+def smaller_network() -> nn.Module:
+    """An untrained convolutional classifier ``[B, 1, 8, 8] -> [B, 10]`` with 32 features and 3,706 weights."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES),
+    )  # fmt: skip
 
 
 def larger_network() -> nn.Module:
