@@ -1,5 +1,5 @@
-"""MEAL V2: soft labels of an ensemble against labels, one teacher, both together, and with a discriminator; where images
-are scarce and the teachers are better than the student, and where neither is so."""
+"""MEAL V2: soft labels of an ensemble against labels, one teacher, both together, and with a discriminator: with scarce
+images and teachers better than the student, and with neither."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ def points(name: str, **options: Any) -> Arm:
     shares = {"init_share": INIT, "distil_share": DISTIL, "settle": 0.4, "shift": 1}
     options = {**shares, "discriminator": 0.0, **options}
     steps = sum(int(options[f"{stage}_share"]) for stage in ("init", "distil"))
-    return Arm(
-        name,
-        "meal-v2",
-        options=options,
-        engine={"steps": steps, "batch": 64, "log_every": 50, "optim": {"distil": {"lr": 0.02}}},
-    )
+    rates = {"optim": {"distil": {"lr": 0.02}}} if options["distil_share"] else {}
+    return Arm(name, "meal-v2", options=options, engine={"steps": steps, "batch": 64, "log_every": 50, **rates})
 
 
 def accuracy(id: str, statement: str, left: str, op: str, right: str, offset: float, paper: str = "") -> Claim:
@@ -165,8 +161,8 @@ PLENTY = Proof(
         accuracy("learns", "Training beats the untouched network", "meal-v2", ">=", "untouched", 0.5),
         shuffled("meal-v2"),
     ),
-    note="The regime in which it does not pay: 10,000 images, and teachers of the student's own size, trained in the run "
-    "at a constant rate, which are no better than labels that go on.",
+    note="The regime in which it does not pay: 10,000 images, and teachers of the student's own size, trained in the "
+    "run at a constant rate, which are no better than labels that go on.",
 )
 
 PROOFS = (IMAGE, PLENTY, MECHANISM)
