@@ -48,7 +48,7 @@ CAPTIONS = points("captions", 4, teacher="captions", zeta=ZETA, prompts=PROMPTS)
 WEIGHTED = [SINGLE_4.with_(f"one-head-4, lambda {w:g}", options={"gt_weight": w}) for w in WEIGHTS]
 
 MAIN = recipe_arm("dho")
-BIASED = MAIN.with_("biased", options={"labelled": 50}, engine={"steps": 1000, "warmup": 100}, teacher="biased")
+BIASED = MAIN.with_("biased", options={"labelled": 50}, engine={"steps": 600, "warmup": 60}, teacher="biased")
 BIASED_ONE = BIASED.with_("biased, one head", options={"heads": "one"})
 BIASED_WEIGHTS = (0.8, 0.9)
 IMAGE = Proof(
@@ -108,7 +108,7 @@ IMAGE = Proof(
             "biased",
             ">=",
             "labels-50",
-            0.01,
+            0.005,
             "table 1",
         ),
         claim(
@@ -123,8 +123,8 @@ IMAGE = Proof(
     ),
     note="The text-image teacher has seen 20,000 of the 60,000 training images with captions; some of the unlabelled "
     "and held-out ones may be among them; the test images are not. The biased teacher has learnt from the 10,000 "
-    "training images, with 60% of the labels of four classes wrong, each time as the same other class; the student "
-    "sees 50 true labels per class, for 1,000 steps.",
+    "training images, with 60% of the labels of three classes wrong, each time as the same other class; the student "
+    "sees 50 true labels per class, for 600 steps.",
 )
 
 PROOFS = (

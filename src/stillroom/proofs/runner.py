@@ -218,7 +218,7 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
         floors[proof.bench] = get_bench(proof.bench).floor()
         commits |= {run["commit"] for runs in measured.values() for run in runs}
         machines |= {run["machine"] for runs in measured.values() for run in runs}
-        if proof.level != "mechanism" and proof.arms[0].name in measured:
+        if proof.level != "mechanism" and not health and proof.arms[0].name in measured:
             health = _bands(measured[proof.arms[0].name])
     result = {
         "method": slug,

@@ -17,10 +17,10 @@ from stillroom.folders.image_networks import make_classifier
 from stillroom.folders.shipped import ASSETS
 from stillroom.networks.prompt_classifier import PromptClassifier
 
-CONFUSED = {6: 0, 2: 4, 7: 9, 3: 1}
-"""What the biased teacher was told: shirts are T-shirts, pullovers coats, sneakers ankle boots, dresses trousers."""
+CONFUSED = {6: 0, 2: 4, 7: 9}
+"""What the biased teacher was told: shirts are T-shirts, pullovers coats, sneakers ankle boots."""
 TOLD_WRONG = 0.6
-"""Share of the images of these four classes."""
+"""Share of the images of these three classes."""
 
 
 @bench("fashion-labels")
@@ -60,7 +60,7 @@ class FashionEnsembleBench(EnsembleBench, FashionLabelsBench):
 @bench("fashion-semi")
 class FashionSemiBench(FewLabelsBench, FashionLabelsBench):
     """Fashion-MNIST, few of it labelled, a small ResNet, and a choice of teachers: the shipped text-image teacher
-    (``captions``), or a small ResNet that was told 60% of four classes wrongly, each time as the same other class
+    (``captions``), or a small ResNet that was told 60% of three classes wrongly, each time as the same other class
     (``biased``)."""
 
     kinds = ("captions", "biased")
