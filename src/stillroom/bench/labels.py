@@ -191,7 +191,7 @@ class EnsembleBench(LabelledImagesBench):
             torch.manual_seed(seed)
             network = self.wide()
 
-        def make() -> Mapping[str, Tensor]:
+        def make() -> dict[str, Tensor]:
             anneal(network, self.train, self.train.labels, seed, **self.training)
             return network.state_dict()
 

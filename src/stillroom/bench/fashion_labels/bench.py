@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -53,8 +53,9 @@ class FashionEnsembleBench(EnsembleBench, FashionLabelsBench):
     def wide(self) -> nn.Module:
         from transformers import ResNetConfig, ResNetForImageClassification
 
-        shape = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "layer_type": "basic"}
-        return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=CLASSES, **shape))
+        shape: dict[str, Any] = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1]}
+        shape |= {"layer_type": "basic", "num_channels": 1, "num_labels": CLASSES}
+        return ResNetForImageClassification(ResNetConfig(**shape))
 
 
 @bench("fashion-semi")
