@@ -155,6 +155,23 @@ def test_ring_scores_of_data_blur_and_mode_drop() -> None:
     assert ring.judge(data.array, data.labels.roll(1))["in_mode"] < 0.05
 
 
+def test_the_ring_s_students_start_where_their_names_say() -> None:
+    ring = RingBench()
+    torch.manual_seed(0)
+    students = {name: ring.given(student=name)["student"] for name in ("inner", "raw")}
+    labels, noise = ring.labels(2000), normal(2000, 2).float()
+    with torch.no_grad():
+        inner = ring.judge(students["inner"](noise, 1.0, {LABELS: labels}).x0, labels)
+        raw = ring.judge(students["raw"](noise, 1.0, {LABELS: labels}).value, labels)
+        guess = ring.judge(ring.network()(noise, 1.0, {LABELS: labels}).x0, labels)
+    assert (inner["mode_balance"], inner["in_mode"] > 0.95) == (0.0, True)
+    assert raw["ced"] == pytest.approx(guess["ced"], rel=0.05)
+    with pytest.raises(UserError, match="no student 'outer'"):
+        ring.given(student="outer")
+    with pytest.raises(UserError, match="not teacher=x"):
+        ring.given(student="raw", teacher="x")
+
+
 # --- extractor ----------------------------------------------------------------------------------------------------
 def test_the_shipped_extractor_is_what_its_card_says() -> None:
     extractor = load_extractor(ASSETS / "fashion-extractor")

@@ -39,6 +39,18 @@ def test_swiftbrush_s_sds_option_puts_the_true_noise_in_the_place_of_the_fake_sc
     torch.testing.assert_close(x0.grad, t**2 * (e_psi - eps) / 4)
 
 
+def test_swiftbrush_s_finished_student_reads_its_output_as_it_was_trained_to() -> None:
+    for reparametrise in (True, False):
+        method = build("swiftbrush", fake="full", reparametrise=reparametrise)
+        method.draw, twin = draws(2), draws(2)
+        noise = twin.normal(2, *method.student.shape)
+        data = batch(2)
+        drawn = method.sampler().sample(method.student, noise, data["cond"])
+        torch.testing.assert_close(method.one_step(data), drawn)
+        answer = method.student(noise, 1.0, data["cond"])
+        assert torch.equal(answer.x0, answer.value) == (not reparametrise)
+
+
 def test_swiftbrush_guides_both_scores() -> None:
     """Both say (label, label) times a slope; at guidance w: 8 + w (label - 8)."""
     x0, data = two_points()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stillroom.bench import bench
-from stillroom.bench.base import only
 from stillroom.bench.mixture import GaussianMixture
 from stillroom.bench.points import PointBench
 from stillroom.data.source import LABELS
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.errors import UserError
 from stillroom.evaluation import metrics
 from stillroom.evaluation.scores import Score
 from stillroom.folders.shipped import ASSETS
@@ -22,6 +22,8 @@ from stillroom.folders.shipped import ASSETS
 CLASSES = 8
 RADII = (0.75, 1.25)
 STD = 0.06
+STUDENTS = ("inner", "raw")
+"""Students to go on from, beside the teacher's copy."""
 
 
 @bench("ring")
@@ -52,25 +54,31 @@ class RingBench(PointBench):
         self.mixture = GaussianMixture(means, std=STD, classes=component_class)
 
     def given(self, **wanted: Any) -> Mapping[str, Any]:
-        """As ever; ``student``: ``inner``, see :meth:`inner`."""
-        if wanted.get("student") != "inner":
-            return super().given(**wanted)
-        only("teacher", {key: value for key, value in wanted.items() if key != "student"})
-        return {**super().given(), "student": self.inner()}
+        """As ever; ``student``: one of :data:`STUDENTS`, see :meth:`fitted`."""
+        name = wanted.pop("student", "")
+        if name and name not in STUDENTS:
+            raise UserError(f"this bench has no student {name!r}", cure=f"one of: {', '.join(STUDENTS)}")
+        return {**super().given(**wanted), **({"student": self.fitted(name)} if name else {})}
 
-    def inner(self, steps: int = 500, rows: int = 256) -> Denoiser:
-        """A one-step student (from all noise) that draws the inner mode of every class and never the outer: the
-        teacher's copy, fitted to ``mean + STD z``. Half of the modes are missing, the others are as they should be."""
-        student, process = self.network(), self.network().process
+    def fitted(self, name: str, steps: int = 400, rows: int = 256) -> Denoiser:
+        """A one-step student (from all noise) by regression from the teacher's copy. ``inner``: draws the inner mode
+        of every class, as it is, and never the outer (``mean + STD z``). ``raw``: its raw output, not what that stands
+        for, is the teacher's guess of the clean point."""
+        teacher, student = self.network(), self.network()
+        t = torch.tensor(student.process.t_max)
         means = self.mixture.means.reshape(CLASSES, len(RADII), 2)[:, 0].float()
         optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
             z, label = torch.randn(rows, 2), torch.randint(CLASSES, (rows,))
-            t = torch.tensor(process.t_max)
-            loss = (student(process.sigma(t) * z, t, {LABELS: label}).x0 - means[label] - STD * z).square().mean()
+            noise = student.process.sigma(t) * z
+            found = student(noise, t, {LABELS: label})
+            if name == "inner":
+                error = found.x0 - (means[label] + STD * z)
+            else:
+                error = found.value - teacher(noise, t, {LABELS: label}).x0.detach()
             optimizer.zero_grad()
-            loss.backward()
+            error.square().mean().backward()
             optimizer.step()
         return student
 

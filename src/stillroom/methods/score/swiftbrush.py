@@ -78,6 +78,8 @@ class SwiftBrush(Method):
         else:
             self.fake = self.clone(teacher, "fake")
         self.teacher = frozen(teacher)
+        if not o.reparametrise and self.student.prediction in ("eps", "v"):
+            self.student.prediction = "x0"  # by whoever asks it, the finished student's sampler too
 
     def one_step(self, batch: Batch) -> Tensor:
         """The student's sample: its noise prediction read as ``x0 = (x_T - sigma_T eps) / alpha_T``, which is
@@ -85,8 +87,7 @@ class SwiftBrush(Method):
         process = self.student.process
         z = self.draw.normal(self.draw.local, *self.student.shape).to(next(self.student.parameters()))
         t = z.new_full((), self.options.t_init * process.t_max)
-        p = self.student(process.sigma(t) * z, t, batch["cond"])
-        return p.x0 if self.options.reparametrise else p.value
+        return self.student(process.sigma(t) * z, t, batch["cond"]).x0
 
     @turn(trains="student", optim=Optim(lr=1e-6, name="adam", clip_norm=1.0))
     def generator(self, batch: Batch) -> Terms:
