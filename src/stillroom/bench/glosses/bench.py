@@ -31,6 +31,8 @@ LENGTH = 32
 TEACHER, STUDENT = "bert-4x128", "bert-2x64"
 LABELLED = 2000
 """Texts whose labels are seen; all 40,000 are seen without."""
+FEW = 200
+"""Those of a teacher that knows few."""
 
 
 @cache
@@ -171,12 +173,15 @@ class GlossesBench(Bench):
 @bench("glosses-task")
 class GlossesTaskBench(GlossesBench):
     """WordNet's definitions for methods that begin with a fine-tuned teacher: a student and that teacher, else as the
-    glosses."""
+    glosses. An arm whose student sees few labels may have the teacher ``few``, which saw the first 200 of them alone.
+    """
 
-    def given(self, **wanted: Any) -> Mapping[str, Any]:
-        only("teacher", wanted)
+    def given(self, teacher: str = "") -> Mapping[str, Any]:
+        if teacher not in ("", "few"):
+            raise UserError(f"no teacher {teacher!r}", cure="known: few; or leave it away")
         student = self.encoder()
-        return given_things([self.tuned()], student=student, classes=self.train.classes)
+        tuned = self.tuned(FEW) if teacher else self.tuned()
+        return given_things([tuned], student=student, classes=self.train.classes)
 
 
 def once(network: nn.Module, name: str, make: Any, *parts: object) -> nn.Module:
