@@ -76,6 +76,22 @@ def test_teachers_are_made_once_and_do_not_touch_the_random_state(quick: Path) -
     assert not torch.equal(GlossesBench(2).tuned(20).state_dict()[body], tuned[body])
 
 
+def test_a_teacher_of_few_labels_is_another(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def tuned(self: Any, labelled: int = 99) -> Any:
+        asked.append(labelled)
+        return self.encoder("bert-4x128").eval()
+
+    monkeypatch.setattr(GlossesBench, "tuned", tuned)
+    bench: Any = get_bench("glosses-task", 3)
+    bench.given()
+    bench.given(teacher="few")
+    assert asked == [99, glosses.FEW]
+    with pytest.raises(UserError, match="no teacher 'fewer'"):
+        bench.given(teacher="fewer")
+
+
 def test_the_benches_build_both_methods_and_spoil_their_teachers(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, cls in (("glosses", ERNIETiny), ("glosses-task", Distiller)):
         bench: Any = get_bench(name, 3)

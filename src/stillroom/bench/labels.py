@@ -195,7 +195,9 @@ class EnsembleBench(LabelledImagesBench):
             anneal(network, self.train, self.train.labels, seed, **self.training)
             return network.state_dict()
 
-        network.load_state_dict(kept(f"{self.name}/teacher", make, code=[type(self)], parts=[self.seed, place]))
+        network.load_state_dict(
+            kept(f"{self.name}/teacher", make, code=[type(self)], parts=[self.train.fingerprint, self.seed, place])
+        )
         return network.eval()
 
     def given(self, teacher: str = "ensemble") -> Mapping[str, Any]:

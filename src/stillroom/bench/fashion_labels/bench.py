@@ -84,5 +84,7 @@ class FashionSemiBench(FewLabelsBench, FashionLabelsBench):
             anneal(network, self.clean, told, seed, steps=400, pixels=1)
             return network.state_dict()
 
-        network.load_state_dict(kept(f"{self.name}/{kind}", make, code=[type(self)], parts=[self.seed]))
+        network.load_state_dict(
+            kept(f"{self.name}/{kind}", make, code=[type(self)], parts=[self.clean.fingerprint, self.seed])
+        )
         return network.eval()
