@@ -247,6 +247,79 @@ def test_a_failing_claim_is_shown_failing(generator: ModuleType, tree: Path) -> 
     assert "❌ fails: One step is as good as many" in page_of(tree, "dmd2").read_text()
 
 
+EVIDENCE = """<!-- generated: verdicts -->
+<!-- end -->
+
+<!-- generated: numbers -->
+<!-- end -->
+
+<!-- generated: shortfalls -->
+<!-- end -->
+"""
+NUMBERS = """| what | in the paper | here | why they cannot be compared directly |
+| --- | --- | --- | --- |
+| one step | 1.5 (Table 1) | <!-- spread: fashion / dmd2 / fd -->?<!-- end --> | another judge |
+"""
+
+
+def with_evidence(tree: Path, why: str = "", numbers: str = NUMBERS, verdict: str = "fails") -> Path:
+    """A page that collects the evidence of all methods; the one claim has this verdict."""
+    (tree / "docs" / "evidence.md").write_text(EVIDENCE)
+    record(tree, changed(verdict=verdict))
+    before = PAGE[: PAGE.index("| what |")].replace("one-step holds", f"one-step {verdict}")
+    page_of(tree, "dmd2").write_text(before.replace("### The paper", f"{why}\n\n### The paper") + numbers)
+    return tree / "docs" / "evidence.md"
+
+
+def test_papers_numbers_and_reasons_are_collected_from_the_methods_pages(generator: ModuleType, tree: Path) -> None:
+    why = "<!-- why: fashion/one-step fails -->\nShort: [see](x.md),\n<!-- value: fashion / dmd2 / fd -->?<!-- end -->."
+    page = with_evidence(tree, why)
+    assert generator.main([], tree) == 0
+    text = page.read_text()
+    assert "Of 1 claims 1 fail." in text
+    assert "| [dmd2](methods/dmd2.md) | one step | 1.5 (Table 1) | 2 ± 1 | another judge |" in text
+    claim = "- ❌ fails: One step is as good as many (image level, world `fashion`; FD-fashion@12345678, N=5000: "
+    assert f"{claim}dmd2 <= 1.2 x teacher): 1, 2, 3 against 2.5\n\nShort: see, 2.\n" in text
+
+
+def test_a_draft_of_a_page_stops_nothing(generator: ModuleType, tree: Path) -> None:
+    page = with_evidence(tree)
+    page_of(tree, "dmd2").unlink()
+    assert generator.main([], tree) == 0
+    assert "Of 1 claims 1 fail." in page.read_text()
+
+
+def test_a_claim_that_holds_needs_no_reason(generator: ModuleType, tree: Path) -> None:
+    page = with_evidence(tree, verdict="holds")
+    assert generator.main([], tree) == 0
+    assert "All claims that were measured hold." in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "docs/methods/dmd2.md does not say why fashion/one-step fails; write a paragraph there that begins with"),
+        ({"why": "<!-- why: fashion/one-step unresolved -->\nNoise."}, "does not say why fashion/one-step fails"),
+        (
+            {"why": "<!-- why: fashion/one-step fails -->\nToo short.", "verdict": "holds"},
+            "docs/methods/dmd2.md says why fashion/one-step fails, which the results do not say",
+        ),
+        ({"verdict": "holds", "numbers": ""}, "docs/methods/dmd2.md gives no number of its paper beside ours"),
+        (
+            {"verdict": "holds", "numbers": NUMBERS.replace(" (Table 1)", "")},
+            "'one step': the paper's number needs its",
+        ),
+        ({"verdict": "holds", "numbers": NUMBERS.replace("another judge", "")}, "and a reason why ours cannot be"),
+    ],
+)
+def test_the_generator_stops_at_evidence_without_place_or_reason(
+    generator: ModuleType, tree: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+) -> None:
+    with_evidence(tree, **changes)
+    assert generator.main([], tree) == 1
+    assert said in capsys.readouterr().out
+
+
 def test_a_claim_that_was_not_measured_is_listed_with_the_arm_it_waits_for(generator: ModuleType, tree: Path) -> None:
     result = changed()
     waiting = {"id": "second", "statement": "It learns", "verdict": "not measured", "unmeasured": ["ablation"]}
