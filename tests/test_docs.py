@@ -384,6 +384,26 @@ def test_a_benchmark_is_shown_with_its_command(generator: ModuleType, tree: Path
     assert "python benchmarks/overhead.py" in text
 
 
+def test_the_shipped_student_is_told_as_a_report_would(generator: ModuleType, tree: Path) -> None:
+    (tree / "README.md").write_text("<!-- generated: student -->\n<!-- end -->\n")
+    generator.main([], tree)
+    assert "Not measured yet." in (tree / "README.md").read_text()
+    rows = [
+        {"model": who, "parameters": n, "latency, batch 1, ms": ms, "SceneEval-x, N=6": scene, "FD-x, N=6": 3.0}
+        for who, n, ms, scene in (("one", 200, 90.0, 0.6), ("two", 100, 50.0, 0.8), ("ours", 50, 100.0, 0.79))
+    ]
+    found = {"name": "Text to image", "statement": "", "commit": "a", "machine": "b", "rows": rows}
+    (tree / "results" / "benchmarks" / "text.json").write_text(json.dumps(found))
+    generator.main([], tree)
+    text = (tree / "README.md").read_text()
+    assert (
+        "Beside two, the better of its teachers, the student is smaller (0.5 times the parameters), as good (SceneEval "
+        "0.79 against 0.8) and as good (Fréchet distance 3 against 3); it is not faster at batch 1 (0.5 times the "
+        "speed)."
+    ) in text
+    assert "| ours | 50 | 100 | 0.79 | 3 |" in text
+
+
 # --- the methods' pages -----------------------------------------------------------------------------------------------
 SECTIONS = (
     "What it is for",

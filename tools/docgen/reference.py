@@ -18,13 +18,42 @@ def block_benchmarks(sources: Sources, page: Page) -> str:
     for bench in sources.benchmarks:
         lines = [f"### {bench['name']}", "", bench["statement"], ""]
         if bench.get("rows"):
-            head = list(dict.fromkeys(key for row in bench["rows"] for key in row))
-            lines += [table(head, [[number(row.get(key)) for key in head] for row in bench["rows"]]), ""]
+            lines += [rows_of(bench), ""]
         facts = [f"Verdict: {VERDICTS.get(bench['verdict'], bench['verdict'])}"] if bench.get("verdict") else []
         facts += [f"`{bench['command']}`"] if bench.get("command") else []
         facts += [where(bench)]
         sections.append("\n".join([*lines, " · ".join(facts)]))
     return "\n\n".join(sections)
+
+
+def block_student(sources: Sources, page: Page) -> str:
+    """The shipped text-to-image student beside its teachers, in the words of a report's first line, and in a table."""
+    from stillroom.report.rows import in_one_line  # found by Sources.classes
+
+    bench = next((bench for bench in sources.benchmarks if bench["name"] == "Text to image"), None)
+    if bench is None:
+        return "Not measured yet."
+    *teachers, student = bench["rows"]
+    name = {key: next(column for column in student if column.startswith(key)) for key in ("SceneEval", "FD")}
+    labels = {"SceneEval": {"label": "SceneEval"}, "FD": {"label": "Fréchet distance", "better": "lower"}}
+    everyone = {row["model"]: row for row in teachers} | {"student": student}
+    line = in_one_line(
+        {
+            who: {"params": row["parameters"], "latency_ms": {"1": row["latency, batch 1, ms"]}}
+            for who, row in everyone.items()
+        }
+        | {
+            "teachers": [row["model"] for row in teachers],
+            "metrics": [{"key": key, "name": key, **label} for key, label in labels.items()],
+            "scores": {who: {key: row[column] for key, column in name.items()} for who, row in everyone.items()},
+        }
+    )
+    return f"{line}\n\n{rows_of(bench)}"
+
+
+def rows_of(bench: dict[str, Any]) -> str:
+    head = list(dict.fromkeys(key for row in bench["rows"] for key in row))
+    return table(head, [[number(row.get(key)) for key in head] for row in bench["rows"]])
 
 
 def block_gpu(sources: Sources, page: Page) -> str:
