@@ -22,7 +22,7 @@ from stillroom.registry import Registry
 from stillroom.surgery.freezing import frozen, unfrozen
 
 __all__ = [
-    "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Terms", "Turn", "frozen", "get_method", "methods",
+    "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Target", "Terms", "Turn", "frozen", "get_method", "methods",
     "nearest", "option_fields", "register", "turn", "unfrozen",
 ]  # fmt: skip
 
@@ -114,6 +114,24 @@ class Stage:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", self.kind or self.name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network of the method that follows another one and is never trained: after each update of ``of``,
+    ``w <- d w + (1 - d) w_of``.
+
+    decay: d; 0 copies, 1 stays as it is. warm_up: ``d + (1 - d) (decay - d) / 2`` replaces d at every update, from 0 on
+    (arXiv 2512.05150's code).
+    """
+
+    of: str
+    decay: float = 0.999
+    warm_up: bool = False
+
+    def decay_after(self, last: float) -> float:
+        """d of an update, from that of the update before it (0 where there was none)."""
+        return last + (1 - last) * (self.decay - last) / 2 if self.warm_up else self.decay
 
 
 def turn(
@@ -277,6 +295,10 @@ class Method(nn.Module):
             for t in self.turns_for(self.options)
             if all(getattr(self, name) for name in t.when if not hasattr(self.options, name))
         )
+
+    def followers(self) -> Mapping[str, Target]:
+        """The networks that follow others, by attribute. Default: none."""
+        return {}
 
     def trained_teachers(self) -> Mapping[str, nn.Module]:
         """Those of :meth:`teachers` that turns train."""

@@ -10,6 +10,7 @@ from gaussians import PROCESSES, exact
 from stillroom.diffusion.denoiser import KINDS, Denoiser
 from stillroom.diffusion.process import EDM, RectifiedFlow
 from stillroom.errors import UserError
+from tiny_denoisers import point_teacher
 
 MIXTURE = {"means": ((0.5, -1.0), (-0.7, 0.6), (1.5, 1.0)), "stds": (0.3, 0.5, 0.8), "weights": (0.2, 0.5, 0.3)}
 CASES = [(name, kind) for name in PROCESSES for kind in KINDS if kind != "edm" or name == "edm"]
@@ -129,3 +130,13 @@ def test_wrong_prediction_kinds_are_refused() -> None:
         Denoiser(nn.Identity(), RectifiedFlow(), "noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="EDM"):
         Denoiser(nn.Identity(), RectifiedFlow(), "edm")
+
+
+def test_each_sample_may_have_a_scale_of_its_own() -> None:
+    plain, scales = point_teacher().eval(), torch.tensor([0.0, 1.0, 2.5, 4.0])
+    x, t, cond = torch.randn(4, 2), torch.tensor([0.2, 0.4, 0.6, 0.8]), {"label": torch.arange(4)}
+    with torch.no_grad():
+        each = plain(x, t, cond, scales).value
+        for i, w in enumerate(scales.tolist()):
+            torch.testing.assert_close(each[i], plain(x, t, cond, w).value[i])
+        assert torch.equal(plain(x, t, {}, scales).value, plain(x, t).value)  # nothing to guide

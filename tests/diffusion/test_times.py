@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gaussians import PROCESSES, draws
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow
-from stillroom.diffusion.times import TimeLaw
+from stillroom.diffusion.times import Segments, TimeLaw
 from stillroom.draws import Draws
 
 LAWS = ["uniform", "logit-normal", "log-normal", "karras", "segments"]
@@ -111,3 +111,16 @@ def test_times_do_not_depend_on_how_the_batch_is_split(law: TimeLaw) -> None:
 def test_impossible_laws_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="time law"):
         TimeLaw(**wrong)  # type: ignore[arg-type]
+
+
+def test_segments_are_open_below_and_never_empty() -> None:
+    """8 steps in 4 segments: 1, 2 begin at 0; 3, 4 at 2; ... Also 2, the end of one and not the begin of the next."""
+    segments, n = Segments(8, 4), torch.arange(1, 9)
+    assert segments.start(n).tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    ends = torch.stack([segments.end(n, torch.full((8,), u)) for u in (0.0, 0.49, 0.5, 0.999999)])
+    assert bool((ends >= segments.start(n)).all())
+    assert bool((ends < n).all())
+    assert ends[:, 1].tolist() == [0, 0, 1, 1]
+    assert Segments(8, 1).start(n).tolist() == [0] * 8
+    with pytest.raises(ValueError, match="3 equal segments"):
+        Segments(8, 3)

@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
-from torch import distributed as dist
 
 from stillroom.augment.images import Augmentation, numbered_views
+from stillroom.data.rows import RowStore
 from stillroom.data.source import ArrayData
-from stillroom.data.store import encode_json
 from stillroom.errors import UserError
-from stillroom.files import digest, make_folder, stay_inside, write
-from stillroom.parsing import parse_json, read_json
 
-INDEX = "outputs.json"
-FORMAT = 1
+OUTPUTS = RowStore("outputs")
 LOGITS = "logits"
 """The output that is kept by its largest entries; any other is kept whole."""
 Precision = Literal["float16", "float32"]
@@ -92,35 +87,13 @@ def write_outputs(
     batch: images that are asked at once. shard: rows of a file. Raises UserError where the folder holds the outputs of
     another teacher, data, augmentation or precision, and for a disk that cannot be written.
     """
-    folder = Path(folder)
     about = described(data, views, name) | {"keep": keep, "precision": precision, "shard": shard}
-    plan = folder / "plan.json"
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank == 0:
-        make_folder(folder)
-        check_same(read_json(plan) if plan.is_file() else about, about, folder)
-        write(plan, encode_json(about))
-    _wait(size)
-    keys = data.n * views.count
-    starts = range(0, keys, shard)
-    for number in range(rank, len(starts), size):
-        path = folder / f"outputs-{number:05d}.safetensors"
-        entry = path.with_suffix(".json")
-        if entry.is_file() and path.is_file() and read_json(entry).get("sha256") == digest(path):
-            continue
-        rows = torch.arange(starts[number], min(starts[number] + shard, keys))
+
+    def made(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = _asked(teacher, data, views, rows, keep, precision, batch)
-        classes = tensors.pop("classes")
-        write(path, save(tensors))
-        write(entry, encode_json({"sha256": digest(path), "count": len(rows), "classes": int(classes)}))
-    _wait(size)
-    if rank == 0:
-        entries = {f"outputs-{i:05d}.safetensors": folder / f"outputs-{i:05d}.json" for i in range(len(starts))}
-        shards = {shard_name: read_json(path) for shard_name, path in entries.items()}
-        write(folder / INDEX, encode_json({"format": FORMAT, "about": about, "shards": shards}))
-        for path in (*entries.values(), plan):
-            path.unlink()
-    _wait(size)
+        return tensors, {"classes": int(tensors.pop("classes"))}
+
+    OUTPUTS.write(folder, about, data.n * views.count, made, shard)
 
 
 def _asked(
@@ -149,26 +122,11 @@ def _asked(
     return joined | {"classes": torch.tensor(classes)}
 
 
-def _wait(size: int) -> None:
-    if size > 1:
-        dist.barrier()
-
-
 def described(data: ArrayData, views: Views, name: str) -> dict[str, Any]:
     """What the outputs depend on, as JSON has it."""
     a = views.augment
     augmentation = {"crop": a.crop, "shift": a.shift, "flip": a.flip, "views": views.count, "seed": views.seed}
     return {"teacher": name, "data": data.fingerprint, "augmentation": augmentation}
-
-
-def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Raises UserError naming the first thing in which a store differs from what is wanted."""
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"the outputs in {folder} were stored for another {key}: {found.get(key)}, not {value}",
-                cure="use the settings that they were made with, or choose another folder",
-            )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -195,57 +153,24 @@ class StoredOutputs:
         return {LOGITS: lengthen(short, self.classes), **{key: value.float() for key, value in found.items()}}
 
 
-def is_complete(folder: str | Path) -> bool:
-    return (Path(folder) / INDEX).is_file()
-
-
 def read_outputs(folder: str | Path) -> StoredOutputs:
     """Read a finished store; every shard is checked against its SHA-256.
 
     Raises UserError for a folder without one, and naming the shard that is missing or damaged.
     """
-    from stillroom.folders.weights import read_tensors
-
-    folder = Path(folder)
-    if not is_complete(folder):
-        unfinished = (folder / "plan.json").is_file()
-        raise UserError(
-            f"the outputs in {folder} are unfinished" if unfinished else f"{folder} holds no stored outputs",
-            cure="write them with the same call again: what is there is kept",
-        )
-    try:
-        index = parse_json((folder / INDEX).read_bytes())
-        about, shards = index["about"], index["shards"]
-        whole = index["format"] == FORMAT and len(shards) > 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is damaged", cure="restore it from a copy") from error
-    if not whole:
-        raise UserError(f"{folder / INDEX} has another format", cure="read it with the version that wrote it")
-    parts = []
-    stay_inside(folder)
-    for name, entry in sorted(shards.items()):
-        if Path(name).name != name:
-            raise UserError(f"{folder / INDEX} names {name!r}, which is no file of its own", cure="restore the index")
-        if not (folder / name).is_file() or digest(folder / name) != entry["sha256"]:
-            state = "does not match its checksum" if (folder / name).is_file() else "is missing"
-            raise UserError(
-                f"shard {folder / name} {state}",
-                cure=f"restore it from a copy, or delete it and {INDEX} and store the outputs again",
-            )
-        parts.append(read_tensors(folder / name))
-    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    about, entries, tensors = OUTPUTS.read(folder)
     order = torch.argsort(tensors["id"] * int(about["augmentation"]["views"]) + tensors["view"])
     ordered = {key: value[order] for key, value in tensors.items()}
-    return StoredOutputs(about, next(iter(shards.values()))["classes"], ordered)
+    return StoredOutputs(about, entries[0]["classes"], ordered)
 
 
 def stored_outputs(
     folder: str | Path, teacher: Callable[[Tensor], Outputs], data: ArrayData, views: Views, **settings: Any
 ) -> StoredOutputs:
     """What is in ``folder``, after writing it where that is still to be done. Settings: see :func:`write_outputs`."""
-    if not is_complete(folder):
+    if not OUTPUTS.is_complete(folder):
         write_outputs(folder, teacher, data, views, **settings)
     store = read_outputs(folder)
     kept = {key: settings[key] for key in ("keep", "precision") if key in settings}
-    check_same(store.about, described(data, views, settings["name"]) | kept, Path(folder))
+    OUTPUTS.check_same(store.about, described(data, views, settings["name"]) | kept, folder)
     return store

@@ -18,8 +18,9 @@ Kind = Literal["x0", "eps", "v", "edm"]
 KINDS: tuple[str, ...] = get_args(Kind)
 Cond = Mapping[str, Tensor]
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
-Guide = Callable[[Tensor, Tensor, float], Tensor]
-"""``(conditional, unconditional, w)`` to the guided output, all ``[B, ...]`` in the network's own output space."""
+Guide = Callable[[Tensor, Tensor, Any], Tensor]
+"""``(conditional, unconditional, w)`` to the guided output, all ``[B, ...]`` in the network's own output space; w is a
+number, or one for each sample ``[B, 1, ...]``."""
 
 
 NAME_NULL = (
@@ -94,7 +95,7 @@ def plain_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tenso
     return network(x, time, cond)
 
 
-def plain_guide(conditional: Tensor, unconditional: Tensor, w: float) -> Tensor:
+def plain_guide(conditional: Tensor, unconditional: Tensor, w: Tensor | float) -> Tensor:
     return unconditional + w * (conditional - unconditional)
 
 
@@ -157,6 +158,10 @@ class Denoiser(nn.Module):
         switch = getattr(self.network, "lora_switch", None)
         return switch.use(self.adapter) if switch is not None else nullcontext()
 
+    def told(self, given: Cond) -> AbstractContextManager[None]:
+        """Around calls of the network itself: conditions that a wrapper reads, ``[1]`` each. No wrapper: no-op."""
+        return nullcontext()
+
     def native(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's own output in float32, without guidance; ``[B, ...]`` like ``x_t``."""
         time = self.process.network_time(t)
@@ -168,22 +173,26 @@ class Denoiser(nn.Module):
                 return c_skip * x_t + c_out * self.call(self.network, c_in * x_t, time, cond).float()
             return self.call(self.network, x_t, time, cond).float()
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
+    def forward(
+        self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: Tensor | float = 1.0
+    ) -> Prediction:
         """Prediction at ``x_t [B, ...]``, ``t [B]`` or scalar. ``guidance`` w: ``uncond + w (cond - uncond)``, or
         what ``guide`` makes of it, in the network's own output space; w = 1 and w = 0 cost one evaluation, other values
-        two (in one batch)."""
+        two (in one batch), as do scales ``[B]``, one for each sample."""
         cond = cond or {}
         t = time_like(t, x_t)
-        if guidance == 1.0 or not cond:
+        each = isinstance(guidance, Tensor)
+        if not cond or (not each and guidance == 1.0):
             value = self.native(x_t, t, cond)
-        elif guidance == 0.0:
+        elif not each and guidance == 0.0:
             value = self.native(x_t, t, self.null_cond(cond))
         else:
             null = self.null_cond(cond)
             both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
             times = torch.cat([t, t]) if t.ndim else t
             conditional, unconditional = self.native(torch.cat([x_t, x_t]), times, both).chunk(2)
-            value = self.guide(conditional, unconditional, guidance)
+            w = expand(guidance.to(conditional), conditional) if isinstance(guidance, Tensor) else guidance
+            value = self.guide(conditional, unconditional, w)
         return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
 
     def guided(self, given: Prediction, cond: Cond, guidance: float) -> Prediction:
@@ -198,16 +207,26 @@ class Denoiser(nn.Module):
 
 
 class Reparametrised(nn.Module):
-    """``denoiser`` asked under another process, by matching the signal-to-noise ratio. Same call, same predictions."""
+    """``denoiser`` asked under another process, by matching the signal-to-noise ratio. Same call, same predictions.
+
+    Under TrigFlow a flow's velocity v becomes ``cos(t) eps - sin(t) x0`` with ``x0 = x - tau v`` and ``eps = x + (1 -
+    tau) v`` at ``tau = sin t / (sin t + cos t)``, exact at both ends and differentiable in x_t and t (arXiv 2503.09641,
+    prop. 3.1): any teacher is read as TrigFlow's without training.
+    """
 
     def __init__(self, denoiser: Denoiser, process: Process) -> None:
         super().__init__()
         self.denoiser, self.process, self.shape, self.null = denoiser, process, denoiser.shape, denoiser.null
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
+    def forward(
+        self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: Tensor | float = 1.0
+    ) -> Prediction:
         t = time_like(t, x_t)
         s, scale = match_snr(t, of=self.process, to=self.denoiser.process)
         answer = self.denoiser(expand(scale, x_t) * x_t, s, cond, guidance)
         if answer.kind == "eps":  # keep what the network said exactly; eps does not depend on the scale
             return Prediction(self.process, "eps", answer.value, x_t, t)
+        if answer.kind == "v":  # as good at both ends as it was
+            on_x0, on_eps = (expand(weight, x_t) for weight in self.process.velocity_weights(t))
+            return Prediction(self.process, "v", on_x0 * answer.x0 + on_eps * answer.eps, x_t, t)
         return Prediction(self.process, "x0", answer.x0, x_t, t)

@@ -69,6 +69,8 @@ class ByNoise:
         return torch.bucketize(share, torch.tensor(self.bounds).to(share), right=True)
 
 
+_SCALES = "guidance scales"
+"""Under which name scales, one for each sample, go with its rows."""
 Route = ByCondition | ByNoise
 ROUTES: dict[str, type[ByCondition] | type[ByNoise]] = {route.name: route for route in (ByCondition, ByNoise)}
 
@@ -125,9 +127,17 @@ class RoutedDenoiser(Denoiser):
     def native(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self._grouped(x_t, t, cond, lambda expert, *rows: expert.native(*rows))
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: float = 1.0) -> Prediction:
+    def forward(
+        self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: Tensor | float = 1.0
+    ) -> Prediction:
         t, cond = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device), cond or {}
-        value = self._grouped(x_t, t, cond, lambda expert, *rows: expert(*rows, guidance).value)
+        if isinstance(guidance, Tensor):
+            cond = {**cond, _SCALES: guidance.expand(len(x_t))}
+
+        def asked(expert: Denoiser, x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Tensor:
+            return expert(x, t, rows, rows.pop(_SCALES, guidance)).value
+
+        value = self._grouped(x_t, t, cond, asked)
         return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
 
     def _grouped(self, x_t: Tensor, t: Tensor, cond: Cond, ask: Callable[..., Tensor]) -> Tensor:

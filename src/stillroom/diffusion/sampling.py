@@ -7,6 +7,7 @@ sigma)``: regular at both ends for every process, and there Euler is exactly DDI
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -49,6 +50,28 @@ def fresh_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=place).to(like)
 
 
+def visited(
+    denoiser: Denoiser,
+    noise: Tensor,
+    times: Tensor,
+    cond: Cond,
+    guidance: Tensor | float = 1.0,
+    eta: float = 0.0,
+    fresh: Callable[[], Tensor] | None = None,
+) -> Iterator[Prediction]:
+    """The answers at each step of a sampler from ``noise [B, ...]`` over ``times [T + 1]``, the last of which is the
+    end: deterministic (DDIM), or with ``eta`` above 0 and ``fresh`` noise as :func:`ancestral_step` does. The last
+    answer's ``x0`` is the sample."""
+    process, x = denoiser.process, denoiser.process.sigma(times[0]) * noise
+    for t, s in itertools.pairwise(times):
+        p = denoiser(x, t, cond, guidance)
+        yield p
+        if eta and fresh is not None and s > 0:
+            x = ancestral_step(p, process, t, s, eta, fresh())
+        elif s is not times[-1]:
+            x = ddim_step(p, process, s)
+
+
 SAMPLERS: dict[str, type[Sampler]] = {}
 """Every sampler whose module has been imported, by name."""
 
@@ -70,6 +93,10 @@ class Sampler:
         self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         raise NotImplementedError
+
+    def conditions(self) -> Cond:
+        """What it tells the network besides the user's conditions, ``[1]`` each."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
@@ -105,6 +132,25 @@ class ODESampler(Sampler):
             else:
                 x, previous = _dpm_step(denoiser(x, t, cond, self.guidance), process, t, s, previous)
         return denoiser(x, times[-2], cond, self.guidance).x0  # the last step goes all the way to clean data
+
+
+@dataclass(frozen=True)
+class ScaleSampler(ODESampler):
+    """An :class:`ODESampler` for networks that have the guidance ``scale`` as an input: one evaluation per step and not
+    two. A scale of 0 tells them nothing."""
+
+    name: ClassVar[str] = "scale"
+    scale: float = 1.5
+
+    def conditions(self) -> Cond:
+        return {"guidance_scale": torch.tensor([self.scale])} if self.scale else {}
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        own = {name: value.to(noise).expand(len(noise)) for name, value in self.conditions().items()}
+        return super().sample(denoiser, noise, {**(cond or {}), **own}, generator)
 
 
 def _dpm_step(

@@ -76,3 +76,28 @@ class TimeLaw:
     def _warp(self, fraction: Tensor, process: Process) -> Tensor:
         shift = self.shift or (process.shift if isinstance(process, RectifiedFlow) else 1.0)
         return shift * fraction / (1 + (shift - 1) * fraction)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Times ``0 .. steps`` of a grid in ``count`` equal segments (arXiv 2404.13686, sec. 3.1). A time belongs to the
+    segment that it is the upper end of, or lies in: segments are open below, so that none of what is asked for is
+    empty. Raises ValueError for a count that does not divide the steps.
+    """
+
+    steps: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.count < 1 or self.steps % self.count:
+            raise ValueError(f"{self.steps} steps cannot be cut into {self.count} equal segments")
+
+    def start(self, n: Tensor) -> Tensor:
+        """The lower end of the segment of grid times ``n`` in 1 .. steps, int64 ``[B]``."""
+        size = self.steps // self.count
+        return (n - 1) // size * size
+
+    def end(self, n: Tensor, u: Tensor) -> Tensor:
+        """A time to be consistent at, uniform in ``start(n) .. n - 1`` by ``u`` in [0, 1), ``[B]`` each."""
+        low = self.start(n)
+        return low + (u * (n - low)).long().clamp(max=n - low - 1)

@@ -14,7 +14,7 @@ from stillroom.engine import precision, state
 from stillroom.engine.ahead import Ahead, pinned
 from stillroom.engine.config import EMARule, EngineConfig
 from stillroom.engine.distributed import DataParallel, Sharded, World, finished, local, shard, statistics
-from stillroom.engine.ema import EMA
+from stillroom.engine.ema import EMA, Follower
 from stillroom.engine.export import Outline
 from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
@@ -157,6 +157,14 @@ class Stepper:
             rule = EMARule(**settings)
             parameters = {names[id(p)]: p for p in self.method.trained_parameters(rule.of).values()}
             self.averages[rule.name] = EMA(rule, parameters)
+        self.followers = {
+            name: Follower(
+                target,
+                self.method.trained_parameters(name).values(),
+                self.method.trained_parameters(target.of).values(),
+            )
+            for name, target in self.method.followers().items()
+        }
 
     # --- a step ---------------------------------------------------------------------------------------------------
     def fit_method(self) -> None:
@@ -273,6 +281,9 @@ class Stepper:
                 average.update(c.batch)
         if before is not None:
             self._compare(player, before)
+        for follower in self.followers.values():
+            if any(m.role(name) is m.role(follower.target.of) for name in player.roles):
+                follower.update()
         return losses
 
     def _autocast(self) -> torch.autocast:
@@ -386,6 +397,7 @@ class Stepper:
         """What else the next step depends on, as JSON can hold it."""
         return {
             "averages": {name: average.updates for name, average in self.averages.items()},
+            "followers": {name: follower.updates for name, follower in self.followers.items()},
             "references": {name: player.reference for name, player in self.players.items()},
             "made": self._made,
         }
@@ -403,6 +415,8 @@ class Stepper:
         self.step, self._made = step, list(facts.get("made", ()))
         for name, average in self.averages.items():
             average.updates = facts["averages"][name]
+        for name, follower in self.followers.items():
+            follower.after(facts["followers"][name])
         for name, player in self.players.items():
             player.reference = facts["references"][name]
 

@@ -13,11 +13,13 @@ from stillroom.diffusion.denoiser import Denoiser, plain_call
 from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.routed import RoutedDenoiser, route_from_dict, route_to_dict
 from stillroom.errors import UserError, reading
+from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.diffusers_networks import denoiser_from_diffusers, make_network, scheduler_config
 from stillroom.folders.weights import load_weights, read_tensors, save_tensors
 from stillroom.networks.mar import MAR
 from stillroom.networks.point_mlp import PointMLP
 from stillroom.parsing import read_json
+from stillroom.surgery.attached import AttachedDenoiser
 from stillroom.surgery.lora import LoraDenoiser
 from stillroom.surgery.skeleton import making, unread
 
@@ -45,8 +47,11 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = N
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Write network, scheduler and null conditions, adapters folded in, or a folder for each expert; gives what belongs
-    into ``stillroom.json`` for :func:`load_denoiser`."""
+    """Write network, scheduler and null conditions, adapters folded in, or a folder for each expert; what is attached
+    to the network has a folder of its own. Gives what belongs into ``stillroom.json`` for :func:`load_denoiser`."""
+    if isinstance(denoiser, AttachedDenoiser):
+        save_attachment(denoiser, folder / ATTACHED)
+        return save_denoiser(denoiser.base(), folder, dtype)
     if isinstance(denoiser, RoutedDenoiser):
         for name, expert in denoiser.experts.items():
             place = folder / EXPERTS / name
@@ -105,6 +110,11 @@ def load_denoiser(folder: str | Path) -> Denoiser:
             names = [Path(str(name)).name for name in side["experts"]]  # of sub-folders, wherever they point to
             experts = {name: load_denoiser(folder / EXPERTS / name) for name in names}
             return RoutedDenoiser(experts, route_from_dict(side["route"])).eval()
+    denoiser = _one_network(folder, side)
+    return attach(denoiser, folder / ATTACHED) if (folder / ATTACHED).is_dir() else denoiser
+
+
+def _one_network(folder: Path, side: dict[str, Any]) -> Denoiser:
     config = read_json(network_folder(folder) / "config.json")
     class_name = config.get("_class_name", "")
     if class_name == "MAR":

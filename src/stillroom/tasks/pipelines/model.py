@@ -20,6 +20,7 @@ from stillroom.diffusion.sampling import FewStepSampler, Sampler, sampler_from_d
 from stillroom.draws import mix
 from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
+from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.denoisers import SIDE_FILE, save_network
 from stillroom.folders.pipeline_calls import Size, network_name, network_of
 from stillroom.folders.pipeline_families import Family, check_pipeline, family_of
@@ -37,6 +38,7 @@ from stillroom.folders.pipelines import (
 )
 from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
+from stillroom.surgery.attached import AttachedDenoiser
 from stillroom.surgery.lora import LoraDenoiser, plain_copy
 from stillroom.surgery.modules import device_of
 from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
@@ -199,7 +201,8 @@ class PipelineGenerator(PictureGenerator):
             part = dict(arguments)
             if isinstance(part.get("negative_prompt"), str):
                 part["negative_prompt"] = [part["negative_prompt"]] * len(texts[rows])
-            with torch.random.fork_rng(), self.denoiser.adapter_scope(), self._told(starts, arguments):
+            told = self.denoiser.told(self.sampler.conditions())
+            with torch.random.fork_rng(), self.denoiser.adapter_scope(), told, self._told(starts, arguments):
                 torch.manual_seed(mix(*seeds[rows]))
                 images = self.pipeline(
                     prompt=texts[rows], height=self.size[0], width=self.size[1], generator=generators,
@@ -291,6 +294,8 @@ class PipelineGenerator(PictureGenerator):
                 guider.save_pretrained(folder / part)
                 index[part] = ["diffusers", type(guider).__name__]
         save_network(network, folder, dtype)
+        if isinstance(self.denoiser, AttachedDenoiser):
+            save_attachment(self.denoiser, folder / ATTACHED)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(self.pipeline.scheduler).__name__]
         index["_class_name"] = type(self.pipeline).__name__
@@ -331,4 +336,5 @@ class PipelineGenerator(PictureGenerator):
             network_of(pipeline), process_from_dict(side["process"]), side["prediction"],
             shape=family.shape(pipeline, size), call=family.call, guide=family.guide,
         )  # fmt: skip
+        denoiser = attach(denoiser, folder / ATTACHED) if (folder / ATTACHED).is_dir() else denoiser
         return cls(pipeline, sampler_from_dict(side["sampler"]), denoiser, size, folder)

@@ -1,0 +1,154 @@
+"""A teacher's guided paths from noise to data, computed once and kept: the states that a guided sampler visits, their
+times, conditions and scales, and what the teacher answered there (arXiv 2503.07274, alg. 1).
+
+The store is that of stored outputs: shards with checksums, resumable. A path follows from its number and the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.data.rows import RowStore
+from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.sampling import visited
+from stillroom.draws import mix
+
+TRAJECTORIES = RowStore("trajectories")
+COND = "cond."
+"""Before the names of conditions among the tensors of a store."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which paths. count: of them; conditions are taken in turn. steps: of the sampler; all its states are kept, or the
+    two ``ends`` alone. eta: 0 is the deterministic sampler, 1 the ancestral one. low, high: guidance scales are uniform
+    between them. precision: of states and answers."""
+
+    count: int
+    steps: int = 50
+    eta: float = 0.0
+    low: float = 1.0
+    high: float = 1.0
+    seed: int = 0
+    keep: Literal["all", "ends"] = "all"
+    precision: Literal["float16", "float32"] = "float16"
+
+
+class Trajectories:
+    """``noise [N, ...]`` that paths began with, ``end [N, ...]`` where they ended, ``scale [N]`` and ``cond`` by name;
+    with all states kept also ``states [N, T, ...]``, ``answers [N, T, ...]`` in the teacher's own output space and
+    ``times [N, T]``."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.cond = {key.removeprefix(COND): value for key, value in tensors.items() if key.startswith(COND)}
+        self.noise, self.end, self.scale = tensors["noise"], tensors["end"], tensors["scale"]
+        self.states, self.answers = tensors.get("states"), tensors.get("answers")
+        self.times = tensors.get("times")
+
+    @property
+    def n(self) -> int:
+        return len(self.scale)
+
+    @property
+    def size(self) -> int:
+        """States in all."""
+        assert self.times is not None
+        return self.times.numel()
+
+    def read(self, rows: Tensor) -> dict[str, Any]:
+        """States by number, int64 ``[B]``, 0 .. size - 1: ``x_t``, ``answer`` (float32), ``t``, ``scale``, ``cond``."""
+        assert self.states is not None
+        assert self.answers is not None
+        assert self.times is not None
+        path, step = rows // self.times.shape[1], rows % self.times.shape[1]
+        return {
+            "x_t": self.states[path, step].float(),
+            "answer": self.answers[path, step].float(),
+            "t": self.times[path, step],
+            "scale": self.scale[path],
+            "cond": {name: value[path] for name, value in self.cond.items()},
+        }
+
+
+def trajectories(
+    folder: str | Path,
+    teacher: Denoiser,
+    cond: Cond,
+    paths: Paths,
+    *,
+    name: str,
+    batch: int = 64,
+    shard: int = 256,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> Trajectories:
+    """What is in ``folder``, after writing it where that is still to be done; no folder: made and held in memory.
+
+    cond: conditions ``[C, ...]`` by name. name: of the teacher, by which the store knows it again: a hash of its
+    weights. report: ``(paths done, of how many)``. Raises UserError as :class:`~stillroom.data.rows.RowStore` does.
+    """
+    batches = -(-paths.count // batch)
+    done = 0
+
+    def made(rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        nonlocal done
+        parts = []
+        for chosen in rows.split(batch):
+            parts.append(_walked(teacher, cond, paths, chosen))
+            done += 1
+            report(min(done * batch, paths.count), paths.count)
+        return {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}, {}
+
+    if not str(folder):
+        return Trajectories(made(torch.arange(paths.count))[0] if batches else {})
+    about = {"teacher": name, "paths": asdict(paths), "conditions": _hash(cond)}
+    if not TRAJECTORIES.is_complete(folder):
+        TRAJECTORIES.write(folder, about, paths.count, made, shard)
+    found, _, tensors = TRAJECTORIES.read(folder)
+    TRAJECTORIES.check_same(found, about, folder)
+    return Trajectories(tensors)
+
+
+@torch.no_grad()
+def _walked(teacher: Denoiser, cond: Cond, paths: Paths, rows: Tensor) -> dict[str, Tensor]:
+    """Paths by number, ``[R, ...]`` of each tensor, on the CPU."""
+    weight = next(teacher.parameters(), torch.empty(0))
+    device, kept = weight.device, getattr(torch, paths.precision)
+    generators = [torch.Generator().manual_seed(mix("path", paths.seed, int(row))) for row in rows]
+    noise = torch.stack([torch.randn(teacher.shape, generator=one) for one in generators])
+    share = torch.stack([torch.rand((), generator=one) for one in generators])
+    scale = paths.low + (paths.high - paths.low) * share
+    which = rows % max((len(value) for value in cond.values()), default=1)
+    own = {name: value[which].to(device) for name, value in cond.items()}
+
+    def fresh() -> Tensor:
+        return torch.stack([torch.randn(teacher.shape, generator=one) for one in generators]).to(device)
+
+    guidance: Tensor | float = scale.to(device) if paths.low != 1 or paths.high != 1 else 1.0
+    states, answers, times, end = [], [], [], noise
+    x, grid = noise.to(device), teacher.process.grid(paths.steps).to(noise)
+    for p in visited(teacher, x, grid, own, guidance, paths.eta, fresh):
+        if paths.keep == "all":
+            states.append(p.x_t.to(kept).cpu())
+            answers.append(p.value.to(kept).cpu())
+            times.append(p.t.expand(len(rows)).cpu())
+        end = p.x0
+    found = {"noise": noise.to(kept), "end": end.to(kept).cpu(), "scale": scale}
+    found |= {f"{COND}{name}": value[which].cpu() for name, value in cond.items()}
+    if paths.keep == "all":
+        found |= {"states": torch.stack(states, 1), "answers": torch.stack(answers, 1), "times": torch.stack(times, 1)}
+    return found
+
+
+def _hash(cond: Cond) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(cond):
+        digest.update(f"{name}{cond[name].dtype}{list(cond[name].shape)}".encode())
+        digest.update(cond[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

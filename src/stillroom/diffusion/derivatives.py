@@ -1,0 +1,32 @@
+"""Directional derivatives of networks: exact, or from two more calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+How = Literal["exact", "difference"]
+
+
+@torch.no_grad()
+def jvp(
+    f: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor], how: How = "exact", step: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """``f(*at)`` and its derivative there along ``along``, of the shapes of ``at``; both without a graph.
+
+    how: ``exact`` is forward-mode differentiation, for which attention takes torch's MATH kernel (the others have no
+    forward-mode rule) and costs about as much as 3.4 forward passes; ``difference`` is ``(f(at + h along) - f(at - h
+    along)) / 2h``, whose error falls with h^2 and grows with rounding over h: for networks with layers that have no
+    forward-mode rule. step: h; a network that is fed ``1000 t`` turns much within a thousandth and wants 1e-4.
+    """
+    if how == "exact":
+        with sdpa_kernel(SDPBackend.MATH):
+            both = torch.func.jvp(f, tuple(at), tuple(along))
+        return both[0], both[1]
+    ahead = f(*(x + step * d for x, d in zip(at, along, strict=True)))
+    behind = f(*(x - step * d for x, d in zip(at, along, strict=True)))
+    return f(*at), (ahead - behind) / (2 * step)

@@ -1,0 +1,106 @@
+"""Stored paths of a guided teacher: right states, the same however they are made, nothing lost or made twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillroom.data.trajectories import Paths, Trajectories, trajectories
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import expand
+from stillroom.diffusion.sampling import ODESampler
+from stillroom.errors import UserError
+from tiny_denoisers import point_teacher
+
+COND = {"label": torch.arange(4)}
+PATHS = Paths(10, steps=5, low=1.0, high=4.0, precision="float32")
+
+
+def made(folder: str | Path = "", paths: Paths = PATHS, batch: int = 4, shard: int = 4) -> Trajectories:
+    return trajectories(folder, point_teacher().eval(), COND, paths, name="t", batch=batch, shard=shard)
+
+
+def test_states_follow_from_the_answers_before_them_and_answers_are_the_teacher_s() -> None:
+    found, teacher = made(), point_teacher().eval()
+    assert found.states is not None
+    assert found.answers is not None
+    assert found.times is not None
+    for k in range(5):
+        x, t, cond = found.states[:, k], found.times[:, k], {"label": found.cond["label"]}
+        with torch.no_grad():
+            u, c = (teacher(x, t, cond, w).value for w in (0.0, 1.0))
+        guided = u + found.scale[:, None] * (c - u)
+        torch.testing.assert_close(found.answers[:, k], guided, rtol=1e-5, atol=1e-5)
+        after = found.states[:, k + 1] if k < 4 else found.end
+        s = found.times[:, k + 1] if k < 4 else torch.zeros(10)
+        torch.testing.assert_close(after, x + expand(s - t, x) * guided, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.states[:, 0], found.noise)
+    assert torch.equal(found.cond["label"], torch.arange(10) % 4)
+    assert 1 <= float(found.scale.min()) < float(found.scale.max()) <= 4
+
+
+def test_a_path_without_guidance_ends_where_the_sampler_does() -> None:
+    found = made(paths=Paths(6, steps=7, precision="float32", keep="ends"))
+    assert found.states is None
+    with torch.no_grad():
+        end = ODESampler("euler", 7).sample(point_teacher().eval(), found.noise, found.cond)
+    torch.testing.assert_close(found.end, end, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_states_by_number() -> None:
+    found = made()
+    assert found.states is not None
+    row = found.read(torch.tensor([0, 7, 49]))
+    assert torch.equal(row["x_t"], found.states[[0, 1, 9], [0, 2, 4]])
+    assert torch.equal(row["cond"]["label"], found.cond["label"][[0, 1, 9]])
+    assert found.size == 50
+
+
+def test_a_store_is_what_memory_holds_and_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
+    whole, asked = made(tmp_path / "a"), []
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.read(torch.arange(50))["x_t"], made().read(torch.arange(50))["x_t"])
+    )
+
+    class Cut(Denoiser):
+        def forward(self, *args, **how):
+            asked.append(len(args[0]))
+            if len(asked) == 8:
+                raise KeyboardInterrupt
+            return super().forward(*args, **how)
+
+    plain = point_teacher().eval()
+    cut = Cut(plain.network, plain.process, plain.prediction, null=plain.null, shape=plain.shape).eval()
+    with pytest.raises(KeyboardInterrupt):
+        trajectories(tmp_path / "b", cut, COND, PATHS, name="t", batch=4, shard=4)
+    with pytest.raises(UserError, match="stored for another paths"):
+        trajectories(tmp_path / "b", plain, COND, Paths(11, steps=5), name="t", batch=4, shard=4)
+    again = trajectories(tmp_path / "b", cut, COND, PATHS, name="t", batch=4, shard=4)
+    assert asked == [4] * 5 + [4] * 3 + [4] * 5 + [2] * 5  # the first shard was there, the second was begun again
+    assert torch.equal(again.end, whole.end)
+    names = [sorted(p.name for p in (tmp_path / x).iterdir()) for x in "ab"]
+    assert names[0] == names[1]
+    assert json.loads((tmp_path / "b" / "trajectories.json").read_text())["about"]["teacher"] == "t"
+
+
+def test_a_damaged_shard_and_another_teacher_are_refused(tmp_path: Path) -> None:
+    made(tmp_path)
+    with pytest.raises(UserError, match="stored for another teacher"):
+        trajectories(tmp_path, point_teacher(), COND, PATHS, name="other")
+    path = tmp_path / "trajectories-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        made(tmp_path)
+
+
+def test_ancestral_paths_are_fresh_and_repeat() -> None:
+    paths = Paths(6, steps=5, eta=1.0, precision="float32")
+    first, again, straight = made(paths=paths), made(paths=paths, batch=3), made(paths=Paths(6, 5, precision="float32"))
+    torch.testing.assert_close(first.end, again.end, rtol=1e-5, atol=1e-6)
+    assert torch.equal(first.noise, straight.noise)
+    assert not torch.allclose(first.end, straight.end, atol=1e-2)
