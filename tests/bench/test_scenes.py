@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stillroom.bench import get_bench
 from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench
 from stillroom.bench.scenes.judge import scene_eval
 from stillroom.bench.scenes.teach import teach_parser
@@ -255,6 +256,15 @@ def test_bench_captions_are_fixed_balanced_and_nested(bench: ScenesBench) -> Non
     held = bench.captions(100, split="heldout")
     assert all(c.belongs_to("heldout") for c in held)
     assert set(Counter(c.category for c in held).values()) == {20}
+
+
+def test_pairs_may_be_of_some_categories_alone() -> None:
+    bench = get_bench("scenes-many")
+    pairs = bench.data(images=2, pairs=24, kinds=("two", "attribution")).parts["pairs"]
+    kinds = [parse_caption(pairs.captions[i]).category for i in pairs.which.tolist()]
+    assert Counter(kinds) == {"two": 12, "attribution": 12}
+    assert bench.n == 2400
+    assert not type(bench).serves("text-images", "scenes", pairs)
 
 
 def test_sceneeval_by_hand() -> None:

@@ -125,10 +125,16 @@ class ScenesBench(Bench):
         return TextImageGenerator.load(ASSETS / teacher).network
 
     def data(
-        self, images: int = 2000, captions: int = 0, teachers: Sequence[str] = TEACHERS, pairs: int = 0
+        self,
+        images: int = 2000,
+        captions: int = 0,
+        teachers: Sequence[str] = TEACHERS,
+        pairs: int = 0,
+        kinds: Sequence[str] = (),
     ) -> CaptionedData:
         """``images`` images of the shipped store, by these teachers, each of another caption; with ``captions`` so few
-        of them, each drawn ``images / captions`` times. ``pairs``: real scenes with captions, the part "pairs"."""
+        of them, each drawn ``images / captions`` times. ``pairs``: real scenes with captions, the part "pairs", of all
+        categories or of ``kinds`` alone."""
         folder = self._few_captions(captions, images // captions) if captions else ASSETS / "scenes-synthetic"
         store = read_store(folder)
         rows = [i for i, record in enumerate(store.records) if record["teacher"] in teachers][:images]
@@ -137,7 +143,9 @@ class ScenesBench(Bench):
         texts = [store.captions[i] for i in rows]
         found = encode_images(store.images[torch.tensor(rows)], texts, self.space, name=self.name)
         if pairs:
-            real, asked = scene_set(pairs, PAIRS_SEED, "train")
+            wanted = self.captions(pairs * len(CATEGORIES), PAIRS_SEED) if kinds else None
+            of_kinds = wanted and [caption for caption in wanted if caption.category in kinds][:pairs]
+            real, asked = scene_set(pairs, PAIRS_SEED, "train", of_kinds)
             found.parts["pairs"] = encode_images(real, [caption.text for caption in asked], self.space)
         return found
 
@@ -364,3 +372,15 @@ class ScenesBench(Bench):
         if name == "scenes-space":
             return teach.teach_space(self, out, overrides, run_dir, resume)
         return teach.teach_scenes(self, name, out, overrides, run_dir, resume)
+
+
+@bench("scenes-many")
+class ManyScenesBench(ScenesBench):
+    """The scenes bench at N = 2,400, 400 captions of each category, for students that differ by a few points."""
+
+    n, teaches = 2_400, ()
+
+    @classmethod
+    def serves(cls, task: str, source: str, data: Any) -> bool:
+        """Runs are scored as :class:`ScenesBench` does."""
+        return False
