@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from stillroom.bench import autoencoders, encoders, get_bench
-from stillroom.bench.canvas.bench import Canvas, CanvasBench, painted
+from stillroom.bench.canvas.bench import Canvas, FreshCanvas, FreshCanvasBench, FreshCanvasTwoBench, heights
+from stillroom.bench.canvas.painting import Canvases, painted
 from stillroom.bench.fashion_encoders.bench import ImageEncodersBench
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
-from stillroom.evaluation.probes import probe_scores
+from stillroom.evaluation.probes import patch_targets, probe_scores
 from stillroom.networks.mae import make_encoder
 from stillroom.proofs import get_proofs
 from stillroom.proofs.runner import run_arm
@@ -36,6 +37,33 @@ def test_a_digit_lies_where_its_quarters_are() -> None:
     assert float(contrast.min()) > 0.1
     assert float(contrast.max()) < 1.9
     assert torch.equal(painted(ink, 0)[0], images)
+
+
+def test_every_batch_is_painted_anew_by_seed_and_step() -> None:
+    ink = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = Canvases(ink, torch.arange(6), "abcdef", 1, "six digits")
+    first, again, later, other = (data.batch(*at, 6) for at in ((0, 3), (0, 3), (0, 4), (1, 3)))
+    assert torch.equal(first["x"], again["x"])
+    assert torch.equal(data.batch(0, 3, 6, slice(2, 5))["x"], first["x"][2:5])
+    for changed in (later, other):
+        rows = [changed["cond"]["label"].tolist().index(digit) for digit in first["cond"]["label"].tolist()]
+        assert (changed["x"][rows] - first["x"]).abs().mean() > 0.1
+    assert torch.equal(data.images(), painted(ink, 1)[0])
+    assert torch.equal(data.take(torch.tensor([4])).images()[0], data.images(4))
+    assert data.fingerprint != Canvases(ink, torch.arange(6), "abcdef", 2, "six digits").fingerprint
+
+
+def told_by_place(seen: torch.Tensor, asked: torch.Tensor) -> float:
+    """Share of ``asked [N, patches]`` that is the commonest answer at its place in ``seen``."""
+    return float((asked == seen.mode(0).values).float().mean())
+
+
+def test_a_patch_knows_its_quarter_but_not_the_digits_height_by_its_place() -> None:
+    bench = FreshCanvasTwoBench()
+    seen, asked = (bench.dense[what] for what in ("labelled", "test"))
+    assert heights(seen[:3]).tolist() == [int(torch.nonzero(one)[0, 0]) for one in seen[:3]]
+    assert told_by_place(patch_targets(seen, 4), patch_targets(asked, 4)) > 0.65
+    assert told_by_place(*(heights(one)[:, None].expand(-1, 25) for one in (seen, asked))) < 0.25
 
 
 @pytest.fixture
@@ -61,12 +89,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(Canvas, "__init__", few)
     for name, value in {"steps": 2, "tuning": 1, "copies": 1}.items():
-        monkeypatch.setattr(Canvas, name, value)
+        monkeypatch.setattr(FreshCanvas, name, value)
     return made
 
 
 def test_a_teacher_is_made_once(small: list[str]) -> None:
-    first, again = CanvasBench(), CanvasBench()
+    first, again = FreshCanvasBench(), FreshCanvasBench()
     assert small == []
     teacher = first.teacher
     assert small == ["dmae"]
@@ -84,13 +112,13 @@ def test_a_teacher_is_made_once(small: list[str]) -> None:
 @pytest.mark.parametrize(
     ("slug", "names"),
     [
-        ("dmae", {"random-teacher"}),
+        ("dmae", {"shuffled-teacher"}),
         ("g2sd", {"both-stages", "untouched"}),
         ("hybrid-distill", {"shuffled-teachers"}),
     ],
 )
 def test_arms_run_and_have_every_score(small: list[str], slug: str, names: set[str]) -> None:
-    *_, proof = (p for p in get_proofs(slug) if p.level == "mechanism")
+    proof = next(p for p in get_proofs(slug) if p.level == "mechanism")
     bench = get_bench(proof.bench, 100)
     for arm in proof.arms:
         if arm.name in names:

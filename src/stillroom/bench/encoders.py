@@ -20,6 +20,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation.probes import (
     FEW,
     NAMES,
+    OCCLUDED,
     accuracy,
     attention_collapse,
     fine_tune,
@@ -181,8 +182,9 @@ class EncoderBench(Bench):
 
 class LabelledEncoderBench(EncoderBench):
     """The same with a classifier, the masked teacher fine-tuned, for students that end as classifiers: ``accuracy`` on
-    test images, ``accuracy_occluded`` on those with a third of their patches covered."""
+    test images, ``accuracy_occluded`` on those with the share ``covered`` of their patches covered."""
 
+    covered = OCCLUDED
     scores = (*PROBES, ACCURACY, Score("accuracy_occluded", "Accuracy, a third of the patches covered"))
 
     def given(self, **wanted: Any) -> Mapping[str, Any]:
@@ -205,7 +207,7 @@ class LabelledEncoderBench(EncoderBench):
 
         return found | {
             "accuracy": accuracy(logits, images, self.test.labels),
-            "accuracy_occluded": accuracy(logits, occluded(images, patch), self.test.labels),
+            "accuracy_occluded": accuracy(logits, occluded(images, patch, share=self.covered), self.test.labels),
         }
 
 

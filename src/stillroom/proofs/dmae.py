@@ -23,6 +23,40 @@ def probe(id: str, statement: str, left: str, right: str, offset: float, paper: 
     return Claim(id, statement, paper, "probe", left, ">=", right=right, offset=offset)
 
 
+def short(name: str, **options: Any) -> Arm:
+    return points(name, **options).with_(name, engine={"steps": 600, "warmup": 30})
+
+
+FRESH = Proof(
+    "dmae",
+    "mechanism",
+    "fresh-canvas",
+    arms=(
+        short("dmae"),
+        short("mae", alpha=0.0),
+        short("two-patches", mask_ratio=TWO),
+        short("dmae").with_("shuffled-teacher", teacher="shuffled"),
+        short("dmae").with_("untouched", engine={"steps": 0}),
+        Arm("teacher", sampler={"name": "forward"}),
+    ),
+    claims=(
+        probe(
+            "features", "A teacher's features make the better encoder in the same steps", "dmae", "mae", 0.06,
+            "abstract",
+        ),
+        probe(
+            "extreme-masking", "With 2 of 25 patches, a taught student beats an untaught one that sees 6",
+            "two-patches", "mae", 0.05, "abstract",
+        ),
+        probe("control-shuffled", "Control: features of another image do not", "dmae", "shuffled-teacher", 0.05),
+        probe("learns", "Training beats the untouched network", "dmae", "untouched", 0.05),
+    ),
+    note="600 steps, in which the claims' difference shows, are far from convergence. Left out for their cost: an "
+    "untrained teacher, features alone, features at weight 1, and pixels alone with 2 patches. That the teacher's "
+    "features beat the logits of a fine-tuned teacher is not tested: at this size the difference of 1.2 points is "
+    "within the noise.",
+)  # fmt: skip
+
 TAUGHT = points("dmae")
 MECHANISM = Proof(
     "dmae",
@@ -91,4 +125,4 @@ IMAGE = Proof(
     ),
 )
 
-PROOFS = (IMAGE, MECHANISM)
+PROOFS = (IMAGE, FRESH, MECHANISM)
