@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,6 +119,8 @@ class TeacherRecipe:
     engine: dict[str, Any]
     evaluate: dict[str, Any]
     images: int = 0  # rendered for the training, where the bench has no data set of its own
+    start: str = ""  # a shipped teacher whose weights the network begins with, deeper by blocks that add nothing yet
+    captions: dict[str, int] = field(default_factory=dict)  # category -> how often, where the bench draws captions
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = ()) -> TeacherRecipe:

@@ -98,7 +98,7 @@ class ScenesBench(Bench):
         Score("density", "Density"),
         Score("coverage", "Coverage", alarm=0.6, advice="a lower guidance scale, or a GAN term on real images"),
     )  # fmt: skip
-    teaches = (*TEACHERS, "scenes-space", "scenes-parser")
+    teaches = ("scenes-sd3-large", *TEACHERS, "scenes-space", "scenes-parser")
     n = 600
 
     def __init__(self, seed: int = 0, report: Callable[[str], None] = say) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ from stillroom.networks.codec import LatentCodec
 from stillroom.networks.text_encoder import TextEncoder
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json, read_yaml
+from stillroom.surgery.growing import grow
 from stillroom.surgery.modules import parameter_count
 from stillroom.tasks.text_images.data import CaptionedData, encode_images
 from stillroom.tasks.text_images.model import TextImageGenerator
@@ -357,17 +358,17 @@ WEIGHTS = {"single": 1, "two": 2, "counting": 2, "colours": 1, "position": 2, "a
 """How often a teacher's training captions are of each category: the more there is to get wrong, the more often."""
 
 
-def teacher_captions(n: int, seed: int) -> list[Caption]:
-    """``n`` captions of the ``train`` split, the categories by :data:`WEIGHTS`."""
-    pools = [all_captions(category, "train") for category, weight in WEIGHTS.items() for _ in range(weight)]
+def teacher_captions(n: int, seed: int, weights: Mapping[str, int] = WEIGHTS) -> list[Caption]:
+    """``n`` captions of the ``train`` split, the categories by ``weights``."""
+    pools = [all_captions(category, "train") for category, weight in weights.items() for _ in range(weight)]
     draws = torch.rand(n, 2, generator=seeded(f"teacher captions {seed}"), dtype=torch.float64).tolist()
     chosen = [(pools[int(which * len(pools))], where) for which, where in draws]
     return [pool[int(where * len(pool))] for pool, where in chosen]
 
 
-def teacher_data(n: int, seed: int, space: TextImageSpace) -> CaptionedData:
-    """``n`` rendered scenes of the ``train`` split with their captions, encoded."""
-    images, captions = scene_set(n, seed, "train", teacher_captions(n, seed))
+def teacher_data(n: int, seed: int, space: TextImageSpace, weights: Mapping[str, int] = WEIGHTS) -> CaptionedData:
+    """``n`` rendered scenes of the ``train`` split with their captions, the categories by ``weights``, encoded."""
+    images, captions = scene_set(n, seed, "train", teacher_captions(n, seed, weights))
     texts = [caption.text for caption in captions]
     return encode_images(images, texts, space, name="scenes", origin=f"scenes: {n:,} rendered, seed {seed}")
 
@@ -388,13 +389,19 @@ def teach_scenes(
     home = Path(space) if space else ASSETS / "scenes-space"
     shared = TextImageSpace.load(home)
     denoiser = recipe.denoiser()
-    start_as_identity(denoiser.network)
+    if recipe.start:
+        grow(denoiser.network, TextImageGenerator.load(ASSETS / recipe.start).network.network)
+    else:
+        start_as_identity(denoiser.network)
     denoiser.null = shared.null(denoiser.network)
     method = Denoising(Denoising.Options(**recipe.options))
     method.build(denoiser)
     config = EngineConfig(**recipe.engine)
     cache = Path(run_dir) / "latents.safetensors" if run_dir else None
-    data = CaptionedData.load(cache) if cache and cache.exists() else teacher_data(recipe.images, config.seed, shared)
+    if cache and cache.exists():
+        data = CaptionedData.load(cache)
+    else:
+        data = teacher_data(recipe.images, config.seed, shared, recipe.captions or WEIGHTS)
     if cache and not cache.exists():
         data.save(cache)
     trainer = Trainer(method, data, config, run_dir, resume=resume)
