@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillroom.bench import get_bench
 from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench
-from stillroom.bench.scenes.judge import scene_eval
+from stillroom.bench.scenes.judge import MISTAKES, mistake, mistakes, scene_eval
 from stillroom.bench.scenes.teach import teach_parser
 from stillroom.data.scenes import pictures as scenes
 from stillroom.data.scenes.captions import (
@@ -345,3 +345,32 @@ def test_scores_refuse_what_they_cannot_judge(bench: ScenesBench) -> None:
         bench.judge(images, ["a cat"] * 8)
     with pytest.raises(UserError, match="uint8 images"):
         bench.judge(images[:, :, :24, :24], captions)
+
+
+@pytest.mark.parametrize(
+    ("text", "things", "kind"),
+    [
+        ("a three and a seven", ((0, 3, 1), (2, 7, 1)), ""),
+        ("a three and a seven", ((0, 3, 1), (2, 3, 4)), "a digit twice"),
+        ("a three and a seven", ((0, 3, 1), (2, 8, 1)), "another digit"),
+        ("a three and a seven", ((0, 8, 1), (2, 8, 1)), "another digit"),
+        ("a three and a seven", ((0, 3, 1),), "too few"),
+        ("a three and a seven", ((0, 3, 1), (1, 7, 1), (2, 7, 1)), "too many"),
+        ("a three above a seven", ((2, 3, 1), (0, 7, 1)), "place"),
+        ("a red three and a blue seven", ((1, 3, 2), (2, 7, 0)), "colours exchanged"),
+        ("a red three and a blue seven", ((1, 3, 0), (2, 7, 0)), "another colour"),
+        ("a red three and a blue seven", ((1, 3, 0), (2, 7, 5)), "another colour"),
+        ("a red three and a blue seven", ((1, 3, 0), (2, 3, 2)), "a digit twice"),
+        ("three sevens", ((0, 7, 0), (1, 7, 0), (2, 1, 0)), "another digit"),
+        ("a red four", ((0, 4, 1),), "another colour"),
+    ],
+)
+def test_a_mistake_is_named_by_the_first_thing_that_is_wrong(text: str, things: tuple, kind: str) -> None:
+    assert mistake(parse_caption(text), Scene(tuple(Thing(*thing) for thing in things))) == kind
+
+
+def test_shares_of_mistakes_and_of_what_is_right_add_up() -> None:
+    captions = [parse_caption("a three and a seven")] * 4
+    digits = torch.tensor([[3, 7, 10, 10], [3, 3, 10, 10], [7, 7, 10, 10], [3, 10, 10, 10]])
+    found = mistakes(captions, Reading(digits, torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 64)))
+    assert found == dict.fromkeys(MISTAKES, 0.0) | {"a digit twice": 0.5, "too few": 0.25}
