@@ -390,7 +390,8 @@ def teach_scenes(
     shared = TextImageSpace.load(home)
     denoiser = recipe.denoiser()
     if recipe.start:
-        grow(denoiser.network, TextImageGenerator.load(ASSETS / recipe.start).network.network)
+        start: Any = bench.network(recipe.start)
+        grow(denoiser.network, start.network)
     else:
         start_as_identity(denoiser.network)
     denoiser.null = shared.null(denoiser.network)
