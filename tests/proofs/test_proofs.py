@@ -100,6 +100,15 @@ def test_shipped_proofs_have_both_levels_controls_and_valid_options(slug: str) -
     assert all("shuffled" in names for level, names in levels.items() if level != "image")
 
 
+def test_no_arm_trains_at_a_rate_of_0() -> None:
+    """A fake score that never learns is the teacher, and its difference from the teacher moves nothing: such a control
+    tells the same as the untouched student."""
+    for known in proofs().values():
+        for arm in (arm for proof in known for arm in proof.arms):
+            for name, settings in arm.engine.get("optim", {}).items():
+                assert min(settings.get("lr", 1.0), settings.get("until", 1.0)) > 0, (arm.name, name)
+
+
 def test_an_unknown_method_has_no_proof() -> None:
     with pytest.raises(UserError, match="did you mean 'dmd2'"):
         get_proofs("dmd")
