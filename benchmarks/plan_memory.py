@@ -106,18 +106,13 @@ class Measured(Trainer):
                         self._watch(player, batches, shared, (span.stage.name, player.turn.name))
         return self.peaks
 
-    def _make_players(self) -> None:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            super()._make_players()
-        self.buckets = sum(_changes(seen))  # of DDP's wrappers; nothing else of it stays
-
     def _watch(self, player: Any, batches: list[Any], shared: list[Any], key: tuple[str, str]) -> None:
         states = [state for p in self.players.values() for state in p.optimizer.state.values()]
         averages = [value for average in self.averages.values() for value in average.values.values()]
         there = [*self.method.parameters(), *self.method.buffers(), *averages]
         there += [leaf for leaf in tree_leaves([states, batches, shared]) if isinstance(leaf, Tensor)]
         held = () if self.offload is None else untrained(self.method) if self.sharded else self.offload.held
-        before = storage_bytes(map(_local, there)) - storage_bytes(map(_local, held)) + self.buckets
+        before = storage_bytes(map(_local, there)) - storage_bytes(map(_local, held))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             self.take_turn(player, batches, shared)
         now = most = 0

@@ -208,7 +208,7 @@ def test_a_plan_is_within_15_per_cent_of_what_is_taken(tmp_path: Path, slug: str
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
-def test_fsdp_shards_all_that_stays_and_ddp_keeps_buckets() -> None:
+def test_fsdp_shards_all_that_stays_and_ddp_fills_a_bucket() -> None:
     (alone,), (ddp,) = rehearsed(regression, POINTS), rehearsed(regression, POINTS, world=2)
     (two,) = rehearsed(regression, POINTS, world=2, parallel="fsdp")
     (eight,) = rehearsed(regression, POINTS, world=8, parallel="fsdp")

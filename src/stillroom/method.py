@@ -22,7 +22,8 @@ from stillroom.registry import Registry
 from stillroom.surgery.freezing import frozen, unfrozen
 
 __all__ = [
-    "Batch", "Draws", "Method", "Optim", "Paper", "Stage", "Target", "Terms", "Turn", "frozen", "get_method", "methods",
+    "Batch", "Draws", "Method", "Optim", "Paper", "Parted", "Stage", "Target", "Terms", "Turn", "frozen", "get_method",
+    "methods",
     "nearest", "option_fields", "register", "turn", "unfrozen",
 ]  # fmt: skip
 
@@ -34,9 +35,19 @@ Batch = Mapping[str, Any]
 """``{"x": [B, ...], "cond": {name: [B, ...]}}``; ``x`` is what the data hold: images, latents, vectors. A method reads
 what it needs (image-free: ``cond`` only)."""
 
-Terms = Mapping[str, Tensor | Callable[[], Tensor]]
+
+@dataclass(frozen=True)
+class Parted:
+    """A term that is ``now + later()``: a part that is there, and one of passes of its own, which waits."""
+
+    now: Tensor
+    later: Callable[[], Tensor]
+
+
+Terms = Mapping[str, Tensor | Callable[[], Tensor] | Parted]
 """Named, already weighted scalar loss terms. The engine minimises their sum and logs each by name. A term of passes of
-its own may be a function that makes it: it is asked last, and the engine may have done with the others by then."""
+its own may be a function that makes it, and a term in two parts may have a second one that is such a function: it is
+asked last, and the engine may have done with the rest by then."""
 
 
 @dataclass(frozen=True)

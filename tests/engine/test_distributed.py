@@ -14,9 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from workers.toy import Stop, stop_after, trainer, weights
+from stillroom.engine import distributed
+from stillroom.engine.distributed import DataParallel
+from stillroom.errors import UserError
+from workers.toy import Stop, Toy, stop_after, trainer, weights
 
 WORKERS = Path(__file__).parents[1] / "workers"
+PARTED = {"parted": True, "branched": True}
+CHECKPOINTED = {"activation_checkpointing": True}
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -38,6 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenarios: list[dict[str, Any]] = [
         {"name": "ddp"},
         {"name": "ddp-accumulated", "settings": {"accumulate": 2}},
+        {"name": "branched", "options": {"branched": True}},
+        {"name": "branched-accumulated", "options": {"branched": True}, "settings": {"accumulate": 2}},
+        {"name": "branched-checkpointed", "options": {"branched": True}, "settings": CHECKPOINTED},
+        {"name": "parted", "options": PARTED, "settings": {"backward_per_term": True}},
+        {"name": "parted-accumulated", "options": PARTED, "settings": {"backward_per_term": True, "accumulate": 2}},
         {"name": "fsdp", "settings": {"parallel": "fsdp"}},
         {"name": "fsdp-accumulated", "settings": {"parallel": "fsdp", "accumulate": 2}},
         {"name": "shared-ddp", "options": {"shared": True}},
@@ -99,6 +109,91 @@ def test_roles_may_share_one_network(folder: Path, name: str) -> None:
     run = trainer(options={"shared": True})
     run.fit()
     close(load_file(folder / f"{name}.safetensors"), weights(run))
+
+
+@pytest.mark.parametrize("name", ["branched", "branched-accumulated", "branched-checkpointed"])
+def test_what_a_step_leaves_unused_on_some_processes_or_on_all_is_as_on_one(folder: Path, name: str) -> None:
+    run = trainer(options={"branched": True})
+    fresh = weights(run)
+    run.fit()
+    alone, found = weights(run), load_file(folder / f"{name}.safetensors")
+    close(found, alone)
+    still = {key for key in fresh if key.startswith(("student", "critic")) and torch.equal(fresh[key], found[key])}
+    assert {key.split(".")[1] for key in still} == {"never"}
+
+
+@pytest.mark.parametrize("name", ["parted", "parted-accumulated"])
+def test_a_backward_pass_for_each_term_is_that_of_one_process(folder: Path, name: str) -> None:
+    for apart in (False, True):
+        run = trainer(options=PARTED, backward_per_term=apart)
+        run.fit()
+        close(load_file(folder / f"{name}.safetensors"), weights(run))
+
+
+class Sent:
+    """In place of an all-reduce: twice what this process has, as if the other had the same."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, tensor: Tensor, async_op: bool) -> Sent:
+        self.sizes.append(tensor.numel())
+        tensor *= 2
+        return self
+
+    def wait(self) -> None: ...
+
+
+@pytest.fixture
+def spread(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, DataParallel, Sent]:
+    """The toy's critic on the first of two processes that have the same rows."""
+    sent = Sent()
+    monkeypatch.setattr(distributed, "BUCKET", 800)
+    monkeypatch.setattr(distributed.dist, "all_reduce", sent)
+    method = Toy(Toy.Options())
+    method.build()
+    turn = next(turn for turn in method.turns() if turn.name == "follow")
+    return method, DataParallel(method, turn, list(method.critic.parameters()), 2), sent
+
+
+def test_gradients_travel_while_the_backward_pass_runs(spread: tuple[Any, DataParallel, Sent]) -> None:
+    method, runner, sent = spread
+    method.requires_grad_(False)
+    method.critic.requires_grad_(True)
+    early: list[int] = []
+    net = method.critic.network
+    net.position.register_hook(lambda gradient: early.append(len(sent.sizes)))
+    x = torch.randn(4, 3, 6)
+    expected = torch.autograd.grad(method.critic(x).square().mean(), list(method.critic.parameters()))
+    early.clear()
+    with runner.averaging():
+        method.critic(x).square().mean().backward()
+    assert len(runner.buckets) > 3
+    assert early == [len(runner.buckets) - 1]  # the last one holds the first layer
+    assert sum(sent.sizes) == sum(p.numel() + 1 for p in method.critic.parameters())
+    for p, gradient in zip(method.critic.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, gradient)
+        assert p.grad.stride() == gradient.stride()
+
+
+def test_a_gradient_that_comes_twice_is_refused(spread: tuple[Any, DataParallel, Sent]) -> None:
+    method, runner, _ = spread
+    layer = method.critic.network.out
+
+    def twice() -> None:
+        with runner.averaging():
+            for _ in range(2):
+                layer(torch.ones(1, 6)).sum().backward()
+
+    with pytest.raises(RuntimeError, match="twice"):
+        twice()
+
+
+def test_parts_of_a_turn_are_not_for_fsdp_nor_for_methods_without_them() -> None:
+    with pytest.raises(UserError, match=r"engine.backward_per_term parts a turn's passes"):
+        trainer(backward_per_term=True, parallel="fsdp")
+    with pytest.raises(UserError, match=r"no term of 'toy' has passes of its own"):
+        trainer(backward_per_term=True).fit()
 
 
 def test_training_moved_every_trained_weight(alone: dict[str, Tensor]) -> None:

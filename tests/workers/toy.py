@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
-from stillroom.method import Method, Optim, frozen, turn
+from stillroom.method import Method, Optim, Parted, Terms, frozen, turn
 
 TOKENS, WIDTH = 3, 6
 
@@ -40,13 +40,17 @@ class Net(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH)
         self.gain = nn.Parameter(torch.ones(1))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.run: Any = lambda block, x: block(x)
+
+    def enable_gradient_checkpointing(self, function: Any) -> None:
+        self.run = function
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         if self.training:
             self.calls += 1
         x = x + self.position
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x)
         if adapter is not None:
             x = x + self.adapters[adapter](x)
         return self.out(x) * self.gain
@@ -80,6 +84,23 @@ class Adapted(Role):
         return self.network(x, self.name)
 
 
+class Branched(Role):
+    """A role whose layers do not all serve each step: one never, one in every second step of its turn, one only where a
+    row begins above 1, which one process may see and another not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.never, self.second, self.large = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.turns = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.network(x)
+        if self.turns % 2:
+            y = y + self.second(y)
+        rows = (x[:, 0, 0] > 1).nonzero().flatten()
+        return y.index_add(0, rows, self.large(y[rows])) if len(rows) else y
+
+
 class Toy(Method):
     """The critic learns what the student makes; the student follows teacher minus critic, and the data a little."""
 
@@ -90,6 +111,8 @@ class Toy(Method):
         period: int = 2
         dropout: float = 0.0
         shared: bool = False  # one network for all roles, an adapter for each that trains
+        branched: bool = False  # steps leave parameters unused
+        parted: bool = False  # the critic has terms that wait for a pass of their own
 
     def build(self) -> None:
         torch.manual_seed(7)
@@ -97,10 +120,12 @@ class Toy(Method):
         if self.options.shared:
             self.student, self.critic = Adapted(self.teacher, "s"), Adapted(self.teacher, "c")
         else:
-            self.student, self.critic = Role(Net(self.options.dropout)), Role(Net())
+            role = Branched if self.options.branched else Role
+            self.student, self.critic = role(Net(self.options.dropout)), role(Net())
 
     @turn(trains="student", every="period", optim=Optim(lr=1e-2))
     def generator(self, batch: Any) -> dict[str, Tensor]:
+        self.student.turns = self.step // self.options.period
         x = self.student(self.draw.normal(*batch["x"].shape))
         self.shared["x"] = x.detach()
         self.note("std", x.std())
@@ -111,13 +136,22 @@ class Toy(Method):
         }
 
     @turn(trains="critic", optim=Optim(lr=2e-2, clip_norm=0.5))
-    def follow(self, batch: Any) -> dict[str, Tensor]:
+    def follow(self, batch: Any) -> Terms:
         x = self.shared.get("x")
         if x is None:
             with torch.no_grad():
                 x = self.student(self.draw.normal(*batch["x"].shape))
+        self.critic.turns = self.step
         noisy = x + 0.5 * self.draw.normal_like(x)
-        return {"denoise": (self.critic(noisy) - x).square().mean()}
+        answer = self.critic(noisy)
+        terms = {"denoise": (answer - x).square().mean()}
+        if not self.options.parted:
+            return terms
+
+        def squared(given: Tensor) -> Tensor:
+            return 0.3 * self.critic(given).square().mean()
+
+        return terms | {"small": Parted(0.1 * answer.abs().mean(), lambda: squared(x)), "own": lambda: squared(-x)}
 
 
 class Points:

@@ -82,7 +82,7 @@ class EngineConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     # one backward pass for each term of a turn that its method lets wait, in place of one for all: less memory at once,
-    # the same gradients up to rounding; one process
+    # the same gradients up to rounding
     backward_per_term: bool = field(default=False, metadata={"later": True})
     offload: bool = False  # keep the weights that no turn trains in host memory, on the device only while they are used
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: "ddp" or "fsdp"
@@ -118,6 +118,11 @@ class EngineConfig:
             raise UserError(
                 "engine.frozen=bf16 leaves weights of two types in a block, which engine.parallel=fsdp cannot spread",
                 cure="leave engine.frozen at fp32, or use engine.parallel=ddp",
+            )
+        if self.backward_per_term and self.parallel == "fsdp":
+            raise UserError(
+                "engine.backward_per_term parts a turn's passes, which engine.parallel=fsdp wants in one call",
+                cure="use engine.parallel=ddp, or engine.activation_checkpointing=true",
             )
         if self.optim:
             self._check_optim()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from stillroom.errors import UserError
-from stillroom.method import Batch, Method, Terms, Turn
+from stillroom.method import Method, Parted, Terms, Turn
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -122,18 +123,13 @@ class World:
 
 def finished(terms: Terms) -> dict[str, Tensor]:
     """The terms, with those made that wait."""
-    return {name: term() if callable(term) else term for name, term in terms.items()}
 
+    def made(term: Tensor | Callable[[], Tensor] | Parted) -> Tensor:
+        if isinstance(term, Parted):
+            return term.now + term.later()
+        return term() if callable(term) else term
 
-class TurnModule(nn.Module):
-    """A turn as a module, so that DDP can watch exactly one turn's backward pass."""
-
-    def __init__(self, method: Method, turn: Turn) -> None:
-        super().__init__()
-        self.method, self.function = method, getattr(method, turn.name)
-
-    def forward(self, batch: Batch) -> Terms:
-        return {**finished(self.function(batch))}
+    return {name: made(term) for name, term in terms.items()}
 
 
 class Plain:
@@ -142,31 +138,119 @@ class Plain:
     def __init__(self, method: Method, turn: Turn) -> None:
         self.call = getattr(method, turn.name)
 
-    def gradients(self, last: bool) -> AbstractContextManager:
+    def begin(self, last: bool) -> None:
+        """A micro-batch follows, the ``last`` of its step or not."""
+
+    def averaging(self) -> AbstractContextManager:
+        """Around the last backward pass of a step: behind it the gradients are those of all processes."""
         return nullcontext()
 
 
-class DataParallel:
-    """A turn under DistributedDataParallel: its own parameters only, whatever else the method owns.
+BUCKET = 25 * 2**20
+"""Bytes of gradients that processes send each other at a time."""
 
-    Build it while exactly the turn's trained parameters require grad.
+
+class Bucket:
+    """Gradients of one type that travel together, and behind them a number for each: above 0 where any process has that
+    gradient at all."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        # as a gradient lies in memory: like its weight, but dense
+        self.strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
+        self.ends = list(itertools.accumulate(p.numel() for p in self.parameters))
+        self.awaited: set[Tensor] = set()
+        self.absent: list[tuple[int, Tensor]] = []
+
+    def send(self, size: int) -> None:
+        """Start to average over ``size`` processes. Each gradient becomes a view of what is sent, so there is no second
+        copy of any."""
+        first, total = self.parameters[0], self.ends[-1]
+        self.sent = torch.empty(total + len(self.ends), dtype=first.dtype, device=first.device)
+        self.sent[total:] = 1.0
+        self.absent = []
+        for k, (p, strides, end) in enumerate(zip(self.parameters, self.strides, self.ends, strict=True)):
+            view = self.sent.as_strided(p.shape, strides, end - p.numel())
+            if p.grad is None:
+                view.zero_()
+                self.sent[total + k] = 0.0
+                self.absent.append((k, view))
+            else:
+                view.copy_(p.grad)
+                p.grad = view
+        self.sent /= size
+        self.work = dist.all_reduce(self.sent, async_op=True)
+
+    def receive(self) -> None:
+        """The averages have come; a parameter that only other processes have a gradient of gets its own."""
+        self.work.wait()
+        if self.absent:  # else nobody need look
+            elsewhere = self.sent[self.ends[-1] :].tolist()
+            for k, view in self.absent:
+                if elsewhere[k]:
+                    self.parameters[k].grad = view
+        del self.sent, self.work
+        self.absent = []
+
+
+def bucketed(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """What :class:`Bucket` takes at a time, in the order in which a backward pass comes by, more or less: the last ones
+    first."""
+    found: list[list[nn.Parameter]] = []
+    room = 0
+    for p in reversed(parameters):
+        like = found and (found[-1][0].dtype, found[-1][0].device) == (p.dtype, p.device)
+        if not like or p.nbytes > room:
+            found.append([])
+            room = BUCKET
+        found[-1].append(p)
+        room -= p.nbytes
+    return found
+
+
+class DataParallel:
+    """A turn whose gradients are averaged over all processes; what a process lacks counts as zero, and what all of them
+    lack stays without a gradient. Build it while the turn's trained parameters require grad.
+
+    The buckets are sent in one order, which is the same on all processes: each as soon as the last backward pass has
+    filled it, the others behind that pass. So nobody need know beforehand which parameters a step leaves unused, and a
+    step may take several backward passes.
     """
 
-    def __init__(self, method: Method, turn: Turn, trained: Sequence[nn.Parameter]) -> None:
-        from torch.nn.parallel import DistributedDataParallel
+    def __init__(self, method: Method, turn: Turn, trained: Sequence[nn.Parameter], size: int) -> None:
+        self.call, self.size = getattr(method, turn.name), size
+        self.buckets = [Bucket(parameters) for parameters in bucketed(trained)]
+        self.bucket_of: dict[Tensor, Bucket] = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+        self.listening, self.sent = False, 0
+        for p in trained:
+            p.register_post_accumulate_grad_hook(self._arrived)
 
-        module = TurnModule(method, turn)
-        mine = {id(p) for p in trained}
-        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        ignored = [name for name, tensor in named if id(tensor) not in mine]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
-        # A turn may leave a branch of its networks unused (a head whose weight is 0), hence find_unused_parameters.
-        self.call = DistributedDataParallel(
-            module, broadcast_buffers=False, init_sync=False, find_unused_parameters=True
-        )
+    def begin(self, last: bool) -> None: ...
 
-    def gradients(self, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else self.call.no_sync()
+    @contextmanager
+    def averaging(self) -> Iterator[None]:
+        for bucket in self.buckets:
+            bucket.awaited = set(bucket.parameters)
+        self.listening, self.sent = True, 0
+        try:
+            yield
+        finally:
+            self.listening = False
+        for bucket in self.buckets[self.sent :]:
+            bucket.send(self.size)
+        for bucket in self.buckets:
+            bucket.receive()
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self.listening:
+            return
+        bucket = self.bucket_of[parameter]
+        if parameter not in bucket.awaited:
+            raise RuntimeError("a gradient came twice in one backward pass, as reentrant checkpoints make it")
+        bucket.awaited.remove(parameter)
+        while self.sent < len(self.buckets) and not self.buckets[self.sent].awaited:
+            self.buckets[self.sent].send(self.size)
+            self.sent += 1
 
 
 class Sharded:
@@ -175,8 +259,10 @@ class Sharded:
     def __init__(self, method: Method, turn: Turn) -> None:
         self.method, self.call = method, getattr(method, turn.name)
 
-    def gradients(self, last: bool) -> AbstractContextManager:
+    def begin(self, last: bool) -> None:
         self.method.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def averaging(self) -> AbstractContextManager:
         return nullcontext()
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.distributed import host_units, owned
+from stillroom.engine.distributed import bucketed, host_units, owned
 from stillroom.engine.eight_bit import first_states
 from stillroom.engine.offload import untrained
 from stillroom.engine.player import Player
@@ -354,8 +354,8 @@ class Rehearsal(Stepper):
             flops=round(sum(flops * times for flops, times in seen.flops.items()) / runs),
             host=storage_bytes(self.host),
         )
-        if self.processes > 1 and self.config.parallel == "ddp":  # each turn's wrapper keeps a copy of its gradients
-            cost.exchange = sum(storage_bytes(p.trained) for p in self.players.values())
+        if self.processes > 1 and self.config.parallel == "ddp":  # a bucket is filled while its gradients are there
+            cost.exchange = max(sum(p.nbytes for p in bucket) for bucket in bucketed(player.trained))
             cost.total += cost.exchange
         elif self.processes > 1:
             self._shard(cost, player, seen)

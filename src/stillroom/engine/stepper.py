@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from stillroom.engine.offload import place
 from stillroom.engine.player import Player, resolve_optim
 from stillroom.engine.stages import Beside, Span, StageData, lay_out
 from stillroom.errors import UserError, nearest
-from stillroom.method import Batch, Method, Terms
+from stillroom.method import Batch, Method, Parted, Terms
 
 
 class Data(Protocol):
@@ -46,6 +47,7 @@ class Stepper:
         self.step = 0  # steps done
         self.reading: Any = data  # what the stage reads
         self.checks: Waiting = []  # of the last step's values, not looked at yet
+        self._parted = False  # some term of a step has waited for a backward pass of its own
         self._focused: Player | None = None
         self._entered: Span | None = None  # the stage that the method has been told of
         self._made: list[int] = []  # the numbers of the stages whose data the method has made a part of
@@ -135,7 +137,7 @@ class Stepper:
             if self.sharded:
                 player.runner = Sharded(m, player.turn)
             elif self.world.size > 1:
-                player.runner = DataParallel(m, player.turn, player.trained)
+                player.runner = DataParallel(m, player.turn, player.trained, self.world.size)
 
     def reference(self, player: Player) -> float:
         return player.weight_rms()
@@ -198,6 +200,11 @@ class Stepper:
                 if chosen and (step - span.start) % player.period == 0:
                     losses |= self.take_turn(player, batches, shared)
         m.shared = {}
+        if c.backward_per_term and not self._parted:
+            raise UserError(
+                f"engine.backward_per_term parts nothing here: no term of {m.slug!r} has passes of its own",
+                cure="set it to false, and engine.accumulate higher where memory is short",
+            )
         self.step = step + 1
         return losses
 
@@ -257,20 +264,23 @@ class Stepper:
         for k, batch in enumerate(batches):
             m.shared, m.notes, m.weights = shared[k], {}, weights[k]
             self.seed(m, step, player.index, k)
-            with player.runner.gradients(last=k == count - 1):
+            last = k == count - 1
+            player.runner.begin(last)
+            with self._autocast():
+                terms = player.runner.call(batch)
+                if not c.backward_per_term:  # within one context, which rounds each weight once
+                    terms = finished(terms)
+            parts = self._parts(terms)
+            for part in parts:
                 with self._autocast():
-                    terms = player.runner.call(batch)
-                    if not c.backward_per_term:  # within one context, which rounds each weight once
-                        terms = finished(terms)
-                for part in self._parts(terms):
-                    with self._autocast():
-                        made = finished(part)
-                    values = [value.float() for value in made.values()]
-                    total = values[0] if len(values) == 1 else torch.stack(values).sum()
+                    made = finished(part)
+                values = [value.float() for value in made.values()]
+                total = values[0] if len(values) == 1 else torch.stack(values).sum()
+                with player.runner.averaging() if last and part is parts[-1] else nullcontext():
                     (total if count == 1 else total / count).backward()
-                    for name, value in zip(made, values, strict=True):
-                        key = f"{player.turn.name}/{name}"
-                        losses[key] = losses[key] + value.detach() / count if k else value.detach() / count
+                for name, value in zip(made, values, strict=True):
+                    key, value = f"{player.turn.name}/{name}", value.detach() / count
+                    losses[key] = losses[key] + value if key in losses else value
             for name, value in m.notes.items():
                 notes[name] = notes.get(name, 0.0) + value / count
         player.notes = notes
@@ -290,13 +300,22 @@ class Stepper:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _parts(self, terms: Terms) -> list[Terms]:
-        """What is minimised by one backward pass each: all terms together or, under ``config.backward_per_term``, those
-        that are there, and after them each of those that wait."""
+        """What is minimised by one backward pass each: all terms together or, under ``config.backward_per_term``, what
+        is there, and after it each of those that wait."""
         if not self.config.backward_per_term:
             return [terms]
-        there = {name: term for name, term in terms.items() if not callable(term)}
-        parts: list[Terms] = [there] if there else []
-        return parts + [{name: term} for name, term in terms.items() if callable(term)]
+        there: dict[str, Tensor] = {}
+        waiting: list[Terms] = []
+        for name, term in terms.items():
+            if isinstance(term, Parted):
+                there[name] = term.now
+                waiting.append({name: term.later})
+            elif callable(term):
+                waiting.append({name: term})
+            else:
+                there[name] = term
+        self._parted = self._parted or bool(waiting)
+        return [there, *waiting] if there else waiting
 
     def _shares(
         self, player: Player, batches: list[Batch], shared: list[dict[str, Any]]

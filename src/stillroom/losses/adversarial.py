@@ -23,9 +23,15 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, weight: Tensor | None = None) -> Tensor:
     """``softplus(-l_real) + softplus(l_fake)`` (binary cross-entropy, real = 1), averaged: a scalar. ``weight [B]``: of
     each pair of samples, where both are seen at one time."""
+    return told(real_logits, True, weight) + told(fake_logits, False, weight)
+
+
+def told(logits: Tensor, real: bool, weight: Tensor | None = None) -> Tensor:
+    """One half of :func:`discriminator_loss`: ``softplus(-l)`` of real data, or ``softplus(l)`` of generated."""
+    signed = logits if real else -logits
     if weight is None:
-        return softplus(-real_logits).mean() + softplus(fake_logits).mean()
-    return (weight * (generator_loss(real_logits) + generator_loss(-fake_logits))).mean()
+        return softplus(-signed).mean()
+    return (weight * generator_loss(signed)).mean()
 
 
 def logit_discrimination(

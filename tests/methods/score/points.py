@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gaussians import play
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.process import RectifiedFlow
-from stillroom.method import Method, get_method
+from stillroom.method import Batch, Method, get_method
 from stillroom.networks.point_mlp import PointMLP
 
 FLOW = RectifiedFlow()
@@ -49,6 +49,13 @@ def build(slug: str, lora: dict[str, Any] | None = None, **options: Any) -> Any:
 def batch(n: int = B) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {"x": torch.randn(n, 2, generator=generator), "cond": {"label": torch.arange(n) % NULL}}
+
+
+class Rows:
+    """Data for the engine: always the same rows."""
+
+    def batch(self, seed: int, step: int, size: int, rows: slice) -> Batch:
+        return {k: v[rows] if isinstance(v, Tensor) else {"label": v["label"][rows]} for k, v in batch(size).items()}
 
 
 def names(method: Method) -> list[str]:

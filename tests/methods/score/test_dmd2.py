@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from points import B, batch, build, says, two_points
+from points import B, Rows, batch, build, says, two_points
 from torch import Tensor
 
 from gaussians import draws, moved, play
@@ -64,13 +64,6 @@ def test_dmd2_s_critic_learns_from_the_very_sample_of_the_generator() -> None:
     assert len(made) == 2
     assert not made[1][1]
     assert not made[1][0].requires_grad
-
-
-class Rows:
-    """Data for the engine: always the same rows."""
-
-    def batch(self, seed: int, step: int, size: int, rows: slice) -> Batch:
-        return {k: v[rows] if isinstance(v, Tensor) else {"label": v["label"][rows]} for k, v in batch(size).items()}
 
 
 def test_dmd2_updates_the_student_once_per_period_and_the_critic_at_every_step() -> None:
@@ -174,16 +167,3 @@ def test_dmd2_s_critic_leaves_the_teacher_alone_where_the_teacher_s_features_are
     method.draw = draws(B)
     finished(method.critic(batch()))["gan"].backward()
     assert moved(method) == {"discriminator"}
-
-
-def test_one_backward_pass_per_term_gives_the_gradients_of_one_for_all() -> None:
-    def trained(apart: bool) -> dict[str, Tensor]:
-        method = build("dmd2", gan_weight=0.5, critic_gan_weight=0.5)
-        optim = {"all": {"name": "sgd", "lr": 0.05, "betas": (0.9, 0.0), "clip_norm": 0.0}}
-        config = EngineConfig(steps=3, batch=4, device="cpu", optim=optim, backward_per_term=apart)
-        Trainer(method, Rows(), config, show=False).fit()
-        return dict(method.fake.named_parameters()) | dict(method.discriminator.named_parameters())
-
-    together = trained(False)
-    for name, value in trained(True).items():
-        torch.testing.assert_close(value, together[name], msg=lambda m, name=name: f"{name}: {m}")

@@ -147,17 +147,22 @@ def test_sid_drops_conditions_sample_by_sample_and_only_under_guidance() -> None
     assert not bool((asked == NULL).any())
 
 
-@pytest.mark.parametrize(("guidance", "passes"), [("long", (2, 1)), ("zero-cfg", (3, 2)), ("anti-cfg", (3, 2))])
+@pytest.mark.parametrize(
+    ("guidance", "passes"), [("long", ((1, 1), (1, 0))), ("zero-cfg", ((1, 2), (1, 1))), ("anti-cfg", ((1, 2), (1, 1)))]
+)
 def test_sid_s_gan_reads_its_logits_from_the_fake_score_s_own_pass_where_it_can(
-    guidance: str, passes: tuple[int, int]
+    guidance: str, passes: tuple[tuple[int, int], tuple[int, int]]
 ) -> None:
-    """Critic: generated and real; generator: generated. One more each where the fake score is asked something else."""
-    method, asked = build("sid-lsg", guidance=guidance, gan_weight=0.1), []
-    method.fake.register_forward_pre_hook(lambda _, args: asked.append(args))
+    """Whole passes, and those that end at the tapped block. Critic: generated and real; generator: generated. One more
+    each where the fake score is asked something else."""
+    method, whole, ended = build("sid-lsg", guidance=guidance, gan_weight=0.1), [], []
+    method.fake.register_forward_pre_hook(lambda _, args: whole.append(args))
+    logits = method.discriminator.logits
+    method.discriminator.logits = lambda *args: ended.append(args) or logits(*args)
     for name, expected in zip(("critic", "generator"), passes, strict=True):
-        asked.clear()
+        whole.clear(), ended.clear()
         play(method, name, batch())
-        assert len(asked) == expected
+        assert (len(whole), len(ended)) == expected
 
 
 def test_sid_trains_every_step_of_its_student_or_only_the_last() -> None:

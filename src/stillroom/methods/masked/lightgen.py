@@ -242,7 +242,7 @@ class LightGen(Method):
             name: value if name == "masked" else value.repeat(2, *[1] * (value.ndim - 1))
             for name, value in self.randomness(win).items()
         }
-        # Dropping no text in so many words keeps the null text in the graph, where DDP expects what other turns train.
+        # Dropping no text in so many words keeps the null text in the graph, and so its weight decay and momentum.
         shared["drop"] = torch.zeros(len(win), dtype=torch.bool, device=win.device)
         both, text = torch.cat([win, lose]), batch["cond"][TEXT]
         with torch.no_grad():

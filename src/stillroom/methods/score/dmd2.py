@@ -13,7 +13,7 @@ from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses import adversarial, score
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
-from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.method import Batch, Method, Optim, Paper, Parted, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=2e-6, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=10.0)
@@ -168,20 +168,23 @@ class DMD2(Method):
         fake_t, t_fake = (x_t, t) if o.gan_pass == "shared" else self.noised(x0, o.critic_times)[:2]
         real_t, t_real, _ = self.noised(batch["x"], o.critic_times)
 
-        def told_apart() -> Tensor:
+        def gan(logits: Tensor, real: bool) -> Tensor:
+            self.note("real_logit" if real else "fake_logit", logits.mean())
+            return o.critic_gan_weight * adversarial.told(logits, real)
+
+        def of_real() -> Tensor:
+            return gan(self.discriminator.logits(self.fake, real_t, t_real, cond), real=True)
+
+        def of_both() -> Tensor:
             if self.tapped is self.teacher:  # without a graph, so both fit into one pass
                 twice = {key: torch.cat([value, value]) for key, value in cond.items()}
                 x_both, t_both = torch.cat([fake_t, real_t]), torch.cat([t_fake, t_real])
-                fake_logits, real_logits = self.discriminator.logits(self.teacher, x_both, t_both, twice).chunk(2)
-            else:
-                fake_logits = self.discriminator.logits(self.fake, fake_t, t_fake, cond) if logits is None else logits
-                real_logits = self.discriminator.logits(self.fake, real_t, t_real, cond)
-            self.note("real_logit", real_logits.mean())
-            self.note("fake_logit", fake_logits.mean())
-            return o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits)
+                fake, real = self.discriminator.logits(self.teacher, x_both, t_both, twice).chunk(2)
+                return gan(real, real=True) + gan(fake, real=False)
+            return gan(self.discriminator.logits(self.fake, fake_t, t_fake, cond), real=False) + of_real()
 
-        # with passes of its own, it can wait until the denoising's is done with
-        return {"denoise": loss, "gan": told_apart() if both else told_apart}
+        # what has passes of its own can wait until the denoising's is done with
+        return {"denoise": loss, "gan": of_both if logits is None else Parted(gan(logits, real=False), of_real)}
 
     def sampler(self) -> FewStepSampler:
         return FewStepSampler(self.times, self.options.renoise)

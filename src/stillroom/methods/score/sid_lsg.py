@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from stillroom.losses.score import (
     score_difference_loss,
     snr_weight,
 )
-from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.method import Batch, Method, Optim, Paper, Parted, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=1e-6, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
@@ -89,6 +89,7 @@ class SiDLSG(Method):
         renoise: Renoise = "fresh"
 
     options: Options
+    discriminator: Any
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
@@ -121,8 +122,10 @@ class SiDLSG(Method):
         Zero-CFG too): one forward pass where both are the same question; no logits without a GAN."""
         if not self.options.gan_weight:
             return self.fake(x_t, t, cond, guidance), x_t.new_zeros(len(x_t))
-        plain, logits = self.discriminator(self.fake, x_t, t, full)
-        return (plain if guidance == 1 and cond is full else self.fake(x_t, t, cond, guidance)), logits
+        if guidance == 1 and cond is full:
+            return self.discriminator(self.fake, x_t, t, full)
+        logits = self.discriminator.logits(self.fake, x_t, t, full)
+        return self.fake(x_t, t, cond, guidance), logits
 
     @turn(trains=("fake", "discriminator"), optim=OPTIM)
     def critic(self, batch: Batch) -> Terms:
@@ -134,15 +137,19 @@ class SiDLSG(Method):
         p, fake_logits = self.ask_fake(x_t, t, self.dropped(batch["cond"]), batch["cond"], self.k_train)
         loss = fake_score_loss(p, x0, eps, o.fake_loss)
         self.note("fake_error", loss)
-        terms = {"denoise": loss}
-        if o.gan_weight:  # the same time and noise for real and generated
+        if not o.gan_weight:
+            return {"denoise": loss}
+        weight = snr_weight(process, t) if o.gan_time_weight == "edm" else None
+
+        def gan(logits: Tensor, real: bool) -> Tensor:
+            self.note("real_logit" if real else "fake_logit", logits.mean())
+            return o.critic_gan_weight * adversarial.told(logits, real, weight) / 2
+
+        def of_real() -> Tensor:  # at the same time and noise; a pass of its own, so it can wait
             real_t = process.add_noise(batch["x"], eps, t)
-            _, real_logits = self.discriminator(self.fake, real_t, t, batch["cond"])
-            weight = snr_weight(process, t) if o.gan_time_weight == "edm" else None
-            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits, weight) / 2
-            self.note("real_logit", real_logits.mean())
-            self.note("fake_logit", fake_logits.mean())
-        return terms
+            return gan(self.discriminator.logits(self.fake, real_t, t, batch["cond"]), real=True)
+
+        return {"denoise": loss, "gan": Parted(gan(fake_logits, real=False), of_real)}
 
     @turn(trains="student", optim=OPTIM)
     def generator(self, batch: Batch) -> Terms:

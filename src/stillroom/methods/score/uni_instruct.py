@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from stillroom.losses.score import (
     snr_weight,
     square,
 )
-from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
+from stillroom.method import Batch, Method, Optim, Paper, Parted, Stage, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
 
 OPTIM = Optim(lr=1e-5, name="adam", betas=(0.0, 0.999), nan_to_num=1e5)
@@ -85,6 +85,7 @@ class UniInstruct(Method):
         fake_loss: FakeLoss = "snr"
 
     options: Options
+    discriminator: Any
     health = {
         **score.HEALTH,
         **adversarial.HEALTH,
@@ -128,14 +129,19 @@ class UniInstruct(Method):
         p, fake_logits = self.ask_fake(process.add_noise(x0, eps, t), t, cond)
         loss = fake_score_loss(p, x0, eps, o.fake_loss)
         self.note("fake_error", loss)
-        terms = {"denoise": loss}
-        if self.needs_ratio:
-            _, real_logits = self.discriminator(self.fake, process.add_noise(batch["x"], eps, t), t, cond)
-            weight = snr_weight(process, t) if o.gan_time_weight == "edm" else None
-            terms["gan"] = o.critic_gan_weight * adversarial.discriminator_loss(real_logits, fake_logits, weight) / 2
-            self.note("real_logit", real_logits.mean())
-            self.note("fake_logit", fake_logits.mean())
-        return terms
+        if not self.needs_ratio:
+            return {"denoise": loss}
+        weight = snr_weight(process, t) if o.gan_time_weight == "edm" else None
+
+        def gan(logits: Tensor, real: bool) -> Tensor:
+            self.note("real_logit" if real else "fake_logit", logits.mean())
+            return o.critic_gan_weight * adversarial.told(logits, real, weight) / 2
+
+        def of_real() -> Tensor:  # a pass of its own, so it can wait until the first one's backward is done
+            real_t = process.add_noise(batch["x"], eps, t)
+            return gan(self.discriminator.logits(self.fake, real_t, t, cond), real=True)
+
+        return {"denoise": loss, "gan": Parted(gan(fake_logits, real=False), of_real)}
 
     def noised_sample(self, cond: Cond, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The student's sample ``x0``, a time ``t`` of the generator's law, ``x_t``: the first draws of its turn."""
