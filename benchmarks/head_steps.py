@@ -16,7 +16,7 @@ import torch
 from common import Row, median, record
 
 from stillroom.bench.scenes.bench import ScenesBench
-from stillroom.task import load_generator
+from stillroom.pictures import load_generator
 
 STEPS = (25, 20, 16, 12, 8, 6, 4)
 LOSS, WORSE = 0.01, 0.05

@@ -20,9 +20,9 @@ from stillroom.bench.fashion.bench import ClassImagesBench
 from stillroom.diffusion.sampling import FewStepSampler, sampler_from_dict
 from stillroom.evaluation.cost import macs
 from stillroom.parsing import read_json
+from stillroom.pictures import load_generator
 from stillroom.surgery.modules import parameter_count
 from stillroom.surgery.tabulated import tabulate
-from stillroom.task import load_generator
 from stillroom.tasks.class_images.model import ImageGenerator
 
 RUNS = {1: 31, 32: 11}

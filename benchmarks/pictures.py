@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stillroom.bench.fashion.bench import ClassImagesBench
 from stillroom.diffusion.sampling import FewStepSampler
-from stillroom.task import load_generator
+from stillroom.pictures import load_generator
 from stillroom.tasks.class_images.model import ImageGenerator
 
 PER_CLASS, GAP, SEED = 5, 2, 0

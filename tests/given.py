@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.method import Method, get_method
 
 
 def given(networks: Any) -> dict[str, Any]:
@@ -18,3 +20,15 @@ def given(networks: Any) -> dict[str, Any]:
     if not isinstance(first, nn.Module):
         return {"space": first}
     return {"student": first, "teachers": others} | ({"teacher": others[0]} if len(others) == 1 else {})
+
+
+def maker(slug: str, options: Mapping[str, Any], networks: Any) -> Callable[[], Method]:
+    """What makes the method on copies of these networks, each time anew."""
+    cls = get_method(slug)
+
+    def make() -> Method:
+        method = cls(cls.Options(**options))
+        method.build_from(given(copy.deepcopy(networks)))
+        return method
+
+    return make

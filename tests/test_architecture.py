@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "stillroom"
 # What each part of the package may import besides itself. A part that is not listed here fails the test.
 TOOLS = {"losses", "diffusion", "networks", "surgery", "folders", "augment", "draws", "errors", "files", "parsing"}
 TOOLS |= {"registry", "values", "checks"}
-BELOW_METHODS = TOOLS | {"cache", "data", "evaluation", "method", "task", "engine", "recipe", "training"}
+BELOW_METHODS = TOOLS | {"cache", "data", "evaluation", "method", "task", "pictures", "engine", "recipe", "training"}
 BELOW_BENCH = BELOW_METHODS | {"methods", "synthesis", "tasks"}
 BELOW_RUN = BELOW_BENCH | {"bench", "proofs", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": TOOLS | {"data"},
     "method": TOOLS,
     "task": TOOLS | {"evaluation"},
+    "pictures": TOOLS | {"evaluation", "task"},
     "engine": TOOLS | {"data", "method"},
     "recipe": TOOLS | {"method", "engine"},
     "training": TOOLS | {"method", "engine", "recipe"},

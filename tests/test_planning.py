@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -23,7 +22,7 @@ import stillroom as sr
 import tiny
 import tiny_pipelines
 import tiny_text
-from given import given as by_name
+from given import maker
 from stillroom import cli, planning
 from stillroom.data.source import ArrayData
 from stillroom.engine import rehearsal
@@ -33,7 +32,7 @@ from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import load_denoiser
 from stillroom.folders.image_networks import make_classifier
-from stillroom.method import Batch, Method, Terms, get_method, turn
+from stillroom.method import Batch, Method, Terms, turn
 from stillroom.networks.mae import make_encoder
 from stillroom.planning import bytes_of, plan
 from stillroom.recipe import Recipe
@@ -191,14 +190,7 @@ WORLDS: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[[], Any], di
 @pytest.mark.parametrize("slug", WORLDS)
 def test_a_plan_is_within_15_per_cent_of_what_is_taken(tmp_path: Path, slug: str) -> None:
     networks, data, options = WORLDS[slug]
-    cls = get_method(slug)
-    given = networks(tmp_path)
-
-    def make() -> Method:
-        method = cls(cls.Options(**options))
-        method.build_from(by_name(copy.deepcopy(given)))
-        return method
-
+    make = maker(slug, options, networks(tmp_path))
     real = Measured(make(), data(), EngineConfig(steps=60, batch=8, device="cpu"), show=False).measure()
     costs = rehearsed(make, data())
     assert {(stage, cost.turn) for cost in costs for stage in cost.stages} == set(real)

@@ -209,6 +209,16 @@ def test_plain_values_are_read_as_yaml_1_2_says() -> None:
             Recipe.load("dmd2", [f"engine.steps={text}"])
 
 
+def test_a_name_of_digits_stays_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "digits.yaml"
+    path.write_text("base: sim\nname: 007\nengine: {steps: 0010}\n")
+    recipe = Recipe.load(path)
+    assert recipe.name == "007"
+    assert recipe.engine.steps == 10
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path).to_dict() == recipe.to_dict()
+
+
 @pytest.mark.parametrize("text", ["1e4", "0o10", "010", "on", "1:30", "2026-11-29", "null", "~", "<<", ".5", "1_000"])
 def test_a_text_that_looks_like_something_else_survives_the_round_trip(text: str, tmp_path: Path) -> None:
     recipe = Recipe.load("dmd2", [f"data={text}", f"student={text}"])

@@ -21,8 +21,8 @@ from stillroom.diffusion.masking import MaskedSampler
 from stillroom.evaluation.cost import macs
 from stillroom.folders.shipped import ASSETS
 from stillroom.parsing import read_json
+from stillroom.pictures import load_generator
 from stillroom.surgery.modules import parameter_count
-from stillroom.task import load_generator
 
 SEED = 1234
 

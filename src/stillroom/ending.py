@@ -28,10 +28,11 @@ from stillroom.files import refusal, write
 from stillroom.folders.weights import weights_unwritten
 from stillroom.method import get_method
 from stillroom.parsing import parse_json
+from stillroom.pictures import REAL_SIZE, PictureGenerator
 from stillroom.recipe import Recipe
 from stillroom.report.log import ENDING, RESULT, is_finished, read_metrics, read_result
 from stillroom.surgery.skeleton import weights_unread
-from stillroom.task import REAL_SIZE, Model, PictureGenerator, Rows, Task, model_class, say
+from stillroom.task import Model, Rows, Task, model_class, say
 
 LARGE = 30_000_000
 """Weights from which on a student is tried without writing them."""

@@ -23,8 +23,7 @@ from stillroom.surgery.freezing import frozen, unfrozen
 
 __all__ = [
     "Batch", "Draws", "Method", "Optim", "Paper", "Parted", "Stage", "Target", "Terms", "Turn", "frozen", "get_method",
-    "methods",
-    "nearest", "option_fields", "register", "turn", "unfrozen",
+    "methods", "nearest", "option_fields", "register", "turn", "unfrozen",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -59,6 +59,15 @@ _PLAIN: tuple[tuple[str, str, str], ...] = (
 )
 
 
+class Written(int):
+    """A whole number that a file writes otherwise than Python would (007), as a text the way it stands there."""
+
+    text = ""
+
+    def __str__(self) -> str:
+        return self.text or int.__repr__(self)
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, but plain words and numbers are read as YAML 1.2 says, a key given twice is an error, and
     neither nesting nor aliases can grow without bound."""
@@ -112,7 +121,12 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
         base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-        return int(text if base == 10 else text[2:], base)
+        number = int(text if base == 10 else text[2:], base)
+        if text == str(number):
+            return number
+        written = Written(number)
+        written.text = text
+        return written
 
 
 class _Dumper(yaml.SafeDumper):
@@ -126,6 +140,9 @@ for _kind, _words, _first in _PLAIN:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_words})$"), [*_first])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"$"), [""])
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+_Dumper.add_representer(Written, lambda dumper, number: dumper.represent_int(int(number)))
 
 
 def dump_yaml(tree: Any) -> str:

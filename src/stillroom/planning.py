@@ -19,10 +19,11 @@ from stillroom.data.blank import by_sizes
 from stillroom.engine.rehearsal import Counted, Rehearsal, TurnCost, storage_bytes
 from stillroom.errors import UserError
 from stillroom.method import get_method
+from stillroom.pictures import PictureGenerator
 from stillroom.recipe import Recipe
 from stillroom.surgery.lora import LoraDenoiser
 from stillroom.surgery.skeleton import NEED_VALUES, Answered, emptied, tensors_in, unshared, weights_unread
-from stillroom.task import NOTHING, PictureGenerator, Task, make_task
+from stillroom.task import NOTHING, Task, make_task
 from stillroom.training import build_method
 
 if TYPE_CHECKING:

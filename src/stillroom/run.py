@@ -57,8 +57,8 @@ def _run_here(recipe: Recipe, run_dir: Path, resume: bool, given: Mapping[str, A
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         check_folder(run_dir, resume)
-        for name in filter(None, map(str.strip, (*recipe.teacher.split(","), recipe.student))):
-            stay_inside(sized(name)[0])  # what is named by a word alone is shipped
+        for name in (*recipe.teacher.split(","), recipe.student):
+            stay_inside(sized(name.strip())[0])  # what is named by a word alone is shipped
     if resume and (run_dir / RESULT).is_file():  # all that takes networks is done
         if not first:
             return RunResult(run_dir)

@@ -7,25 +7,21 @@ found by name: no command knows a class of model.
 
 from __future__ import annotations
 
-import copy
 import importlib
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import Sampler
-from stillroom.errors import UserError, nearest
+from stillroom.errors import UserError
 from stillroom.evaluation.scores import Score
 from stillroom.files import stay_inside
-from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.folders.image_networks import architecture
 from stillroom.folders.pipelines import sized
 from stillroom.folders.public import refuse_public
@@ -41,11 +37,6 @@ IN_MEMORY = "(in memory)"
 """Stands in a recipe for a teacher, a student or data that were given as objects."""
 COLUMNS = 8
 """Samples in a row of a sample grid."""
-REAL_SIZE = 1e12
-"""Floating-point operations (a TFLOP). Teachers whose one picture takes more are left out at the end of a run, unless
-``evaluate.teachers`` asks for them; batches of drawings are so large that an evaluation takes at most this much."""
-ADJUSTABLE = ("guidance", "steps", "temperature")
-"""Numbers of a sampler that may be changed from one drawing to the next."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 SIDE_FILE = "stillroom.json"
 Runner = Callable[..., tuple[Tensor, ...]]
@@ -150,6 +141,10 @@ class Model:
         raise NotImplementedError
 
     # --- costs ----------------------------------------------------------------------------------------------------
+    def brief(self) -> Model:
+        """A twin that answers with the least work, to see that it does. Default: the model itself."""
+        return self
+
     @property
     def module(self) -> nn.Module:
         """The network whose parameters count."""
@@ -199,132 +194,6 @@ class Model:
         """What scores an exported file on labelled data. data: the name that :meth:`test_data` was given. test: what it
         gave."""
         raise NotImplementedError
-
-
-class PictureGenerator(Model):
-    """A finished model that draws pictures, with a ``sample`` of its own: of classes (``asked_by`` is ``labels``) or of
-    captions. Here it is asked by *wishes*: a class by its name, a caption, or nothing where it draws at random."""
-
-    does = "draws pictures"
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        """All networks that take part in a drawing, by name."""
-        return {"network": self.module}
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of its pictures, in pixels."""
-        raise NotImplementedError
-
-    # --- costs ----------------------------------------------------------------------------------------------------
-    most_at_once: ClassVar[int] = 64  # pictures of a batch, where these are small
-    _evaluation: float | None = None
-
-    @property
-    def flops(self) -> float:
-        return self._evaluation_flops() * self.nfe
-
-    @property
-    def at_once(self) -> int:
-        """Pictures that are drawn in a batch: as many as keep an evaluation below :data:`REAL_SIZE`."""
-        return max(1, min(self.most_at_once, int(REAL_SIZE // max(self._evaluation_flops(), 1.0))))
-
-    def drawing(self) -> list[Callable[[], Any]]:
-        """The steps of drawing one batch that take the most memory, each by itself, on a model whose tensors have no
-        values. Default: one evaluation of a denoiser."""
-        network = self.module
-        if not isinstance(network, Denoiser):
-            return []
-        rows = self.at_once
-        one = some_conditions(network)
-        guided = 2 if getattr(self.sampler, "guidance", 1.0) not in (0.0, 1.0) else 1
-
-        def evaluate() -> Any:
-            given = {k: torch.empty((guided * rows, *v.shape), dtype=v.dtype) for k, v in one.items()}
-            return network(torch.empty(guided * rows, *network.shape), torch.full((guided * rows,), 0.5), given)
-
-        return [evaluate]
-
-    def _evaluation_flops(self) -> float:
-        """Floating-point operations of one evaluation for one picture. Small networks are not looked at closely: no
-        weight is used more than once for each place of a sample."""
-        if self._evaluation is None:
-            network = self.module
-            most = 2.0 * self.parameters
-            if isinstance(network, Denoiser):
-                most *= math.prod(network.shape[1:])
-                if most * self.most_at_once > REAL_SIZE:
-                    from stillroom.evaluation.cost import forward_flops
-
-                    most = forward_flops(network)
-            self._evaluation = most
-        return self._evaluation
-
-    # --- wishes ---------------------------------------------------------------------------------------------------
-    @property
-    def choices(self) -> list[str]:
-        """Names, else numbers, of the classes that can be asked for; empty for a model without classes."""
-        return []
-
-    def examples(self) -> list[str]:
-        """A few wishes, to choose from."""
-        return self.choices
-
-    def surprise(self, generator: torch.Generator) -> str:
-        """A wish at random; nothing where the model knows none."""
-        wishes = self.examples()
-        return wishes[int(torch.randint(len(wishes), (), generator=generator))] if wishes else ""
-
-    def check(self, wish: str) -> None:
-        """Raises UserError for a wish that cannot be drawn."""
-        if self.choices and wish not in self.choices:
-            raise UserError(f"no class {wish!r}", cure=f"choose one of: {', '.join(self.choices)}")
-
-    # --- drawing --------------------------------------------------------------------------------------------------
-    @property
-    def settings(self) -> dict[str, float]:
-        """Those numbers of its sampler that may be changed for one drawing: of :data:`ADJUSTABLE`, as they are."""
-        return {name: getattr(self.sampler, name) for name in ADJUSTABLE if hasattr(self.sampler, name)}
-
-    def changed(self, **changes: Any) -> Sampler:
-        """The sampler with other settings. Raises UserError for those that it does not have."""
-        known = [field.name for field in fields(self.sampler)]  # type: ignore[arg-type]
-        for name in changes:
-            if name not in known:
-                raise UserError(
-                    f"sampler {self.sampler.name!r} has no setting {name!r}{nearest(name, known)}",
-                    cure=f"its settings: {', '.join(known)}",
-                )
-        return replace(self.sampler, **changes) if changes else self.sampler  # type: ignore[type-var]
-
-    sample: Callable[..., Tensor]
-    """Pictures ``[N, C, H, W]`` in [-1, 1], on the CPU: of labels; or of captions, by ``(captions, seed, batch,
-    **changes)``, with one seed for all or one for each, and settings of the sampler to change."""
-
-    def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
-        """``n`` pictures ``[N, C, H, W]`` in [-1, 1] of one wish, on the CPU. changes: of the sampler."""
-        raise NotImplementedError
-
-    @property
-    def fills(self) -> bool:
-        """Whether it can draw a part of a picture anew (:meth:`fill`)."""
-        return False
-
-    @property
-    def cell(self) -> int:
-        """Side in pixels of the squares that holes are made of: what the network draws at once."""
-        return 1
-
-    def fill(self, wish: str, image: Tensor, hole: Tensor, n: int, seed: int, **changes: Any) -> Tensor:
-        """``n`` ways to draw the ``hole`` (bool ``[H, W]``) of ``image [C, H, W]`` anew, so that it fits the wish."""
-        raise UserError("this model fills no holes", cure="give a masked generator")
-
-    def to(self, device: torch.device | str) -> Self:
-        """On another device, in place."""
-        for network in self.networks.values():
-            network.to(device)
-        return self
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -380,7 +249,7 @@ class Task:
             self._check_source(recipe)
         for who, names in (("teacher", recipe.teacher), ("student", recipe.student)):
             for name in [names] if Path(names).exists() else map(str.strip, names.split(",")):
-                folder = None if who in given or not name else _named_folder(name)
+                folder = None if who in given else _named_folder(name)
                 if folder is not None and not self.reads(folder):
                     fit = [name for name in SHIPPED if self.reads(model_folder(name))]
                     raise UserError(
@@ -441,12 +310,8 @@ class Task:
         raise NotImplementedError
 
     def brief_call(self, model: Model) -> Any:
-        """The least call that shows that the model works, before a run begins. Default: for one input, in one step
-        where the model's sampler has steps."""
-        if isinstance(model, PictureGenerator) and "steps" in model.settings:
-            model = copy.copy(model)
-            model.sampler = model.changed(steps=1)
-        return self.call(model, 1)
+        """The least call that shows that the model works, before a run begins. Default: for one input."""
+        return self.call(model.brief(), 1)
 
     def cost(self, model: Model) -> dict[str, Any]:
         """``latency_ms`` (median of as many calls as a second holds, by batch size), ``latency_calls``, and ``macs``
@@ -607,14 +472,6 @@ def load_model(name: str | Path) -> Model:
     """The finished model of a run, in a model folder, or a shipped one by name. Raises UserError."""
     folder = model_home(name)
     return model_class(folder).load(folder)
-
-
-def load_generator(name: str | Path) -> PictureGenerator:
-    """As :func:`load_model`. Raises UserError for a model that draws no pictures, saying what it does."""
-    model = load_model(name)
-    if not isinstance(model, PictureGenerator):
-        raise UserError(f"this model {model.does}", cure=model.usage)
-    return model
 
 
 def sample_rows(model: Model, labels: Sequence[str], captions: Sequence[str], n: int, seed: int) -> Rows:

@@ -46,7 +46,7 @@ from stillroom.diffusion.sampling import ODESampler
 from stillroom.errors import UserError
 from stillroom.folders.image_networks import make_classifier
 from stillroom.networks.text_image_space import TextImageSpace
-from stillroom.task import PictureGenerator
+from stillroom.pictures import PictureGenerator
 from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.classify.model import ImageClassifier
 from stillroom.tasks.text_images.model import TextImageGenerator

@@ -3,7 +3,6 @@ refuses tensors that were left on the CPU. No accelerator is needed: the tensors
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from given import given as by_name
+from given import maker
 from stillroom.diffusion.process import VP
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import World
@@ -68,14 +67,7 @@ def rehearse(method: Callable[[], Method], data: Any, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("slug", WORLDS)
 def test_a_turn_mixes_no_devices(tmp_path: Path, slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     networks, data, options = WORLDS[slug]
-    cls = get_method(slug)
-    given = networks(tmp_path)
-
-    def make() -> Method:
-        method = cls(cls.Options(**options))
-        method.build_from(by_name(copy.deepcopy(given)))
-        return method
-
+    make = maker(slug, options, networks(tmp_path))
     rehearse(make, data(), monkeypatch)
 
 

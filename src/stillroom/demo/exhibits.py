@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stillroom.bench import Bench, benches
 from stillroom.errors import UserError
-from stillroom.task import PictureGenerator
+from stillroom.pictures import PictureGenerator
 
 MOST_IMAGES = 8
 LONGEST_MESSAGE = 600

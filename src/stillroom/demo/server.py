@@ -13,8 +13,9 @@ from stillroom.demo.page import dressed, import_gradio, layout
 from stillroom.demo.studio import Studio
 from stillroom.errors import UserError
 from stillroom.folders.shipped import model_folder
+from stillroom.pictures import load_generator
 from stillroom.recipe import Recipe, from_here
-from stillroom.task import IN_MEMORY, load_generator, model_class, model_home
+from stillroom.task import IN_MEMORY, model_class, model_home
 from stillroom.tasks.words import listed
 
 HOST = "127.0.0.1"

@@ -4,7 +4,7 @@ and how many at a time they are predicted in sampling. Once predicted, a token s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -138,6 +138,9 @@ class MaskedSampler(Sampler):
     def nfe(self) -> int:
         """Passes through the transformer; the head takes ``head_steps`` small ones in each."""
         return self.steps * (1 if self.guidance in (0.0, 1.0) else 2)
+
+    def shortest(self) -> MaskedSampler:
+        return replace(self, steps=1, head_steps=1)
 
     def guidance_at(self, known: float) -> float:
         """w of the step after which the share ``known`` of the tokens is known."""

@@ -283,8 +283,15 @@ class Rehearsal(Stepper):
                 ) from None
 
     def _enter_stage(self, span: Span, mode: Any) -> None:
-        with mode, self.counted:
-            self.enter(span, resumed=False)
+        """What a method draws for a stage (preferences) is asked for its shape alone."""
+        method: Any = self.method
+        sampler = method.sampler
+        method.sampler = lambda: sampler().shortest()
+        try:
+            with mode, self.counted:
+                self.enter(span, resumed=False)
+        finally:
+            del method.sampler
 
     def _step(
         self, players: list[Player], batches: list[Any], seen: Mapping[str, _Seen], times: int, mode: Any

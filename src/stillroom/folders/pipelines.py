@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -32,12 +33,17 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "kolors")
 """Where the parts of a pipeline may come from; a part from anywhere else would run code of its own."""
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "KarrasVePipeline")
+NOWHERE = Path(os.devnull)
+"""A folder that holds nothing."""
 _SIZED = re.compile(r"(?P<folder>.+)@(?P<height>[0-9]+)(x(?P<width>[0-9]+))?")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 def sized(name: str | Path) -> tuple[Path, Size | None]:
-    """``DIR``, ``DIR@512`` or ``DIR@HEIGHTxWIDTH`` as folder and size."""
+    """``DIR``, ``DIR@512`` or ``DIR@HEIGHTxWIDTH`` as folder and size. No name is :data:`NOWHERE`, not the working
+    folder."""
+    if not str(name):
+        return NOWHERE, None
     path = Path(name).expanduser()
     found = _SIZED.fullmatch(str(name))
     if path.exists() or not found:
@@ -48,8 +54,8 @@ def sized(name: str | Path) -> tuple[Path, Size | None]:
 
 def is_pipeline(name: str | Path) -> bool:
     """Whether a name is the folder of a diffusers pipeline that draws more than pixels without words
-    (:func:`draws_pixels`). No name is not the working folder's."""
-    return str(name) != "" and (sized(name)[0] / INDEX).is_file() and not draws_pixels(sized(name)[0])
+    (:func:`draws_pixels`)."""
+    return (sized(name)[0] / INDEX).is_file() and not draws_pixels(sized(name)[0])
 
 
 def draws_pixels(folder: Path) -> bool:

@@ -17,8 +17,9 @@ from stillroom.data.captioned_folders import FolderTeacher, centre_square
 from stillroom.errors import UserError, nearest
 from stillroom.folders.pipelines import check_parts, is_pipeline, read_pipeline
 from stillroom.folders.shipped import SHIPPED
+from stillroom.pictures import PictureGenerator, load_generator
 from stillroom.surgery.modules import weights_hash
-from stillroom.task import SIDE_FILE, PictureGenerator, find_model_class, load_generator, model_home
+from stillroom.task import SIDE_FILE, find_model_class, model_home
 
 SEEDS = 2**32
 

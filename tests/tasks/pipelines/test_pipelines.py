@@ -669,3 +669,4 @@ def test_no_name_is_not_the_working_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert is_pipeline(".")
     assert not is_pipeline("")
+    assert not list(sized("")[0].glob("*"))

@@ -18,8 +18,9 @@ from stillroom.folders.denoisers import EXPERTS, NETWORK_FOLDERS, SIDE_FILE, loa
 from stillroom.folders.diffusers_networks import label_count
 from stillroom.folders.pipelines import draws_pixels
 from stillroom.parsing import read_json
+from stillroom.pictures import PictureGenerator
 from stillroom.surgery.modules import device_of
-from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
+from stillroom.task import COLUMNS, Part, Rows
 
 ROWS = 10
 """Rows of a sample grid: classes, or rows of unconditional samples."""

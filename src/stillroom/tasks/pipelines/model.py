@@ -38,10 +38,11 @@ from stillroom.folders.pipelines import (
 )
 from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
+from stillroom.pictures import PictureGenerator
 from stillroom.surgery.attached import AttachedDenoiser
 from stillroom.surgery.lora import LoraDenoiser, plain_copy
 from stillroom.surgery.modules import device_of
-from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
+from stillroom.task import COLUMNS, Part, Rows
 
 TEACHER_STEPS = 25
 

@@ -25,8 +25,9 @@ from stillroom.networks.mar import MAR
 from stillroom.networks.text_encoder import CONDITIONS, TEXT_ENCODER
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json
+from stillroom.pictures import PictureGenerator
 from stillroom.surgery.modules import device_of
-from stillroom.task import COLUMNS, Part, PictureGenerator, Rows
+from stillroom.task import COLUMNS, Part, Rows
 from stillroom.tasks.class_images.model import ImageGenerator
 
 EXAMPLES = {
