@@ -1,4 +1,4 @@
-"""Every score method on every family of pipelines, for two steps: what the table in docs/models.md says."""
+"""Every method of denoisers on every family of pipelines, for two steps: what the table in docs/models.md says."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from stillroom.tasks.pipelines.task import Pipelines
 from stillroom.training import build_method
 from tiny_pipelines import SIDE, WIDER, make_pipeline
 
-METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct")
+METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd")
 STEPS = 2
+OPTIONS = {"agd": ["options.paths=3", "options.path_steps=2", "options.steps=2", "options.width=8"]}
+"""Of methods whose students do not begin at a time of their own."""
 PROMPTS = ("a red cat", "the boat of the dog", "a house")
 
 
@@ -38,7 +40,8 @@ def teacher_of(family: str) -> tuple[PipelineGenerator, PromptedData]:
 
 
 def recipe_of(family: str, method: str) -> Recipe:
-    changes = ["engine.batch=2", f"engine.steps={STEPS}", "engine.warmup=0", "evaluate.n=0", "options.t_init=1.0"]
+    changes = ["engine.batch=2", f"engine.steps={STEPS}", "engine.warmup=0", "evaluate.n=0"]
+    changes += OPTIONS.get(method, ["options.t_init=1.0"])
     if method == "swiftbrush":
         changes.append("options.targets=[to_q, to_k, to_v]")
     return Recipe.load(method, changes, teacher=family, data="pictures")

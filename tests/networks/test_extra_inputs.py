@@ -70,6 +70,29 @@ def test_new_inputs_change_nothing_until_they_are_trained(name: str) -> None:
     assert torch.equal(ask(asked, {}), before)  # silent again
 
 
+def test_rows_that_a_network_is_asked_about_apart_are_told_their_own() -> None:
+    """Of CogView 4, texts of each length go through the network by themselves."""
+    from pipeline_pairs import teacher_of
+
+    generator, data = teacher_of("cogview4")
+    torch.manual_seed(0)
+    plain = copy.deepcopy(generator.denoiser)
+    plain.null = dict(data.null)
+    asked = with_inputs(plain, "guidance_scale", width=16)
+    for layer in asked.attachment.out:  # type: ignore[union-attr]
+        torch.nn.init.normal_(layer.weight, std=0.5)  # type: ignore[union-attr]
+    cond = data.batch(0, 0, 3)["cond"]
+    assert len(set(cond["encoder_attention_mask"].sum(1).tolist())) > 1
+    x, t, w = torch.randn(3, *plain.shape), torch.tensor([300.0, 500.0, 700.0]) / 1000, torch.tensor([1.0, 3.0, 6.0])
+    with torch.no_grad():
+        whole = asked(x, t, {**cond, "guidance_scale": w}).value
+        for i in range(3):
+            own = {key: value[i : i + 1] for key, value in cond.items()} | {"guidance_scale": w[i : i + 1]}
+            torch.testing.assert_close(
+                asked(x[i : i + 1], t[i : i + 1], own).value, whole[i : i + 1], rtol=1e-4, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_a_network_is_told_a_negative_time_from_a_positive_one(name: str) -> None:
     asked = with_inputs(of_family(name), "sign")

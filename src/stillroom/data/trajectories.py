@@ -115,6 +115,14 @@ def trajectories(
     return Trajectories(tensors)
 
 
+def blank(teacher: Denoiser, cond: Cond, paths: Paths) -> Trajectories:
+    """One path of zeros: for a plan, in which no tensor has values."""
+    shape = (1, paths.steps, *teacher.shape)
+    found = {"noise": torch.zeros(1, *teacher.shape), "end": torch.zeros(1, *teacher.shape), "scale": torch.ones(1)}
+    found |= {"states": torch.zeros(shape), "answers": torch.zeros(shape), "times": torch.zeros(shape[:2])}
+    return Trajectories(found | {f"{COND}{name}": value[:1] for name, value in cond.items()})
+
+
 @torch.no_grad()
 def _walked(teacher: Denoiser, cond: Cond, paths: Paths, rows: Tensor) -> dict[str, Tensor]:
     """Paths by number, ``[R, ...]`` of each tensor, on the CPU."""

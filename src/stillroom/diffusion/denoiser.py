@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
@@ -95,6 +96,24 @@ def plain_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tenso
     return network(x, time, cond)
 
 
+_ASKED: ContextVar[Tensor | None] = ContextVar("asked", default=None)
+
+
+@contextmanager
+def asking_for(rows: Tensor | None) -> Iterator[None]:
+    """Around a network's call for some rows of a batch, int64 ``[R]``, for what is told of the whole batch."""
+    token = _ASKED.set(rows)
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+def asked_rows() -> Tensor | None:
+    """The rows that the network is asked for; None: all."""
+    return _ASKED.get()
+
+
 def plain_guide(conditional: Tensor, unconditional: Tensor, w: Tensor | float) -> Tensor:
     return unconditional + w * (conditional - unconditional)
 
@@ -159,7 +178,7 @@ class Denoiser(nn.Module):
         return switch.use(self.adapter) if switch is not None else nullcontext()
 
     def told(self, given: Cond) -> AbstractContextManager[None]:
-        """Around calls of the network itself: conditions that a wrapper reads, ``[1]`` each. No wrapper: no-op."""
+        """Around calls of the network itself: conditions that a wrapper reads, by name. No wrapper: no-op."""
         return nullcontext()
 
     def native(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

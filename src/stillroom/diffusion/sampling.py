@@ -98,8 +98,8 @@ class Sampler:
         """One that draws something of the same shape with less work, for who asks for no more."""
         return self
 
-    def conditions(self) -> Cond:
-        """What it tells the network besides the user's conditions, ``[1]`` each."""
+    def conditions(self, rows: int) -> Cond:
+        """What it tells the network besides the user's conditions, ``[rows]`` each."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,14 +146,14 @@ class ScaleSampler(ODESampler):
     name: ClassVar[str] = "scale"
     scale: float = 1.5
 
-    def conditions(self) -> Cond:
-        return {"guidance_scale": torch.tensor([self.scale])} if self.scale else {}
+    def conditions(self, rows: int) -> Cond:
+        return {"guidance_scale": torch.full((rows,), self.scale)} if self.scale else {}
 
     @torch.no_grad()
     def sample(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        own = {name: value.to(noise).expand(len(noise)) for name, value in self.conditions().items()}
+        own = {name: value.to(noise) for name, value in self.conditions(len(noise)).items()}
         return super().sample(denoiser, noise, {**(cond or {}), **own}, generator)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import stillroom.networks.extra_inputs  # noqa: F401 - makes its class known
+import stillroom.networks.extra_inputs
+import stillroom.networks.guidance_adapters  # noqa: F401 - makes the classes known
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError, nearest, reading
 from stillroom.folders.weights import load_weights, save_tensors

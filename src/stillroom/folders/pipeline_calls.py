@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Cond, plain_guide
+from stillroom.diffusion.denoiser import Cond, asking_for, plain_guide
 from stillroom.folders.diffusers_networks import diffusers_call
 
 Size = tuple[int, int]
@@ -430,7 +430,8 @@ def by_length(
         rows = torch.tensor([i for i, own in enumerate(lengths) if own == length], device=x.device)
         part = {key: value[rows] for key, value in cond.items() if key != mask}
         part["encoder_hidden_states"] = part["encoder_hidden_states"][:, :length]
-        answer = answer.index_copy(0, rows, ask(x[rows], time[rows], part).to(answer))
+        with asking_for(rows):
+            answer = answer.index_copy(0, rows, ask(x[rows], time[rows], part).to(answer))
     return answer
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError, nearest
 from stillroom.networks.scalars import ScalarEncoder, zeroed
-from stillroom.surgery.attached import AttachedDenoiser, Attachment, output_widths, time_paths
+from stillroom.surgery.attached import AttachedDenoiser, Attachment, time_paths, widths_at
 
 INPUTS = {
     "r": "the time that an average velocity leads to, as a share of t_max",
@@ -45,12 +45,14 @@ class ExtraInputs(Attachment):
             told["code"] = torch.stack(known).sum(0) if known else None
         if told["code"] is None:
             return None
-        added: Tensor = self.out[self.paths.index(path)](told["code"]).to(output)
+        added: Tensor = self.out[self.paths.index(path)](self.of_rows(told["code"])).to(output)
+        if len(output) > len(added):  # Qwen-Image 2.1 embeds a time of 0 beside those of the samples
+            added = nn.functional.pad(added, (0, 0, 0, len(output) - len(added)))
         return output + added.reshape(len(added), *(1,) * (output.ndim - 2), added.shape[-1])
 
 
 def with_inputs(denoiser: Denoiser, *inputs: str, width: int = 64) -> AttachedDenoiser:
     """``denoiser`` with more ``inputs``, read from conditions of these names; the same function until it is trained.
     Raises UserError for a network whose embedding of the time is not known."""
-    widths = output_widths(denoiser, time_paths(denoiser.network))
+    widths = {path: found.output for path, found in widths_at(denoiser, time_paths(denoiser.network)).items()}
     return AttachedDenoiser(denoiser, ExtraInputs(widths, inputs, width), alone=False)

@@ -62,7 +62,7 @@ def run_arm(arm: Arm, bench: Bench) -> dict[str, Any]:
         "seconds": facts["seconds"],
         "steps": facts["steps"],
         "nfe": sampler.nfe,
-        "params": parameter_count(getattr(network, "network", network)),
+        "params": parameter_count(network),
         "latency_ms": round(speed.median_ms, 3),
     }
     return {"scores": scores, "cost": cost, "health": facts["health"], "means": facts["means"]}

@@ -7,13 +7,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction, asked_rows, asking_for
 from stillroom.errors import UserError
 from stillroom.folders.diffusers_networks import some_conditions
 
@@ -39,6 +39,11 @@ class Attachment(nn.Module):
     def answer(self, path: str, inputs: Mapping[Any, Any], output: Any) -> Any:
         """What the module at ``path`` hands out, given its output and its inputs by place or name; None: as it is."""
         raise NotImplementedError
+
+    def of_rows(self, value: Tensor) -> Tensor:
+        """What is told of a batch, ``[B, ...]``, of those of its rows that the network is asked for just now."""
+        rows = asked_rows()
+        return value if rows is None else value[rows]
 
     @contextmanager
     def speaking(self, told: dict[str, Any] | None) -> Iterator[None]:
@@ -117,10 +122,10 @@ class AttachedDenoiser(Denoiser):
 
     def checkpoint_function(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
         """Activation checkpointing that recomputes ``block`` with what was told in the forward pass."""
-        told = self.attachment.told
+        told, rows = self.attachment.told, asked_rows()
 
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
-            with self.attachment.speaking(told):
+            with self.attachment.speaking(told), asking_for(rows):
                 return block(*inner, **inner_kwargs)
 
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -141,6 +146,16 @@ def time_paths(network: nn.Module) -> list[str]:
     if not found:
         raise UserError(f"{type(network).__name__} has no embedding of times that is known", cure="use another family")
     return found
+
+
+def label_paths(network: nn.Module) -> list[str]:
+    """Modules that turn a label into a vector; empty for a network without labels."""
+    return [
+        path
+        for path, module in network.named_modules()
+        if path.endswith(("class_embedder", "class_embedding", "embed_label"))
+        and type(module).__name__ in ("LabelEmbedding", "Embedding", "TimestepEmbedding")
+    ]
 
 
 def attention_paths(network: nn.Module) -> list[str]:
@@ -172,20 +187,50 @@ def named_paths(network: nn.Module, endings: Sequence[str]) -> list[str]:
     return [path for path in paths if any(path == ending or path.endswith(f".{ending}") for ending in endings)]
 
 
+class Widths(NamedTuple):
+    """Channels of what a module is given, of what it hands out, and of the texts that it is given; 0: no texts."""
+
+    input: int
+    output: int
+    text: int
+
+
+def tokens_of(value: Any) -> Tensor:
+    """``[B, C]``, ``[B, n, C]``, a picture ``[B, C, h, w]``, or a tuple that begins with one: tokens ``[B, n, C]``."""
+    first: Tensor = value[0] if isinstance(value, tuple) else value
+    if first.ndim == 4:
+        return first.flatten(2).transpose(1, 2)
+    return first[:, None] if first.ndim == 2 else first
+
+
+def text_of(inputs: Mapping[Any, Any]) -> Tensor | None:
+    """The texts ``[B, n, C]`` among the inputs of an attention, if there are any."""
+    found = inputs.get("encoder_hidden_states", inputs.get(1))
+    return found if isinstance(found, Tensor) and found.ndim == 3 and found.is_floating_point() else None
+
+
+def hidden_of(inputs: Mapping[Any, Any]) -> Any:
+    """What a module of a network works on: its first input."""
+    return inputs[0] if 0 in inputs else next(inputs[name] for name in ("hidden_states", "x") if name in inputs)
+
+
 @torch.no_grad()
-def output_widths(denoiser: Denoiser, paths: Sequence[str]) -> dict[str, int]:
-    """Channels of what the modules at ``paths`` hand out when ``denoiser`` is asked about one sample: the last
-    dimension, of pictures the second. A module that is not asked is left out."""
-    found: dict[str, int] = {}
+def widths_at(denoiser: Denoiser, paths: Sequence[str]) -> dict[str, Widths]:
+    """Of the modules at ``paths``, when ``denoiser`` is asked about one sample. One that is not asked is left out."""
+    found: dict[str, Widths] = {}
 
     def seen(path: str) -> Callable:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            found[path] = first.shape[1 if first.ndim == 4 else -1]
+        def note(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+            inputs: dict[Any, Any] = {**dict(enumerate(args)), **given}
+            text, hidden = text_of(inputs), hidden_of(inputs)
+            given_width = tokens_of(hidden).shape[-1] if isinstance(hidden, Tensor) and hidden.ndim > 1 else 0
+            found[path] = Widths(given_width, tokens_of(output).shape[-1], 0 if text is None else text.shape[-1])
 
         return note
 
-    handles = [denoiser.network.get_submodule(path).register_forward_hook(seen(path)) for path in paths]
+    handles = [
+        denoiser.network.get_submodule(path).register_forward_hook(seen(path), with_kwargs=True) for path in paths
+    ]
     weight = next(denoiser.network.parameters())
     try:
         x = weight.new_zeros(1, *denoiser.shape)

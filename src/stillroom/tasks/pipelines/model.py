@@ -202,7 +202,7 @@ class PipelineGenerator(PictureGenerator):
             part = dict(arguments)
             if isinstance(part.get("negative_prompt"), str):
                 part["negative_prompt"] = [part["negative_prompt"]] * len(texts[rows])
-            told = self.denoiser.told(self.sampler.conditions())
+            told = self.denoiser.told(self.sampler.conditions(len(texts[rows])))
             with torch.random.fork_rng(), self.denoiser.adapter_scope(), told, self._told(starts, arguments):
                 torch.manual_seed(mix(*seeds[rows]))
                 images = self.pipeline(

@@ -12,7 +12,7 @@ from torch import nn
 from stillroom.cache import cache_folder
 from stillroom.data.prompt_sources import prompt_source
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import FewStepSampler, Sampler
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleSampler
 from stillroom.errors import UserError
 from stillroom.folders.pipelines import few_step_scheduler, fingerprint, is_pipeline, sized
 from stillroom.parsing import parse_yaml
@@ -100,6 +100,8 @@ class Pipelines(Task):
         """Raises UserError where the method's sampler cannot be a scheduler of diffusers, or its discriminator would
         look for real images in vain."""
         sampler, denoiser = method.sampler(), self.teacher.denoiser
+        if isinstance(sampler, ScaleSampler):  # run by the pipeline's own scheduler
+            return
         if not isinstance(sampler, FewStepSampler):
             raise UserError(f"a student sampled by {sampler.name!r} cannot be a pipeline", cure="use a few-step method")
         loop = (self.teacher.family.trigflow, self.teacher.family.consistency)

@@ -1,0 +1,1 @@
+"""Trajectory distillation: the student learns the teacher's path from noise to data."""
