@@ -71,10 +71,10 @@ def test_new_inputs_change_nothing_until_they_are_trained(name: str) -> None:
 
 
 def test_rows_that_a_network_is_asked_about_apart_are_told_their_own() -> None:
-    """Of CogView 4, texts of each length go through the network by themselves."""
+    """Of Qwen-Image 2.1, texts of each length go through the network by themselves."""
     from pipeline_pairs import teacher_of
 
-    generator, data = teacher_of("cogview4")
+    generator, data = teacher_of("qwen-image-2.1")
     torch.manual_seed(0)
     plain = copy.deepcopy(generator.denoiser)
     plain.null = dict(data.null)
@@ -82,7 +82,7 @@ def test_rows_that_a_network_is_asked_about_apart_are_told_their_own() -> None:
     for layer in asked.attachment.out:  # type: ignore[union-attr]
         torch.nn.init.normal_(layer.weight, std=0.5)  # type: ignore[union-attr]
     cond = data.batch(0, 0, 3)["cond"]
-    assert len(set(cond["encoder_attention_mask"].sum(1).tolist())) > 1
+    assert len(set(cond["encoder_hidden_states_mask"].sum(1).tolist())) > 1
     x, t, w = torch.randn(3, *plain.shape), torch.tensor([300.0, 500.0, 700.0]) / 1000, torch.tensor([1.0, 3.0, 6.0])
     with torch.no_grad():
         whole = asked(x, t, {**cond, "guidance_scale": w}).value

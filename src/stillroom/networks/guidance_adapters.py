@@ -152,5 +152,5 @@ def guidance_adapters(
         raise UserError(f"none of {', '.join(paths[:3])} takes part in an answer", cure="name others: options.modules")
     if kind == "auto":
         kind = "attention" if any(sizes.text for sizes in places.values()) else "offset"
-    read = [{path: found[path].output for path in some if path in found} for some in (times, labels)]
-    return GuidanceAdapters(places, *read, kind, width, scale)
+    time, label = ({path: found[path].output for path in some if path in found} for some in (times, labels))
+    return GuidanceAdapters(places, time, label, kind, width, scale)

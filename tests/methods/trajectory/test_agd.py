@@ -225,7 +225,7 @@ def test_what_cannot_be_learnt_is_refused_with_a_cure() -> None:
     plain.null = {}
     with pytest.raises(UserError, match="no unconditional value"):
         AGD(AGD.Options(**SMALL)).build(plain)
-    with pytest.raises(UserError, match="is above options.high"):
+    with pytest.raises(UserError, match=r"is above options\.high"):
         AGD(AGD.Options(**{**SMALL, "low": 9.0})).build(point_teacher())
     with pytest.raises(UserError, match="'attn7' names no module"):
         AGD(AGD.Options(**SMALL, modules=("attn7",))).build(dit_teacher())
