@@ -72,7 +72,7 @@ def block_pipelines(sources: Sources, page: Page) -> str:
     """Which method runs on which family of pipelines, as tools/pairs.py found it."""
     record = json.loads((sources.root / "results" / "pipelines" / "pairs.json").read_text(encoding="utf-8"))
     said = f"✅: trained for {record['steps']} steps on a tiny pipeline of that class, with finite weights that moved."
-    return f"{pair_table(record['families'], 'diffusers')}\n\n{said} {where(record)}"
+    return f"{pair_table(record['families'], 'diffusers')}\n\n{said} {where(record)}{later(record)}"
 
 
 def block_models(sources: Sources, page: Page) -> str:
@@ -90,7 +90,12 @@ def block_models(sources: Sources, page: Page) -> str:
         f"✅: trained for {record['steps']} steps with a tiny model of that class as teacher, with weights that moved; "
         "transformers alone reads the student's folder, and answers as the student does, bit for bit. Else why not."
     )
-    return "\n\n".join([*tables, f"{said} {where(record)}"])
+    return "\n\n".join([*tables, f"{said} {where(record)}{later(record)}"])
+
+
+def later(record: dict[str, Any]) -> str:
+    """Where methods were tried that joined a record."""
+    return "".join(f"; `{method}`: {where(found)}" for method, found in record.get("later", {}).items())
 
 
 def pair_table(families: dict[str, Any], library: str) -> str:
