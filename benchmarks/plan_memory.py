@@ -1,6 +1,6 @@
 """Memory that `stillroom plan` predicts, against what the trainer then takes.
 
-    python benchmarks/plan_memory.py
+    python benchmarks/plan_memory.py            all; METHOD, gloo or ddp: only those rows anew, the others stay
 
 Predicted: on tensors without values, from configs. Measured: the real trainer on the CPU, weights, data and all;
 torch's profiler reports every allocation and release during a turn, and their highest sum is added to what was there.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, record
+from common import OUT, Row, record
 from torch import Tensor
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
@@ -205,6 +205,16 @@ def compare(
     return rows
 
 
+def merged(rows: list[Row]) -> list[Row]:
+    """The recorded rows, these in the place of their own."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("method", "processes", "recipe", "stage", "turn"))
+
+    new = {key(row): row for row in rows}
+    return [new.get(key(row), row) for row in json.loads((OUT / "plan_memory.json").read_text())["rows"]]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--of-two"]:
@@ -216,11 +226,11 @@ def main() -> None:
         if not wanted or method in wanted:
             peaks = measured(read(method, changes), world)
             rows += compare(method, world, changes, peaks, "idle peers" if world > 1 else "")
-    pairs = [case for case in PAIRS if not wanted or "gloo" in wanted]
+    pairs = [case for case in PAIRS if not wanted or "gloo" in wanted or ("ddp" in wanted and DDP in case[1])]
     for (method, changes), peaks in zip(pairs, first_of_two(pairs) if pairs else (), strict=True):
         rows += compare(method, 2, changes, peaks, "gloo")
     if wanted:
-        return
+        rows = merged(rows)
     worst = max(abs(row["error, %"]) for row in rows)
     record(
         "Memory of a plan",
