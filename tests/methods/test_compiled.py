@@ -29,6 +29,7 @@ from stillroom.networks.point_mlp import PointMLP
 SLUGS = sorted(slug for slug, cls in methods().items() if cls.__module__.startswith("stillroom."))
 GAN = {"gan_weight": 0.1}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "agd": {"paths": 6, "path_steps": 3, "width": 8},
     "dmd2": {"critic_turns": 2, **GAN},
     "sid-lsg": GAN,
     "uni-instruct": GAN,
