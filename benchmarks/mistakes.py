@@ -25,7 +25,7 @@ from stillroom.evaluation.metrics import to_uint8
 from stillroom.task import load_model
 from stillroom.tasks.text_images.model import TextImageGenerator
 
-MODELS = ("scenes-sd3", "scenes-pixart", "lightgen")
+MODELS = ("scenes-sd3-large", "scenes-sd3", "scenes-pixart", "lightgen")
 ASKED, SEED = ("two", "attribution"), 0
 
 

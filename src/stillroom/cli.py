@@ -217,7 +217,8 @@ class Sample:
     """Draw images from a student or a teacher into one PNG."""
 
     model: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-pixart, lightgen."""
+    """A student or teacher folder, a run, or a shipped model: fashion, scenes-sd3, scenes-sd3-large, scenes-pixart,
+    lightgen."""
     labels: Annotated[tuple[str, ...], arg(metavar="LABEL ...")] = ()
     """Classes by number or name; by default every class."""
     captions: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()
@@ -342,7 +343,8 @@ class Teach:
     """Train a bench's teacher from its data, or a network that the bench itself needs."""
 
     name: Annotated[Positional[str], arg(metavar="NAME")] = "fashion"
-    """fashion, ring, pair, scenes-sd3, scenes-pixart; scenes-space (codec and text encoder), scenes-parser."""
+    """fashion, ring, pair, scenes-sd3, scenes-sd3-large, scenes-pixart; scenes-space (codec and text encoder),
+    scenes-parser."""
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
     """Recipe keys to change, e.g. engine.steps=1000."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -365,7 +367,7 @@ class Synthesize:
     """Let teachers draw captions into a store: data to distil from. Under torchrun the processes share the work."""
 
     teachers: Annotated[tuple[str, ...], arg(metavar="TEACHER ...")] = ()
-    """Shipped models (scenes-sd3, scenes-pixart), model folders, folders of images with captions; or NAME=DIR."""
+    """Shipped models (scenes-sd3, scenes-sd3-large, scenes-pixart), model folders, folders of images with captions; or NAME=DIR."""
     captions: Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")] = ""
     """A text file with a caption per line, a .jsonl or .csv table, or scenes:N; by default those of the folders."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None

@@ -11,6 +11,7 @@ SHIPPED = {
     "fashion": "fashion-teacher",
     "fashion-clip": "fashion-clip",
     "scenes-sd3": "scenes-sd3",
+    "scenes-sd3-large": "scenes-sd3-large",
     "scenes-pixart": "scenes-pixart",
     "lightgen": "lightgen",
 }

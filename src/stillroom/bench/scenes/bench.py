@@ -65,6 +65,8 @@ LEAST = 6
 """Pictures that distances need: one more than the neighbours of precision and its kin."""
 PARSER_DIR = ASSETS / "scenes-parser"
 TEACHERS = ("scenes-sd3", "scenes-pixart")
+"""Of the shipped store and of recorded arms."""
+LARGE = "scenes-sd3-large"
 PAIRS_SEED = 77
 """Of the real scenes that preferences are learnt from."""
 
@@ -72,7 +74,7 @@ PAIRS_SEED = 77
 @bench("scenes")
 class ScenesBench(Bench):
     """Captions and 32x32 scenes of up to four handwritten digits, with a judge that reads them. Students learn from
-    what the two shipped teachers drew.
+    what two of the shipped teachers drew.
 
     A proof scores 600 captions of the training grammar; ``heldout`` is the SceneEval at as many whose combinations no
     training caption names, ``sides`` the share of captions with "left" or "right" that are obeyed. Parser and
@@ -98,7 +100,7 @@ class ScenesBench(Bench):
         Score("density", "Density"),
         Score("coverage", "Coverage", alarm=0.6, advice="a lower guidance scale, or a GAN term on real images"),
     )  # fmt: skip
-    teaches = ("scenes-sd3-large", *TEACHERS, "scenes-space", "scenes-parser")
+    teaches = (LARGE, *TEACHERS, "scenes-space", "scenes-parser")
     n = 600
 
     def __init__(self, seed: int = 0, report: Callable[[str], None] = say) -> None:
@@ -332,7 +334,7 @@ class ScenesBench(Bench):
         models, and for each of ``more`` (name -> what :meth:`judge` gave)."""
         card = self.parser.card
         rows: dict[str, Mapping[str, Any]] = {"real images (ceiling and floor)": self.floor_of(n)}
-        for name in (*TEACHERS, "lightgen"):
+        for name in (LARGE, *TEACHERS, "lightgen"):
             rows |= card_rows(name, read_card(ASSETS / name))
         rows |= more or {}
         columns = {"sceneeval": "SceneEval"} | {f"sceneeval_{category}": category for category in CATEGORIES}
