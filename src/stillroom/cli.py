@@ -367,7 +367,8 @@ class Synthesize:
     """Let teachers draw captions into a store: data to distil from. Under torchrun the processes share the work."""
 
     teachers: Annotated[tuple[str, ...], arg(metavar="TEACHER ...")] = ()
-    """Shipped models (scenes-sd3, scenes-sd3-large, scenes-pixart), model folders, folders of images with captions; or NAME=DIR."""
+    """Shipped models (scenes-sd3, scenes-sd3-large, scenes-pixart), model folders, folders of images with captions; or
+    NAME=DIR."""
     captions: Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")] = ""
     """A text file with a caption per line, a .jsonl or .csv table, or scenes:N; by default those of the folders."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
