@@ -37,7 +37,7 @@ from stillroom.evaluation.metrics import to_uint8
 from stillroom.methods.masked.lightgen import LightGen
 from stillroom.networks.mar import MAR, MaskedLoss, take
 from stillroom.networks.token_head import TokenDiffusionHead
-from stillroom.task import load_generator
+from stillroom.pictures import load_generator
 from stillroom.tasks.text_images.model import TextImageGenerator
 
 IMAGES, SEED, BATCH, LR, INNER, HEADS = 8_000, 100, 64, 5e-4, 128, 4
