@@ -91,6 +91,7 @@ MECHANISM = Proof(
         MAIN.with_("noised", options={"states": "noised"}),
         MAIN.with_("full", options={"tune": "all"}),
         MAIN.with_("none", **NONE),
+        MAIN.with_("untouched", engine={"steps": 0}),
         MAIN.with_("shuffled-teacher", teacher="shuffled"),
     ),
     claims=(
@@ -117,6 +118,7 @@ IMAGE = Proof(
     arms=(
         AGD,
         AGD.with_("noised", options={"states": "noised"}),
+        AGD.with_("untouched", engine={"steps": 0}),
         AGD.with_("none", options=NONE["options"], engine={"steps": 100}),
         Arm("teacher, two calls a step", sampler={**GUIDED, "guidance": 1.5}),
         Arm("teacher, no guidance", sampler=GUIDED),
