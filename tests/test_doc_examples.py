@@ -173,6 +173,7 @@ EXECUTED: dict[tuple[str, str], Any] = {
 }
 """Blocks that are run, by page and a word of theirs, with what they are given."""
 PARTS = {
+    ("methods/agd.md", "attach("): "run by tests/methods/trajectory/test_agd.py",
     ("README.md", 'sr.distill("dmd2"'): "a training",
     ("README.md", 'sr.load("scenes-sd3")'): "loads a teacher, and goes on from the block above it",
     ("architecture.md", "def critic("): "methods of a class that is not shown",
@@ -205,7 +206,7 @@ def kind_of(block: Block) -> tuple[str, str]:
     return found[0]
 
 
-OF_METHODS = [block for block in blocks("python") if block.page.startswith("methods/")]
+OF_METHODS = [block for block in blocks("python") if block.page.startswith("methods/") and "sr." in block.text]
 """Short uses on the methods' pages: a training, or the student of a run."""
 FILES = [block for block in blocks("python") if re.match(r"# \S+\.py\n", block.text)]
 """Files of the worked examples, which tests/test_docs.py and tests/test_adding_a_task.py run."""

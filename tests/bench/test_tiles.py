@@ -15,7 +15,7 @@ from stillroom.bench.captioned import mismatched
 from stillroom.bench.tiles.bench import KINDS, WORDS, TileCodec, TilesBench, TileText
 from stillroom.errors import UserError
 from stillroom.proofs.base import Arm
-from stillroom.proofs.lightgen import DPO, MANY_CAPTIONS, MIRRORED
+from stillroom.proofs.lightgen import DPO, MANY_CAPTIONS, MIRRORED, PLAIN
 from stillroom.proofs.runner import run_arm, train_arm
 
 
@@ -201,15 +201,16 @@ def test_shuffled_captions_change_what_is_learnt() -> None:
 
 def test_preferences_start_from_the_mirrored_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
-    arm = short(DPO, after=short(MIRRORED), data={"pairs": 8})
+    mirrored = short(MIRRORED, after=short(PLAIN))
+    arm = short(DPO, after=mirrored, data={"pairs": 8})
     still = arm.with_("still", engine={"optim": {"prefer": {"lr": 0.0, "weight_decay": 0.0}}})
-    base = train_arm(short(MIRRORED), get_bench("tiles", 1))[0].state_dict()
+    base = train_arm(mirrored, get_bench("tiles", 1))[0].state_dict()
     kept, _, facts = train_arm(still, get_bench("tiles", 1))
     assert all(torch.equal(value, base[name]) for name, value in kept.state_dict().items())
     assert "health/preference_accuracy" in facts["health"]
     moved = train_arm(arm, get_bench("tiles", 1))[0].state_dict()
     assert not all(torch.equal(value, base[name]) for name, value in moved.items())
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2  # the student before mirroring, and after it
 
 
 def test_a_diverged_student_has_nothing_right() -> None:

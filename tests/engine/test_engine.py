@@ -343,7 +343,7 @@ def test_a_roles_own_checkpoint_function_is_used_whatever_the_order_of_roles() -
 
 def test_activation_checkpointing_without_a_network_that_can_is_refused() -> None:
     with pytest.raises(UserError, match="no network of this method supports it"):
-        trainer(activation_checkpointing=True)
+        line(1, activation_checkpointing=True)
 
 
 # --- what stops a run -------------------------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ class Judge:
 
     @cached_property
     def benches(self) -> list[Bench]:
-        return [cls() for cls in benches().values()] if self._given is None else list(self._given)
+        if self._given is not None:
+            return list(self._given)
+        return [cls() for cls in {cls.verdicts: cls for cls in benches().values()}.values()]  # who judges alike: once
 
     def verdicts(self, caption: str, images: Tensor) -> Sequence[bool | None]:
         for bench in list(self.benches):

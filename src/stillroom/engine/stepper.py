@@ -279,8 +279,8 @@ class Stepper:
                 with player.runner.averaging() if last and part is parts[-1] else nullcontext():
                     (total if count == 1 else total / count).backward()
                 for name, value in zip(made, values, strict=True):
-                    key, value = f"{player.turn.name}/{name}", value.detach() / count
-                    losses[key] = losses[key] + value if key in losses else value
+                    key = f"{player.turn.name}/{name}"
+                    losses[key] = losses[key] + value.detach() / count if key in losses else value.detach() / count
             for name, value in m.notes.items():
                 notes[name] = notes.get(name, 0.0) + value / count
         player.notes = notes

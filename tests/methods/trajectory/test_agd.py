@@ -20,7 +20,7 @@ from stillroom.diffusion.sampling import ODESampler, ScaleSampler
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
-from stillroom.folders.attachments import ATTACHED, attach
+from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.denoisers import load_denoiser
 from stillroom.methods.trajectory.agd import AGD, SCALE
 from stillroom.networks.guidance_adapters import CrossAttention, GuidanceAdapters, Offset, guidance_adapters
@@ -193,6 +193,20 @@ def test_adapters_alone_are_put_on_the_base_again_in_ten_lines(tmp_path: Path) -
     assert weights < 4 * sum(p.numel() for p in student.attachment.parameters()) + 20_000
     base = load_denoiser(tmp_path / "student")
     assert torch.equal(asked(base, guidance=2.0), asked(dit_teacher().eval(), guidance=2.0))
+
+
+def test_the_page_s_lines_for_the_adapters_alone_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[3] / "docs/methods/agd.md").read_text(encoding="utf-8")
+    block = next(text for text in page.split("```python\n")[1:] if "attach(" in text).split("```")[0]
+    method = AGD(AGD.Options(**SMALL))
+    method.build(get_bench("fashion").network())
+    save_attachment(method.student, tmp_path / "runs/agd/student/attached")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    plain = ODESampler("euler", 25).sample(found["teacher"], found["noise"], found["cond"])
+    torch.testing.assert_close(found["images"], plain)  # new adapters say what the base says
+    assert (found["guided"] - plain).abs().max() > 0.01
 
 
 def test_another_scale_is_asked_for_at_the_call(tmp_path: Path) -> None:
