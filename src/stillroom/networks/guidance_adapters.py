@@ -27,10 +27,9 @@ from stillroom.surgery.attached import (
 Kind = Literal["auto", "offset", "attention"]
 
 
-class Offset(nn.Module):
-    """``a = W_o LN(ReLU(W c))``, the same vector for all tokens, with ``c = E(w) + W_t temb(t) + W_y yemb(y) + W_p mean
-    of the text's tokens``, of those that there are; ``temb`` and ``yemb`` are the base's own embedders. ``W_o`` is 0 at
-    the start."""
+class Adapter(nn.Module):
+    """What an adapter is told: the scale, and what the base makes of time, label and text, each at the adapter's
+    width."""
 
     def __init__(self, widths: Widths, time: int, label: int, width: int, scale: float) -> None:
         super().__init__()
@@ -38,40 +37,46 @@ class Offset(nn.Module):
         self.time = nn.Linear(time, width) if time else None
         self.label = nn.Linear(label, width) if label else None
         self.text = nn.Linear(widths.text, width) if widths.text else None
+
+    def embedded(self, seen: Mapping[str, Tensor]) -> list[Tensor]:
+        """Time and label ``[B, width]``, of those that there are."""
+        layers = (self.time, seen.get("time")), (self.label, seen.get("label"))
+        return [layer(value) for layer, value in layers if layer is not None and value is not None]
+
+
+class Offset(Adapter):
+    """``a = W_o LN(ReLU(W c))``, the same vector for all tokens, with ``c = E(w) + W_t temb(t) + W_y yemb(y) + W_p mean
+    of the text's tokens``, of those that there are; ``temb`` and ``yemb`` are the base's own embedders. ``W_o`` is 0 at
+    the start."""
+
+    def __init__(self, widths: Widths, time: int, label: int, width: int, scale: float) -> None:
+        super().__init__(widths, time, label, width, scale)
         self.body = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width))
         self.out = zeroed(nn.Linear(width, widths.output))
 
     def forward(self, w: Tensor, seen: Mapping[str, Tensor], hidden: Tensor, text: Tensor | None) -> Tensor:
         """``[B, 1, D]`` for scales ``[B]``."""
         c = self.encode(w)
-        for layer, value in ((self.time, seen.get("time")), (self.label, seen.get("label"))):
-            if layer is not None and value is not None:
-                c = c + layer(value)
+        for value in self.embedded(seen):
+            c = c + value
         if self.text is not None and text is not None:
             c = c + self.text(text.mean(1))
         return self.out(self.body(c))[:, None]
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Adapter):
     """``a = W_o Attn(W_q h, W_k S, W_v S)``, one head, with the memory ``S = [E(w), W_t temb(t), W_y yemb(y), W_p text
     tokens]``, of those that there are, plus a sinusoidal code of positions. ``W_o`` is 0 at the start."""
 
     def __init__(self, widths: Widths, time: int, label: int, width: int, scale: float) -> None:
-        super().__init__()
-        self.encode = ScalarEncoder(width, scale)
-        self.time = nn.Linear(time, width) if time else None
-        self.label = nn.Linear(label, width) if label else None
-        self.text = nn.Linear(widths.text, width) if widths.text else None
+        super().__init__(widths, time, label, width, scale)
         self.to_q = nn.Linear(widths.input, width, bias=False)
         self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.out = zeroed(nn.Linear(width, widths.output))
 
     def forward(self, w: Tensor, seen: Mapping[str, Tensor], hidden: Tensor, text: Tensor | None) -> Tensor:
         """``[B, n, D]`` for scales ``[B]`` and tokens ``hidden [B, n, C]``."""
-        rows, memory = len(hidden), [self.encode(w)[:, None]]
-        for layer, value in ((self.time, seen.get("time")), (self.label, seen.get("label"))):
-            if layer is not None and value is not None:
-                memory.append(layer(value)[:, None])
+        rows, memory = len(hidden), [value[:, None] for value in (self.encode(w), *self.embedded(seen))]
         if self.text is not None and text is not None:
             memory.append(self.text(text))
         s = torch.cat([part.expand(rows, -1, -1) for part in memory], 1)
