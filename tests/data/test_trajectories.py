@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import stillroom.data.trajectories as data_trajectories
 from stillroom.data.trajectories import Paths, Trajectories, trajectories
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand
@@ -104,3 +105,9 @@ def test_ancestral_paths_are_fresh_and_repeat() -> None:
     torch.testing.assert_close(first.end, again.end, rtol=1e-5, atol=1e-6)
     assert torch.equal(first.noise, straight.noise)
     assert not torch.allclose(first.end, straight.end, atol=1e-2)
+
+
+def test_a_shard_of_many_states_holds_fewer_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_trajectories, "SHARD_BYTES", 3 * 2 * 5 * 2 * 4)  # three paths of five states and answers
+    trajectories(tmp_path, point_teacher().eval(), COND, Paths(7, 5, precision="float32"), name="t")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3

@@ -7,6 +7,7 @@ The store is that of stored outputs: shards with checksums, resumable. A path fo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,10 @@ class Trajectories:
         }
 
 
+SHARD_BYTES = 2**31
+"""A shard of states and answers is smaller, one path apart, so that little need be in memory while they are made."""
+
+
 def trajectories(
     folder: str | Path,
     teacher: Denoiser,
@@ -93,6 +98,10 @@ def trajectories(
     cond: conditions ``[C, ...]`` by name. name: of the teacher, by which the store knows it again: a hash of its
     weights. report: ``(paths done, of how many)``. Raises UserError as :class:`~stillroom.data.rows.RowStore` does.
     """
+    kept = paths.steps if paths.keep == "all" else 1
+    numbers = 2 * kept * math.prod(teacher.shape)  # of one path: states and answers, or its two ends
+    shard = max(1, min(shard, SHARD_BYTES // (numbers * getattr(torch, paths.precision).itemsize)))
+    batch = min(batch, shard) if str(folder) else batch
     batches = -(-paths.count // batch)
     done = 0
 
