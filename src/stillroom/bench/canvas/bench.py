@@ -61,7 +61,7 @@ class FreshCanvas(Canvas):
     """The same, and the digits that train are painted anew for every batch. Teachers that learn labels see five fixed
     canvases of each."""
 
-    steps = 3000
+    steps = 6000
 
     def learnt(self, ink: Tensor, labels: Tensor) -> ArrayData:
         return Canvases(ink, labels, DIGITS, 1, f"{len(ink) // self.copies:,} training digits")
