@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
-from stillroom.diffusion.process import Process
+from stillroom.diffusion.process import Process, expand
 from stillroom.draws import Draws
 
 Renoise = Literal["fresh", "fixed", "ddim"]
@@ -235,6 +235,44 @@ class FewStepSampler(Sampler):
             p = denoiser(x, t, cond, self.guidance)
         assert p is not None
         return p.x0
+
+
+def signal(denoiser: Denoiser, eps: Tensor, t: Tensor, cond: Cond, start: float) -> Tensor:
+    """What a network says of the noise ``eps [B, ...]`` that a path begins with and of times ``t [B]`` on it: fed pure
+    noise whatever the time, its output read as at the first time, ``start`` of ``t_max`` (arXiv 2306.05544)."""
+    top = torch.full_like(t, start * denoiser.process.t_max)
+    x = expand(denoiser.process.sigma(top), eps) * eps
+    return Prediction(denoiser.process, denoiser.prediction, denoiser.native(x, t, cond), x, top).x0
+
+
+@dataclass(frozen=True)
+class SignalSampler(Sampler):
+    """One step of a network that maps noise and a time to the signal of its path: asked at the time ``end``, read as at
+    ``start``, both as shares of ``t_max``. predicts: the signal itself, or the state ``alpha y + sigma eps``."""
+
+    name: ClassVar[str] = "signal"
+    end: float = 0.01
+    start: float = 0.99
+    predicts: Literal["signal", "state"] = "signal"
+
+    @property
+    def nfe(self) -> int:
+        return 1
+
+    def ask(self, denoiser: Denoiser, noise: Tensor, cond: Cond) -> Tensor:
+        """The sample, with a graph."""
+        t = noise.new_full((len(noise),), self.end * denoiser.process.t_max)
+        said = signal(denoiser, noise, t, cond, self.start)
+        if self.predicts == "signal":
+            return said
+        alpha, sigma = (expand(rate, noise) for rate in (denoiser.process.alpha(t), denoiser.process.sigma(t)))
+        return (said - sigma * noise) / alpha
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return self.ask(denoiser, noise, cond or {})
 
 
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:

@@ -1,0 +1,201 @@
+"""BOOT: one step from noise and prompts alone, by bootstrapping the teacher's path in time (arXiv 2306.05544)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stillroom.data.trajectories import Paths, Trajectories, blank, trajectories
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.diffusion.process import expand
+from stillroom.diffusion.sampling import SignalSampler, signal
+from stillroom.errors import UserError
+from stillroom.losses.score import denoising_loss
+from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.surgery.modules import device_of, weights_hash
+
+ADAM = Optim(lr=1e-4, name="adam", betas=(0.9, 0.999), clip_norm=1.0)
+
+
+@register(
+    "boot",
+    Paper(
+        title="BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping",
+        arxiv="2306.05544",
+        year=2023,
+        venue="ICML 2023 workshop",
+    ),
+)
+class BOOT(Method):
+    """A student that maps a path's first noise and a time to the signal of that path at that time; at the last time it
+    is a one-step generator. Needs conditions alone: no image is read, none is stored.
+
+    With x_t = alpha_t y_t + sigma_t eps, eps the noise that the path began with and f the teacher's x0-prediction, the
+    signal y obeys the signal-ODE, of which one exact DDIM step from t to s = t - delta is
+
+        y_s = y_t + k (f(x_t, t) - y_t),    k = 1 - (alpha_t sigma_s) / (sigma_t alpha_s)           sec. 3.2
+        L_BS = |y(eps, s) - sg[y + k (f(alpha_t y + sigma_t eps, t) - y)]|^2 / k^2,  y = sg y(eps, t)
+        L_BC = |y(eps, T) - f(sigma_T eps, T)|^2                                                    the boundary
+        L    = L_BS + beta L_BC
+
+    with t uniform from the first step on. The perfect student is deterministic DDIM on a grid of delta.
+
+    Departures: weights 1 / k^2 are bounded by ``most``; the body of the paper could not be read, so its weight of the
+    boundary, rates and delta are those of another implementation. The student reads its output as the teacher does at
+    T, whatever its time is told, so that it begins as the teacher's own first step.
+    """
+
+    health = {
+        "residual": "mean squared residual of the signal-ODE over elements, before its weight",
+        "end_gap": "mean squared difference between the student's one step and the teacher's many steps from the same "
+        "noise, on paths that are not learnt from",
+    }
+
+    @dataclass
+    class Options:
+        delta: float = field(default=0.05, metadata={"above": 0, "below": 1})  # a bootstrap step, as a share of t_max
+        low: float = field(default=0.01, metadata={"min": 0, "below": 1})  # the last time, as a share of t_max
+        high: float = field(default=0.99, metadata={"above": 0, "max": 1})  # T
+        beta: float = field(default=1.0, metadata={"min": 0})  # of the boundary
+        most: float = field(default=1000.0, metadata={"above": 0})  # of 1 / k^2
+        guidance: float = 1.0  # on the teacher
+        clip: float = field(default=0.0, metadata={"min": 0})  # of the teacher's x0 to +-this; 0: none
+        solver: Literal["euler", "heun"] = "euler"
+        # Ablations: the state x_t in place of the signal; times from T down in the course of the training; regression
+        # on so many stored pairs of noise and the teacher's end, instead of bootstrapping.
+        predicts: Literal["signal", "state"] = "signal"
+        progressive: bool = False
+        pairs: int = field(default=0, metadata={"min": 0})
+        pair_steps: int = field(default=20, metadata={"min": 1})
+        held_out: int = field(default=0, metadata={"min": 0})  # paths to measure on; 0: none
+        held_out_steps: int = field(default=50, metadata={"min": 1})
+        measure_every: int = field(default=100, metadata={"min": 1})  # steps
+
+        @property
+        def bootstraps(self) -> bool:
+            return not self.pairs
+
+    options: Options
+
+    def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
+        o = self.options
+        if teacher.prediction == "edm":
+            raise UserError(
+                "boot reads a network's output at one time alone, which EDM's preconditioning changes with it"
+            )
+        if o.low + o.delta >= o.high:
+            raise UserError(
+                f"options.low={o.low:g}, delta={o.delta:g} and high={o.high:g} leave no times", cure="a smaller delta"
+            )
+        self.teacher = frozen(teacher)
+        self.student = self.clone(student or teacher, "student")
+
+    def prepare(self, data: Any) -> None:
+        """Pairs for the ablation, and paths to measure on, for conditions of the data."""
+        o = self.options
+        self.found: Trajectories | None = self._ends(data, o.pairs, o.pair_steps, 0) if o.pairs else None
+        self.others: Trajectories | None = self._ends(data, o.held_out, o.held_out_steps, 1) if o.held_out else None
+
+    def _ends(self, data: Any, count: int, steps: int, seed: int) -> Trajectories:
+        cond, w = data.batch(seed, 0, count)["cond"], self.options.guidance
+        paths = Paths(count, steps, low=w, high=w, seed=seed, keep="ends", precision="float32")
+        if type(next(self.teacher.parameters()).detach()) is not Tensor:  # a plan's, which have no values
+            return blank(self.teacher, cond, paths)
+        return trajectories("", self.teacher, cond, paths, name=weights_hash(self.teacher.network), batch=512)
+
+    # --- the student ------------------------------------------------------------------------------------------------
+    def at(self, share: Tensor) -> Tensor:
+        """A share of t_max as a time."""
+        return share * self.teacher.process.t_max
+
+    def said(self, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the student says of noise ``eps`` and times ``t [B]``: the signal, or the state."""
+        return signal(self.student, eps, t, cond, self.options.high)
+
+    def rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        process = self.teacher.process
+        return expand(process.alpha(t), like), expand(process.sigma(t), like)
+
+    def taught(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The teacher's x0."""
+        p: Prediction = self.teacher(x_t, t, cond, self.options.guidance)
+        return p.x0.clamp(-self.options.clip, self.options.clip) if self.options.clip else p.x0
+
+    def noise(self) -> Tensor:
+        return self.draw.normal(self.draw.local, *self.teacher.shape).to(device_of(self.teacher))
+
+    # --- the losses -------------------------------------------------------------------------------------------------
+    @turn(trains="student", optim=ADAM, when="bootstraps")
+    def bootstrap(self, batch: Batch) -> Terms:
+        """``L_BS + beta L_BC``."""
+        o, cond, eps = self.options, batch["cond"], self.noise()
+        u = self.draw.uniform(len(eps)).to(eps)
+        room = o.high - o.low - o.delta
+        reach = min(self.progress + o.delta, 1.0) if o.progressive else 1.0
+        t, s = self.at(o.high - room * reach * u), self.at(o.high - room * reach * u - o.delta)
+        with torch.no_grad():
+            target, k = self.target(eps, t, s, cond)
+        alpha_s = self.rates(s, eps)[0]
+        scale = 1.0 if o.predicts == "signal" else alpha_s  # of an error of the signal in what is predicted
+        error = (self.said(eps, s, cond) - target) / scale
+        self.note("residual", error.square().mean())
+        weight = (1 / k.square()).clamp(max=o.most).flatten()
+        terms = {"bootstrap": denoising_loss(error, torch.zeros_like(error), weight)}
+        if o.beta:
+            terms["boundary"] = o.beta * self.boundary(eps, cond)
+        self.measure()
+        return terms
+
+    def target(self, eps: Tensor, t: Tensor, s: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """What the student is to say at ``s``, and k ``[B, 1, ...]``: one step of the signal-ODE from what it says at
+        ``t``."""
+        (alpha, sigma), (alpha_s, sigma_s) = self.rates(t, eps), self.rates(s, eps)
+        k = 1 - (alpha * sigma_s) / (sigma * alpha_s)
+        said = self.said(eps, t, cond)
+        if self.options.predicts == "state":  # the same step, in x: no division by alpha_t
+            f = self.taught(said, t, cond)
+            return sigma_s / sigma * said + (alpha_s - alpha * sigma_s / sigma) * f, k
+        slope = self.taught(alpha * said + sigma * eps, t, cond) - said
+        after = said + k * slope
+        if self.options.solver == "heun":
+            again = self.taught(alpha_s * after + sigma_s * eps, s, cond) - after
+            after = said + k * (slope + again) / 2
+        return after, k
+
+    def boundary(self, eps: Tensor, cond: Cond) -> Tensor:
+        """``L_BC``, at T."""
+        top = eps.new_full((len(eps),), self.options.high * self.teacher.process.t_max)
+        alpha, sigma = self.rates(top, eps)
+        with torch.no_grad():
+            f = self.taught(sigma * eps, top, cond)
+            wanted = f if self.options.predicts == "signal" else alpha * f + sigma * eps
+        return denoising_loss(self.said(eps, top, cond), wanted)
+
+    @turn(trains="student", optim=ADAM, when="pairs")
+    def regress(self, batch: Batch) -> Terms:
+        """Stored pairs: ``|y(eps, t_min) - x0|^2``."""
+        assert self.found is not None
+        rows = (self.draw.uniform(self.draw.local) * self.found.n).long().clamp(max=self.found.n - 1).cpu()
+        loss = self.gap(self.found, rows)
+        self.measure()
+        return {"pairs": loss}
+
+    def gap(self, found: Trajectories, rows: Tensor) -> Tensor:
+        device = device_of(self.teacher)
+        cond = {name: value[rows].to(device) for name, value in found.cond.items()}
+        noise, end = (part[rows].float().to(device) for part in (found.noise, found.end))
+        return (self.sampler().ask(self.student, noise, cond) - end).square().mean()
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """The student's one step on paths that are not learnt from."""
+        if self.others is None or (self.step + 1) % self.options.measure_every:
+            return
+        self.note("end_gap", self.gap(self.others, torch.arange(self.others.n)))
+
+    def sampler(self) -> SignalSampler:
+        o = self.options
+        return SignalSampler(o.low, o.high, o.predicts)

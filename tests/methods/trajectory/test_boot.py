@@ -1,0 +1,171 @@
+"""BOOT: the signal-ODE on a Gaussian, where everything is known; what is read and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow
+from stillroom.diffusion.sampling import SignalSampler, ddim_step
+from stillroom.draws import Draws
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.errors import UserError
+from stillroom.methods.trajectory.boot import BOOT
+from stillroom.tasks.class_images.model import ImageGenerator
+from tiny_denoisers import dit_teacher, point_teacher
+
+
+class OnlyConditions:
+    """Data of which nothing but the conditions may be read."""
+
+    class Batch(dict):
+        def __getitem__(self, key: str) -> Any:
+            assert key == "cond", "an image was read"
+            return super().__getitem__(key)
+
+    def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> Any:
+        labels = ((torch.arange(size) + seed + step) % 4)[rows if rows is not None else slice(None)]
+        return self.Batch(cond={"label": labels})
+
+
+def built(teacher: Denoiser, **options: Any) -> BOOT:
+    method = BOOT(BOOT.Options(**options))
+    method.build(teacher)
+    method.prepare(OnlyConditions())
+    method.draw = Draws(torch.Generator().manual_seed(0), slice(0, 64), 64)
+    method.step, method.progress = 0, 0.0
+    return method
+
+
+GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -1.0]]), 0.4)
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), VP()], ids=["flow", "vp"])
+def test_a_step_of_the_signal_is_the_exact_ddim_step(process: Process) -> None:
+    """From the same state: ``x_s = alpha_s y_s + sigma_s eps`` is where DDIM goes from ``x_t``."""
+    teacher = MixtureDenoiser(GAUSSIAN, process).eval()
+    method = built(teacher)
+    eps, y = torch.randn(64, 2), torch.randn(64, 2)
+    method.said = lambda *_: y  # type: ignore[method-assign]
+    t, s = (torch.full((64,), share * process.t_max) for share in (0.7, 0.6))
+    after, _ = method.target(eps, t, s, {})
+    (alpha, sigma), (alpha_s, sigma_s) = method.rates(t, eps), method.rates(s, eps)
+    x_t = alpha * y + sigma * eps
+    torch.testing.assert_close(alpha_s * after + sigma_s * eps, ddim_step(teacher(x_t, t), process, s[:, None]))
+    method.options.predicts = "state"
+    method.said = lambda *_: x_t  # type: ignore[method-assign]
+    torch.testing.assert_close(method.target(eps, t, s, {})[0], alpha_s * after + sigma_s * eps, rtol=1e-4, atol=1e-5)
+
+
+class Exact(nn.Module):
+    """The signals of DDIM on a grid of ``delta``, as a network of a flow's velocities says them: ``y = x - T v``, x
+    ``T eps``, so ``v = (T eps - y) / T``. Between the grid's times the nearest one is taken."""
+
+    def __init__(self, teacher: Denoiser, delta: float, high: float, low: float) -> None:
+        super().__init__()
+        self.teacher, self.high, self.own = [teacher], high, nn.Parameter(torch.zeros(()))
+        self.times = torch.linspace(high, low, round((high - low) / delta) + 1)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Any) -> Tensor:
+        teacher, eps = self.teacher[0], x / self.high
+        y = teacher(self.high * eps, torch.tensor(self.high)).x0
+        found = [y]
+        for t, s in zip(self.times[:-1], self.times[1:], strict=True):
+            k = 1 - ((1 - t) * s) / (t * (1 - s))
+            y = y + k * (teacher((1 - t) * y + t * eps, t).x0 - y)
+            found.append(y)
+        which = (time[:, None] / 1000 - self.times).abs().argmin(1)
+        y = torch.stack(found, 1)[torch.arange(len(x)), which]
+        return (x - y) / self.high + self.own
+
+
+def test_the_fixed_point_is_ddim_on_a_grid_of_delta_and_its_loss_is_0() -> None:
+    teacher = MixtureDenoiser(GAUSSIAN, RectifiedFlow()).eval()
+    delta, low, high = 0.14, 0.01, 0.99
+    method = built(teacher, delta=delta, low=low, high=high)
+    method.student = Denoiser(Exact(teacher, delta, high, low), RectifiedFlow(), "v", shape=(2,))
+    grid = torch.linspace(high, low, 8)
+    eps = torch.randn(64, 2)
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        target, _ = method.target(eps, t.expand(64), s.expand(64), {})
+        torch.testing.assert_close(method.said(eps, s.expand(64), {}), target, rtol=1e-3, atol=1e-4)
+    assert float(method.boundary(eps, {})) < 1e-10
+    x = (1 - high) * teacher(high * eps, torch.tensor(high)).x0 + high * eps  # what the boundary says of the start
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = ddim_step(teacher(x, t), teacher.process, s)
+    end = SignalSampler(low, high).sample(method.student, eps)
+    torch.testing.assert_close((1 - low) * end + low * eps, x, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_pass_through_the_later_prediction_alone_and_are_its_residual() -> None:
+    """``dL / dy(s) = 2 w (y(s) - target) / numel``, by finite differences of nothing but the student."""
+    method = built(point_teacher().eval(), beta=0.0)
+    method.student.requires_grad_(True)
+    terms = method.bootstrap({"cond": {"label": torch.arange(64) % 4}})
+    terms["bootstrap"].backward()  # type: ignore[union-attr]
+    assert all(p.grad is None for p in method.teacher.parameters())
+    bias = method.student.network.out.bias  # type: ignore[union-attr]
+    assert bias.grad is not None  # type: ignore[union-attr]
+    method.draw = Draws(torch.Generator().manual_seed(0), slice(0, 64), 64)
+    eps, u = method.noise(), method.draw.uniform(64)
+    t, s, cond = 0.99 - 0.93 * u, 0.99 - 0.93 * u - 0.05, {"label": torch.arange(64) % 4}
+    with torch.no_grad():
+        target, k = method.target(eps, t, s, cond)
+
+    def loss() -> float:
+        with torch.no_grad():
+            error = method.said(eps, s, cond) - target
+            return float((error.square().mean(1) * (1 / k.square()).clamp(max=1000).flatten()).double().mean())
+
+    before = bias.detach().clone()  # type: ignore[union-attr]
+    for i in range(2):
+        ends = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                bias.copy_(before)  # type: ignore[operator,union-attr]
+                bias[i] += step  # type: ignore[index]
+            ends.append(loss())
+        with torch.no_grad():
+            bias.copy_(before)  # type: ignore[operator,union-attr]
+        assert float(bias.grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2, abs=1e-3)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("make", [point_teacher, dit_teacher])
+@pytest.mark.parametrize(
+    "change", [{}, {"predicts": "state"}, {"progressive": True}, {"pairs": 8}, {"solver": "heun"}, {"guidance": 2.0}]
+)
+def test_every_arm_trains_on_conditions_alone(make: Any, change: dict[str, Any], tmp_path: Path) -> None:
+    method = BOOT(BOOT.Options(**change, pair_steps=2, held_out=4, held_out_steps=2, measure_every=1))
+    method.build(make().eval())
+    before = {name: p.detach().clone() for name, p in method.student.named_parameters()}
+    Trainer(method, OnlyConditions(), EngineConfig(steps=2, batch=8, check_freezing=True), tmp_path).fit()
+    assert any(not torch.equal(p, before[name]) for name, p in method.student.named_parameters())
+    model = ImageGenerator(method.student, method.sampler())
+    model.save(tmp_path / "student")
+    again = ImageGenerator.load(tmp_path / "student")
+    assert torch.equal(again.sample([0, 1], seed=1), model.sample([0, 1], seed=1))
+    assert again.sampler.nfe == 1
+
+
+def test_the_student_begins_as_the_teacher_s_first_step() -> None:
+    teacher = point_teacher().eval()
+    method = built(teacher)
+    eps, top, cond = torch.randn(64, 2), torch.full((64,), 0.99), {"label": torch.arange(64) % 4}
+    with torch.no_grad():
+        torch.testing.assert_close(method.said(eps, top, cond), teacher(0.99 * eps, top, cond).x0)
+        assert float(method.boundary(eps, cond)) < 1e-12
+
+
+def test_what_does_not_fit_is_refused_with_a_cure() -> None:
+    with pytest.raises(UserError, match="leave no times"):
+        BOOT(BOOT.Options(delta=0.99)).build(point_teacher())
+    plain = point_teacher()
+    with pytest.raises(UserError, match="preconditioning"):
+        BOOT(BOOT.Options()).build(Denoiser(plain.network, EDM(), "edm", null=plain.null, shape=(2,)))
