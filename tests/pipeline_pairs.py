@@ -19,9 +19,12 @@ from stillroom.tasks.pipelines.task import Pipelines
 from stillroom.training import build_method
 from tiny_pipelines import SIDE, WIDER, make_pipeline
 
-METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd")
+METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd", "boot")
 STEPS = 2
-OPTIONS = {"agd": ["options.paths=3", "options.path_steps=2", "options.steps=2", "options.width=8"]}
+OPTIONS = {
+    "agd": ["options.paths=3", "options.path_steps=2", "options.steps=2", "options.width=8"],
+    "boot": ["options.flipped=true", "options.high=1.0"],
+}
 """Of methods whose students do not begin at a time of their own."""
 PROMPTS = ("a red cat", "the boat of the dog", "a house")
 

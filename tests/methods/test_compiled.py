@@ -30,6 +30,7 @@ SLUGS = sorted(slug for slug, cls in methods().items() if cls.__module__.startsw
 GAN = {"gan_weight": 0.1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "agd": {"paths": 6, "path_steps": 3, "width": 8},
+    "boot": {"guidance": 2.0},
     "dmd2": {"critic_turns": 2, **GAN},
     "sid-lsg": GAN,
     "uni-instruct": GAN,

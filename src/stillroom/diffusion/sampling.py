@@ -259,20 +259,16 @@ class SignalSampler(Sampler):
     def nfe(self) -> int:
         return 1
 
-    def ask(self, denoiser: Denoiser, noise: Tensor, cond: Cond) -> Tensor:
-        """The sample, with a graph."""
-        t = noise.new_full((len(noise),), self.end * denoiser.process.t_max)
-        said = signal(denoiser, noise, t, cond, self.start)
-        if self.predicts == "signal":
-            return said
-        alpha, sigma = (expand(rate, noise) for rate in (denoiser.process.alpha(t), denoiser.process.sigma(t)))
-        return (said - sigma * noise) / alpha
-
     @torch.no_grad()
     def sample(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        return self.ask(denoiser, noise, cond or {})
+        t = noise.new_full((len(noise),), self.end * denoiser.process.t_max)
+        said = signal(denoiser, noise, t, cond or {}, self.start)
+        if self.predicts == "signal":
+            return said
+        alpha, sigma = (expand(rate, noise) for rate in (denoiser.process.alpha(t), denoiser.process.sigma(t)))
+        return (said - sigma * noise) / alpha
 
 
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:

@@ -43,6 +43,7 @@ IMAGENET = "ImageNet-1k"
 DATA = {
     "laion-aesthetics": PublicData("images with captions, LAION's with an aesthetic score above 6.25"),
     "aesthetics-prompts": PublicData("prompts, one to a line: the captions of LAION-Aesthetics 6+"),
+    "diffusiondb-prompts": PublicData("prompts, one to a line: those of DiffusionDB"),
     "journeydb-prompts": PublicData("prompts, one to a line: those of JourneyDB"),
     "sam-llava-prompts": PublicData("prompts, one to a line: LLaVA's captions of SA-1B"),
     "text-to-image-2m": PublicData("two million images that text-to-image models drew, with their captions"),

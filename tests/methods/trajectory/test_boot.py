@@ -139,7 +139,16 @@ def test_gradients_pass_through_the_later_prediction_alone_and_are_its_residual(
 
 @pytest.mark.parametrize("make", [point_teacher, dit_teacher])
 @pytest.mark.parametrize(
-    "change", [{}, {"predicts": "state"}, {"progressive": True}, {"pairs": 8}, {"solver": "heun"}, {"guidance": 2.0}]
+    "change",
+    [
+        {},
+        {"predicts": "state"},
+        {"progressive": True},
+        {"pairs": 8},
+        {"solver": "heun"},
+        {"guidance": 2.0},
+        {"flipped": True},
+    ],
 )
 def test_every_arm_trains_on_conditions_alone(make: Any, change: dict[str, Any], tmp_path: Path) -> None:
     method = BOOT(BOOT.Options(**change, pair_steps=2, held_out=4, held_out_steps=2, measure_every=1))
@@ -163,9 +172,35 @@ def test_the_student_begins_as_the_teacher_s_first_step() -> None:
         assert float(method.boundary(eps, cond)) < 1e-12
 
 
+def test_flipped_it_is_the_network_that_a_one_step_sampler_asks() -> None:
+    """The student at the time ``low`` is what a few-step sampler gets at ``high``, which is how it begins: as the
+    teacher's own first step."""
+    teacher = point_teacher().eval()
+    method = built(teacher, flipped=True)
+    eps, cond = torch.randn(64, 2), {"label": torch.arange(64) % 4}
+    with torch.no_grad():
+        end = method.said(eps, torch.full((64,), 0.01), cond)
+        torch.testing.assert_close(end, teacher(0.99 * eps, 0.99, cond).x0)
+        torch.testing.assert_close(method.sampler().sample(method.student, eps, cond), end)
+        start = method.said(eps, torch.full((64,), 0.99), cond)
+        torch.testing.assert_close(start, 0.99 * eps - 0.99 * teacher(0.99 * eps, 0.01, cond).v)
+
+
+def test_beside_a_teacher_of_noise_the_network_says_the_signal_itself() -> None:
+    plain = point_teacher()
+    teacher = Denoiser(plain.network, VP(), "eps", null=plain.null, shape=(2,)).eval()
+    method = built(teacher)
+    eps, t, cond = torch.randn(64, 2), torch.full((64,), 0.5), {"label": torch.arange(64) % 4}
+    top = teacher.process.sigma(torch.tensor(0.99 * teacher.process.t_max))
+    with torch.no_grad():
+        torch.testing.assert_close(method.said(eps, t, cond), method.student.native(top * eps, t, cond))
+
+
 def test_what_does_not_fit_is_refused_with_a_cure() -> None:
     with pytest.raises(UserError, match="leave no times"):
         BOOT(BOOT.Options(delta=0.99)).build(point_teacher())
+    with pytest.raises(UserError, match="students of the signal"):
+        BOOT(BOOT.Options(flipped=True, predicts="state")).build(point_teacher())
     plain = point_teacher()
     with pytest.raises(UserError, match="preconditioning"):
         BOOT(BOOT.Options()).build(Denoiser(plain.network, EDM(), "edm", null=plain.null, shape=(2,)))

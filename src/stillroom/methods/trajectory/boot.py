@@ -11,7 +11,7 @@ from torch import Tensor
 from stillroom.data.trajectories import Paths, Trajectories, blank, trajectories
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import expand
-from stillroom.diffusion.sampling import SignalSampler, signal
+from stillroom.diffusion.sampling import FewStepSampler, SignalSampler, signal
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
@@ -44,8 +44,9 @@ class BOOT(Method):
     with t uniform from the first step on. The perfect student is deterministic DDIM on a grid of delta.
 
     Departures: weights 1 / k^2 are bounded by ``most``; the body of the paper could not be read, so its weight of the
-    boundary, rates and delta are those of another implementation. The student reads its output as the teacher does at
-    T, whatever its time is told, so that it begins as the teacher's own first step.
+    boundary, rates and delta are those of another implementation; the distance is the squared one, not LPIPS. The
+    student reads its output as the teacher does at T, whatever its time is told, so that it begins as the teacher's own
+    first step; where the teacher predicts noise, which a small alpha_T would divide, the output is the signal itself.
     """
 
     health = {
@@ -64,6 +65,9 @@ class BOOT(Method):
         guidance: float = 1.0  # on the teacher
         clip: float = field(default=0.0, metadata={"min": 0})  # of the teacher's x0 to +-this; 0: none
         solver: Literal["euler", "heun"] = "euler"
+        # Times are told backwards, low as high: the finished student is asked at ``high``, as a pipeline of diffusers
+        # asks for one step.
+        flipped: bool = False
         # Ablations: the state x_t in place of the signal; times from T down in the course of the training; regression
         # on so many stored pairs of noise and the teacher's end, instead of bootstrapping.
         predicts: Literal["signal", "state"] = "signal"
@@ -84,14 +88,19 @@ class BOOT(Method):
         o = self.options
         if teacher.prediction == "edm":
             raise UserError(
-                "boot reads a network's output at one time alone, which EDM's preconditioning changes with it"
+                "boot reads a network's output at one time alone, and EDM's preconditioning changes it with the time",
+                cure="give a teacher of a VP process or of a flow",
             )
         if o.low + o.delta >= o.high:
             raise UserError(
                 f"options.low={o.low:g}, delta={o.delta:g} and high={o.high:g} leave no times", cure="a smaller delta"
             )
+        if o.flipped and o.predicts == "state":
+            raise UserError("options.flipped is of students of the signal", cure="options.predicts=signal")
         self.teacher = frozen(teacher)
         self.student = self.clone(student or teacher, "student")
+        if self.student.prediction == "eps":
+            self.student.prediction = "x0"
 
     def prepare(self, data: Any) -> None:
         """Pairs for the ablation, and paths to measure on, for conditions of the data."""
@@ -113,7 +122,9 @@ class BOOT(Method):
 
     def said(self, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the student says of noise ``eps`` and times ``t [B]``: the signal, or the state."""
-        return signal(self.student, eps, t, cond, self.options.high)
+        o = self.options
+        told = self.at(t.new_tensor(o.low + o.high)) - t if o.flipped else t
+        return signal(self.student, eps, told, cond, o.high)
 
     def rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         process = self.teacher.process
@@ -187,7 +198,12 @@ class BOOT(Method):
         device = device_of(self.teacher)
         cond = {name: value[rows].to(device) for name, value in found.cond.items()}
         noise, end = (part[rows].float().to(device) for part in (found.noise, found.end))
-        return (self.sampler().ask(self.student, noise, cond) - end).square().mean()
+        t = self.at(noise.new_full((len(noise),), self.options.low))
+        said = self.said(noise, t, cond)
+        if self.options.predicts == "state":
+            alpha, sigma = self.rates(t, noise)
+            said = (said - sigma * noise) / alpha
+        return (said - end).square().mean()
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -196,6 +212,6 @@ class BOOT(Method):
             return
         self.note("end_gap", self.gap(self.others, torch.arange(self.others.n)))
 
-    def sampler(self) -> SignalSampler:
+    def sampler(self) -> SignalSampler | FewStepSampler:
         o = self.options
-        return SignalSampler(o.low, o.high, o.predicts)
+        return FewStepSampler((o.high,)) if o.flipped else SignalSampler(o.low, o.high, o.predicts)
