@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recorded_arm
+from stillroom.proofs.image import image_arms, image_claims, longer_arm, longer_claim, recorded_arm
 from stillroom.proofs.points import RESTING, control_claims, engine, resting_critic_claim
 
 POINTS = Arm(
@@ -80,6 +80,7 @@ MECHANISM = Proof(
 )
 
 DMD2 = recorded_arm("dmd2")
+LONGER = longer_arm("dmd2")
 IMAGE = Proof(
     "dmd2",
     "image",
@@ -88,6 +89,7 @@ IMAGE = Proof(
         DMD2,
         DMD2.with_("one-critic-update", options={"critic_turns": 1}, engine={"steps": DMD2.engine["steps"] // 5}),
         DMD2.with_("no-gan", options={"gan_weight": 0.0}),
+        LONGER,
         *image_arms(DMD2),
     ),
     claims=(
@@ -122,6 +124,7 @@ IMAGE = Proof(
             "no-gan",
         ),
         *image_claims("dmd2"),
+        longer_claim(LONGER),
     ),
 )
 

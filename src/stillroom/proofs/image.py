@@ -58,6 +58,31 @@ def recorded_arm(name: str) -> Arm:
     return arm.with_(name, options=RECORDED[arm.method])
 
 
+def longer_arm(name: str, updates: int = 3000, **options: Any) -> Arm:
+    """The shipped recipe with so many updates of the student, from a later first time and under a slower average, as in
+    ``sid-lsg-long``, but at the recipe's own learning rates."""
+    arm = recipe_arm(name)
+    ema = [{"name": "ema", "of": "student", "decay": 0.999}]
+    steps = updates * int(arm.options.get("critic_turns", 1))
+    engine = {"steps": steps, "warmup": 200, "ema": ema}
+    return arm.with_(f"{name}-{updates}", options={"t_init": 0.65, **options}, engine=engine)
+
+
+def longer_claim(arm: Arm) -> Claim:
+    """What :func:`longer_arm` is for."""
+    return Claim(
+        "near-teacher-longer",
+        "After 3,000 updates of the student its distance is at most 1.2 times that of the teacher's best many-step "
+        "sampling",
+        "",
+        "fd",
+        arm.name,
+        "<=",
+        1.2,
+        "teacher",
+    )
+
+
 def _without_later(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     later, usual = {f.name for f in fields(cls) if f.metadata.get("later")}, asdict(cls())
     return {k: v for k, v in values.items() if k not in later or v != usual[k]}

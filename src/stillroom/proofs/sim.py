@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recorded_arm
+from stillroom.proofs.image import image_arms, image_claims, longer_arm, longer_claim, recorded_arm
 from stillroom.proofs.points import RESTING, TIMES, control_claims, engine, resting_critic_claim
 
 
@@ -93,6 +93,7 @@ MECHANISM = Proof(
 )
 
 SIM = recorded_arm("sim")
+LONGER = longer_arm("sim")
 FIVEFOLD = {"optim": {"generator": {"lr": 5 * SIM.engine["optim"]["generator"]["lr"]}}}
 IMAGE = Proof(
     "sim",
@@ -102,6 +103,7 @@ IMAGE = Proof(
         SIM,
         SIM.with_("huber-5x-lr", engine=FIVEFOLD),
         SIM.with_("l2-5x-lr", options=L2, engine=FIVEFOLD),
+        LONGER,
         *image_arms(SIM),
     ),
     claims=(
@@ -116,6 +118,7 @@ IMAGE = Proof(
             "l2-5x-lr",
         ),
         *image_claims("sim"),
+        longer_claim(LONGER),
     ),
 )
 

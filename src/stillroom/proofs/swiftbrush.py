@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recorded_arm
+from stillroom.proofs.image import image_arms, image_claims, longer_arm, longer_claim, recorded_arm
 from stillroom.proofs.points import control_claims, engine
 
 POINTS = Arm(
@@ -84,11 +84,12 @@ MECHANISM = Proof(
 )
 
 SWIFTBRUSH = recorded_arm("swiftbrush")
+LONGER = longer_arm("swiftbrush", guidance=1.0)
 IMAGE = Proof(
     "swiftbrush",
     "image",
     "fashion",
-    arms=(SWIFTBRUSH, SWIFTBRUSH.with_("sds", options={"score": "sds"}), *image_arms(SWIFTBRUSH)),
+    arms=(SWIFTBRUSH, SWIFTBRUSH.with_("sds", options={"score": "sds"}), LONGER, *image_arms(SWIFTBRUSH)),
     claims=(
         Claim(
             "vsd-beats-sds",
@@ -110,6 +111,7 @@ IMAGE = Proof(
             bound=0.85,
         ),
         *image_claims("swiftbrush"),
+        longer_claim(LONGER),
     ),
 )
 

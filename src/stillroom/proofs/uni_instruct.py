@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import image_arms, image_claims, recorded_arm
+from stillroom.proofs.image import image_arms, image_claims, longer_arm, longer_claim, recorded_arm
 from stillroom.proofs.points import TIMES, control_claims, engine
 
 POINTS = Arm(
@@ -142,11 +142,12 @@ MECHANISM = Proof(
 )
 
 UNI = recorded_arm("uni-instruct")
+LONGER = longer_arm("uni-instruct")
 IMAGE = Proof(
     "uni-instruct",
     "image",
     "fashion",
-    arms=(UNI, recorded_arm("sid-lsg"), *image_arms(UNI)),
+    arms=(UNI, recorded_arm("sid-lsg"), LONGER, *image_arms(UNI)),
     claims=(
         Claim(
             "gan",
@@ -159,6 +160,7 @@ IMAGE = Proof(
             "sid-lsg",
         ),
         *image_claims("uni-instruct"),
+        longer_claim(LONGER),
     ),
 )
 
