@@ -19,13 +19,15 @@ from stillroom.tasks.pipelines.task import Pipelines
 from stillroom.training import build_method
 from tiny_pipelines import SIDE, WIDER, make_pipeline
 
-METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd", "boot")
+METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd", "boot", "sana-sprint")
 STEPS = 2
 OPTIONS = {
     "agd": ["options.paths=3", "options.path_steps=2", "options.steps=2", "options.width=8"],
     "boot": ["options.flipped=true", "options.high=1.0"],
+    "sana-sprint": ["options.retime_share=0", "options.gan_width=8"],
+    "sana-sprint sana": ["options.retime_share=0.5", "options.gan_width=8"],
 }
-"""Of methods whose students do not begin at a time of their own."""
+"""Of methods whose students do not begin at a time of their own, and where a family asks for others."""
 PROMPTS = ("a red cat", "the boat of the dog", "a house")
 
 
@@ -44,7 +46,7 @@ def teacher_of(family: str) -> tuple[PipelineGenerator, PromptedData]:
 
 def recipe_of(family: str, method: str) -> Recipe:
     changes = ["engine.batch=2", f"engine.steps={STEPS}", "engine.warmup=0", "evaluate.n=0"]
-    changes += OPTIONS.get(method, ["options.t_init=1.0"])
+    changes += OPTIONS.get(f"{method} {family}", OPTIONS.get(method, ["options.t_init=1.0"]))
     if method == "swiftbrush":
         changes.append("options.targets=[to_q, to_k, to_v]")
     return Recipe.load(method, changes, teacher=family, data="pictures")

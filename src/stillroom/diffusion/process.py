@@ -89,10 +89,11 @@ class Process:
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
     """``alpha = 1 - t, sigma = t, v = eps - x0`` on [0, 1] (arXiv 2209.03003). ``shift`` warps grids and time laws
-    towards noise as in SD3 (arXiv 2403.03206, eq. 23); networks are fed ``1000 t``."""
+    towards noise as in SD3 (arXiv 2403.03206, eq. 23); networks are fed ``time_scale * t``."""
 
     name: ClassVar[str] = "rectified-flow"
     shift: float = 1.0
+    time_scale: float = 1000.0
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -107,7 +108,13 @@ class RectifiedFlow(Process):
         return sigma / (alpha + sigma)
 
     def network_time(self, t: Tensor) -> Tensor:
-        return 1000 * t
+        return self.time_scale * t
+
+    def to_dict(self) -> dict[str, Any]:
+        found = super().to_dict()
+        if self.time_scale == 1000.0:  # as everywhere; files do not say it
+            del found["time_scale"]
+        return found
 
     def warp(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)

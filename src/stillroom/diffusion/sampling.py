@@ -271,6 +271,25 @@ class SignalSampler(Sampler):
         return (said - sigma * noise) / alpha
 
 
+@dataclass(frozen=True)
+class ScaleFewStepSampler(FewStepSampler):
+    """A :class:`FewStepSampler` for networks that have the guidance ``scale`` as an input; a scale of 0 tells them
+    nothing."""
+
+    name: ClassVar[str] = "few-step-scale"
+    scale: float = 4.5
+
+    def conditions(self, rows: int) -> Cond:
+        return {"guidance_scale": torch.full((rows,), self.scale)} if self.scale else {}
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        own = {name: value.to(noise) for name, value in self.conditions(len(noise)).items()}
+        return super().sample(denoiser, noise, {**(cond or {}), **own}, generator)
+
+
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:
     values = dict(values)
     return SAMPLERS[values.pop("name")](**values)

@@ -165,15 +165,28 @@ def sprint(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:
 
 
 def sprint_call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """A flow's velocity at ``s``; the pipeline reads it as TrigFlow's at ``tan t = s / (1 - s)`` (arXiv 2503.09641)."""
+    """A flow's velocity at ``s``; the pipeline reads it as TrigFlow's at ``tan t = s / (1 - s)`` (arXiv 2503.09641). A
+    ``guidance_scale`` among the conditions takes the place of the pipeline's own; without either it is 0."""
+    cond = dict(cond)
+    scale = cond.pop("guidance_scale", None)
+    if scale is not None:
+        cond["guidance"] = scale * network.config.guidance_embeds_scale  # type: ignore[union-attr,operator]
+    elif "guidance" not in cond:
+        cond["guidance"] = x.new_zeros(len(x))
     return diffusers_call(network, x, time / 1000, cond)
 
 
 def sprint_arguments(pipeline: Any, shift: float, times: tuple[float, ...]) -> dict[str, Any]:
-    """Of one step, or two; with more the pipeline's times cannot be chosen."""
+    """Of one step, or two; with more the pipeline's times are its own (:func:`sprint_times`)."""
     if len(times) != 2:
         return {"intermediate_timesteps": None}
     return {"intermediate_timesteps": math.atan2(times[1], 1 - times[1])}
+
+
+def sprint_times(n: int) -> tuple[float, ...]:
+    """At which a flow is asked by ``n`` of the pipeline's steps, where they are not chosen: even in TrigFlow's time."""
+    angles = [math.pi / 2 * (1 - k / n) for k in range(n)]
+    return (1.0, *(math.tan(angle) / (1 + math.tan(angle)) for angle in angles[1:]))
 
 
 def flux(pipeline: Any, prompts: list[str], size: Size) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Guide, NetworkCall, plain_guide
 from stillroom.diffusion.process import Process, RectifiedFlow
@@ -387,6 +387,17 @@ def family_of(class_name: Any, where: str) -> Family:
             cure=f"supported: {', '.join(BY_CLASS)}",
         )
     return BY_CLASS[class_name]
+
+
+def with_network(pipeline: Any, network: nn.Module) -> Any:
+    """``pipeline``, or the pipeline of a class that runs another network than its own: a Sana that has the guidance
+    scale as an input is Sana-Sprint's."""
+    if type(pipeline).__name__ != "SanaPipeline" or not getattr(network, "config", {}).get("guidance_embeds"):
+        return pipeline
+    import diffusers
+
+    parts = dict(pipeline.components) | {"transformer": network, "scheduler": diffusers.SCMScheduler()}
+    return diffusers.SanaSprintPipeline(**parts)
 
 
 def check_pipeline(pipeline: Any, family: Family, where: str) -> None:

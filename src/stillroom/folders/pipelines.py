@@ -19,7 +19,7 @@ from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
 from stillroom.files import stay_inside
 from stillroom.folders.diffusers_networks import scheduler_config
-from stillroom.folders.pipeline_calls import Size, network_name, network_of
+from stillroom.folders.pipeline_calls import Size, network_name, network_of, sprint_times
 from stillroom.folders.pipeline_families import BY_CLASS, family_of
 from stillroom.folders.pretrained import in_float32
 from stillroom.folders.transformers_layout import CONFIG, check_config, without_bar
@@ -254,6 +254,8 @@ def few_step_scheduler(
     n = len(sampler.times)
     t_init = sampler.times[0]
     even = tuple(t_init * (1 - k / n) for k in range(n))
+    if trigflow and isinstance(process, RectifiedFlow):
+        return _trigflow_scheduler(sampler)
     if any(abs(a - b) > 1e-6 for a, b in zip(sampler.times, even, strict=True)):
         raise UserError(f"no scheduler of diffusers asks at the times {sampler.times}", cure="use evenly spaced steps")
     if n > 1 and sampler.renoise == "fixed":
@@ -263,10 +265,6 @@ def few_step_scheduler(
             raise UserError(
                 f"pipelines of rectified flows start from pure noise, not at t = {t_init}", cure="options.t_init=1.0"
             )
-        if trigflow:
-            if n > 2 or (n == 2 and sampler.renoise != "fresh"):
-                raise UserError("Sana-Sprint's pipeline takes one step, or two with fresh noise", cure="take one step")
-            return diffusers.SCMScheduler()
         # The same even steps, whether a pipeline gives the scheduler its sigmas (1 .. 1/n) or leaves them to it.
         return diffusers.FlowMatchEulerDiscreteScheduler(
             shift=1.0,
@@ -299,6 +297,26 @@ def few_step_scheduler(
         )
     # With this scaling its boundary condition is the identity: c_skip = 0, c_out = 1.
     return diffusers.LCMScheduler(**_ending_at(config, process, top), original_inference_steps=n, timestep_scaling=1e8)
+
+
+def _trigflow_scheduler(sampler: FewStepSampler) -> Any:
+    """Of Sana-Sprint's pipeline, which begins with pure noise, and of more than two steps chooses the times itself."""
+    import diffusers
+
+    n = len(sampler.times)
+    if sampler.times[0] != 1.0:
+        raise UserError(
+            f"Sana-Sprint's pipeline starts from pure noise, not at t = {sampler.times[0]}", cure="options.t_init=1.0"
+        )
+    if n > 1 and sampler.renoise != "fresh":
+        raise UserError("Sana-Sprint's pipeline takes fresh noise at each step", cure="options.renoise=fresh")
+    own = sprint_times(n)
+    if n > 2 and any(abs(a - b) > 1e-4 for a, b in zip(sampler.times, own, strict=True)):
+        raise UserError(
+            f"Sana-Sprint's pipeline takes {n} steps at times of its own, {', '.join(f'{t:.4f}' for t in own)}",
+            cure="take these, or one step, or two",
+        )
+    return diffusers.SCMScheduler()
 
 
 def _ending_at(config: dict[str, Any], process: VP, top: Tensor) -> dict[str, Any]:

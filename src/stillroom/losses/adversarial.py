@@ -1,10 +1,10 @@
-"""Non-saturating GAN losses on logits ``[B, N]`` (one per token) or ``[B]``, and the discrimination of logits."""
+"""Non-saturating and hinge GAN losses on logits ``[B, N]`` (one per token) or ``[B]``; discrimination of logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, relu, softplus
 
 from stillroom.errors import UserError
 
@@ -32,6 +32,18 @@ def told(logits: Tensor, real: bool, weight: Tensor | None = None) -> Tensor:
     if weight is None:
         return softplus(-signed).mean()
     return (weight * generator_loss(signed)).mean()
+
+
+def hinge_generator(fake_logits: Tensor) -> Tensor:
+    """``-l_fake``, averaged: a scalar (arXiv 1705.02894)."""
+    return -fake_logits.mean()
+
+
+def hinge_told(logits: Tensor, real: bool, weight: Tensor | None = None) -> Tensor:
+    """One half of the hinge loss, averaged over samples and their logits: ``relu(1 - l)`` of real data, or
+    ``relu(1 + l)`` of generated. ``weight [B]``: of each sample; the mean is over those that count."""
+    each = relu(1 - logits if real else 1 + logits).reshape(len(logits), -1).mean(1)
+    return each.mean() if weight is None else (weight * each).sum() / weight.sum().clamp_min(1)
 
 
 def logit_discrimination(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,6 +42,96 @@ class DiscriminatorHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.body(tokens).squeeze(-1).float() if self.kind == "mlp" else tokens.float().mean(-1)
+
+
+class SpectralConv(nn.Module):
+    """A convolution along tokens ``[B, C, N]`` whose weight, as a matrix ``[out, in k]``, is divided by its greatest
+    singular value. Power iterations start from the same vector at each call, so that nothing is remembered from one
+    micro-batch to the next; ends are joined to each other."""
+
+    start: Tensor
+
+    def __init__(self, inputs: int, outputs: int, size: int = 1, iterations: int = 8) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.conv = nn.Conv1d(inputs, outputs, size, padding=size // 2, padding_mode="circular")
+        self.register_buffer("start", nn.functional.normalize(torch.randn(outputs), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.conv.weight.flatten(1)
+        with torch.no_grad():
+            left, right = self.start, nn.functional.normalize(matrix.T @ self.start, dim=0)
+            for _ in range(self.iterations):
+                left = nn.functional.normalize(matrix @ right, dim=0)
+                right = nn.functional.normalize(matrix.T @ left, dim=0)
+        weight = self.conv.weight / (left @ matrix @ right)
+        assert self.conv.bias is not None
+        middle = weight.shape[-1] // 2
+        if not middle or x.shape[-1] == 1:  # of a single token nothing lies beside it
+            return torch.einsum("oi,bin->bon", weight[..., middle], x) + self.conv.bias[:, None]
+        if middle > x.shape[-1]:  # fewer tokens than the ends that are joined
+            return nn.functional.conv1d(x, weight, self.conv.bias, padding=middle)
+        return self.conv._conv_forward(x, weight, self.conv.bias)
+
+
+class TokenConvHead(nn.Module):
+    """LADD's head (arXiv 2403.12015, sec. 3; StyleGAN-T's, 2301.09515, sec. 3.2): tokens ``[B, N, D]`` to logits
+    ``[B, N]`` by a convolution of size 1, a residual one of size 9 along the tokens, and one to a single channel, all
+    with spectral normalisation. Norms are of each sample, and not over the batch as StyleGAN-T's."""
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+
+        def block(inputs: int, size: int) -> nn.Sequential:
+            return nn.Sequential(SpectralConv(inputs, hidden, size), nn.GroupNorm(1, hidden), nn.LeakyReLU(0.2))
+
+        self.first, self.wide, self.last = block(width, 1), block(hidden, 9), SpectralConv(hidden, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.first(tokens.float().transpose(1, 2))
+        return self.last((h + self.wide(h)) / 2**0.5).squeeze(1)
+
+
+def spread_blocks(network: nn.Module, count: int = 4) -> list[str]:
+    """``count`` blocks of a network from early to last, fewer where it has fewer: of 20 those at 2, 8, 14 and 19 (arXiv
+    2503.09641, App.)."""
+    blocks = block_paths(network)
+    first, last = len(blocks) // 10, len(blocks) - 1
+    places = (math.ceil(first + (last - first) * i / (count - 1)) for i in range(count))
+    return [blocks[i] for i in dict.fromkeys(places)]
+
+
+class LatentDiscriminator(nn.Module):
+    """A :class:`TokenConvHead` on each of several blocks of a frozen denoiser, which is not owned (LADD, arXiv
+    2403.12015). blocks: module paths; none: :func:`spread_blocks`."""
+
+    forward_methods: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def __init__(self, denoiser: Denoiser, blocks: Sequence[str] = (), hidden: int = 64) -> None:
+        super().__init__()
+        self.paths = list(blocks) or spread_blocks(denoiser.network)
+        self._taps = [self._made(denoiser.network)]
+        self.heads = nn.ModuleList(
+            TokenConvHead(feature_width(denoiser, block_taps(denoiser.network, path)), hidden) for path in self.paths
+        )
+
+    def _made(self, network: nn.Module) -> Taps:
+        return Taps(network, {path: Tap(path, item="last") for path in self.paths})
+
+    def logits(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Logits ``[B, N]`` of all heads' tokens; the pass ends at the last of the blocks."""
+        taps = next((taps for taps in self._taps if taps.network is denoiser.network), None)
+        if taps is None:
+            taps = self._made(denoiser.network)
+            self._taps.append(taps)
+        with taps.recording(early_exit=True) as features:
+            denoiser.native(x_t, t, cond)
+        found = [head(as_tokens(features.calls(path)[0])) for head, path in zip(self.heads, self.paths, strict=True)]
+        return torch.cat(found, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads other networks, and does not copy those that this one reads."""
+        return self.__dict__ | {"_taps": []}
 
 
 class Discriminator(nn.Module):

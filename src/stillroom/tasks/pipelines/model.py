@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.process import process_from_dict
-from stillroom.diffusion.sampling import FewStepSampler, Sampler, sampler_from_dict
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, sampler_from_dict
 from stillroom.draws import mix
 from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.denoisers import SIDE_FILE, save_network
 from stillroom.folders.pipeline_calls import Size, network_name, network_of
-from stillroom.folders.pipeline_families import Family, check_pipeline, family_of
+from stillroom.folders.pipeline_families import Family, check_pipeline, family_of, with_network
 from stillroom.folders.pipelines import (
     INDEX,
     LORA,
@@ -162,6 +162,8 @@ class PipelineGenerator(PictureGenerator):
         times = self.sampler.times if isinstance(self.sampler, FewStepSampler) else ()
         guidance = getattr(self.sampler, "guidance", 1.0)
         asked = self.family.asked(self.pipeline, self.denoiser.process, times, guidance)
+        if self.family.trigflow and isinstance(self.sampler, ScaleFewStepSampler):
+            asked["guidance_scale"] = self.sampler.scale
         return {**asked, "num_inference_steps": self.steps}
 
     @property
@@ -253,7 +255,8 @@ class PipelineGenerator(PictureGenerator):
 
     def student(self, network: Denoiser, sampler: Sampler) -> PipelineGenerator:
         """This pipeline with another network and sampler; all other parts are shared."""
-        return PipelineGenerator(self.pipeline, sampler, network, self.size, self.folder)
+        pipeline = with_network(self.pipeline, network.network)
+        return PipelineGenerator(pipeline, sampler, network, self.size, self.folder)
 
     # --- words and pictures ---------------------------------------------------------------------------------------
     def conditions(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

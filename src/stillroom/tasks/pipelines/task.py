@@ -14,6 +14,7 @@ from stillroom.data.prompt_sources import prompt_source
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleSampler
 from stillroom.errors import UserError
+from stillroom.folders.pipeline_families import FAMILIES, with_network
 from stillroom.folders.pipelines import few_step_scheduler, fingerprint, is_pipeline, sized
 from stillroom.parsing import parse_yaml
 from stillroom.recipe import Recipe
@@ -104,8 +105,16 @@ class Pipelines(Task):
             return
         if not isinstance(sampler, FewStepSampler):
             raise UserError(f"a student sampled by {sampler.name!r} cannot be a pipeline", cure="use a few-step method")
-        loop = (self.teacher.family.trigflow, self.teacher.family.consistency)
-        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, *loop)
+        family, student = self.teacher.family, getattr(method, "student", denoiser)
+        if type(with_network(self.teacher.pipeline, student.network)) is not type(self.teacher.pipeline):
+            family = FAMILIES["sana-sprint"]
+        elif student.process != denoiser.process:
+            raise UserError(
+                f"the pipelines of {family.title} feed their networks times from 0 to 1000, not those that this "
+                "student is trained for",
+                cure="options.retime_share=0",
+            )
+        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, family.trigflow, family.consistency)
         judge = getattr(method, "discriminator", None)
         if judge is not None and not isinstance(judge, nn.Identity) and not self.data.pictures:
             raise UserError(
