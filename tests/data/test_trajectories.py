@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stillroom.data.trajectories as data_trajectories
-from stillroom.data.trajectories import Paths, Trajectories, trajectories
+from stillroom.data.trajectories import Paths, Pieces, Trajectories, trajectories
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand
 from stillroom.diffusion.sampling import ODESampler
@@ -85,6 +85,23 @@ def test_a_store_is_what_memory_holds_and_goes_on_where_it_was_cut_short(tmp_pat
     names = [sorted(p.name for p in (tmp_path / x).iterdir()) for x in "ab"]
     assert names[0] == names[1]
     assert json.loads((tmp_path / "b" / "trajectories.json").read_text())["about"]["teacher"] == "t"
+
+
+def test_states_stay_in_their_files_and_are_read_by_row(tmp_path: Path) -> None:
+    """Batches of a store in three files are those of memory bit for bit, and its states are views of the files."""
+    stored, held = made(tmp_path), made()
+    assert isinstance(stored.states, Pieces)
+    assert isinstance(held.states, Pieces)
+    assert [len(part) for part in stored.states.parts] == [4, 4, 2]
+    rows = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    one, other = stored.read(rows), held.read(rows)
+    for name in ("x_t", "answer", "t", "scale"):
+        assert torch.equal(one[name], other[name]), name
+    assert torch.equal(one["cond"]["label"], other["cond"]["label"])
+    assert torch.equal(stored.states[:, 3], held.states[:, 3])
+    maps = Path("/proc/self/maps")
+    if maps.is_file():  # Linux
+        assert str(tmp_path / "trajectories-00001.safetensors") in maps.read_text()
 
 
 def test_a_damaged_shard_and_another_teacher_are_refused(tmp_path: Path) -> None:

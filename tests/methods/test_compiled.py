@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sid-lsg": GAN,
     "uni-instruct": GAN,
     "swiftbrush": {"fake": "full"},
+    "twinflow": {"width": 8},
     "dho": {"labelled": 2},
     "dmae": {"mask_ratio": 0.5},
     "g2sd": {"specific_share": 0.0},

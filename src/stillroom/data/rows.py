@@ -95,6 +95,12 @@ class RowStore:
 
         Raises UserError for a folder without one, and naming the shard that is missing or damaged.
         """
+        about, entries, parts = self.shards(folder)
+        return about, entries, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def shards(self, folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Tensor]]]:
+        """As :meth:`read`, but the tensors of each shard apart: they lie in its file, and what of them is asked for is
+        read then."""
         from stillroom.folders.weights import read_tensors
 
         folder = Path(folder)
@@ -127,8 +133,7 @@ class RowStore:
                     cure=f"restore it from a copy, or delete it and {self.index} and store the {self.what} again",
                 )
             parts.append(read_tensors(folder / name))
-        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        return about, [shards[name] for name in sorted(shards)], tensors
+        return about, [shards[name] for name in sorted(shards)], parts
 
 
 def _wait(size: int) -> None:

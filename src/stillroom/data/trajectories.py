@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from stillroom.draws import mix
 TRAJECTORIES = RowStore("trajectories")
 COND = "cond."
 """Before the names of conditions among the tensors of a store."""
+KEPT_APART = ("states", "answers")
+"""Of a store: too much for memory."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,43 @@ class Paths:
     precision: Literal["float16", "float32"] = "float16"
 
 
+class Pieces:
+    """Rows of a tensor that lie in several others, one after another: indexed as the whole one would be, by numbers of
+    rows and what follows, or by ``:`` and what follows. Of pieces in files only what is asked for is read."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = list(parts)
+        self.starts = torch.tensor([0, *(len(part) for part in self.parts)]).cumsum(0)
+
+    def __getitem__(self, index: tuple[Any, ...]) -> Tensor:
+        if len(self.parts) == 1:
+            return self.parts[0][index]
+        rows, *rest = index
+        if isinstance(rows, slice):
+            return torch.cat([part[index] for part in self.parts])
+        rows = torch.as_tensor(rows)
+        rest = [torch.as_tensor(one).expand_as(rows) for one in rest]
+        piece = torch.searchsorted(self.starts, rows, right=True) - 1
+        found = rows.new_empty(len(rows), *self.parts[0].shape[1 + len(rest) :], dtype=self.parts[0].dtype)
+        for number in piece.unique().tolist():
+            here = piece == number
+            own = (rows[here] - self.starts[number], *(one[here] for one in rest))
+            found[here] = self.parts[number][own]
+        return found
+
+
 class Trajectories:
     """``noise [N, ...]`` that paths began with, ``end [N, ...]`` where they ended, ``scale [N]`` and ``cond`` by name;
     with all states kept also ``states [N, T, ...]``, ``answers [N, T, ...]`` in the teacher's own output space and
-    ``times [N, T]``."""
+    ``times [N, T]``. parts: of the paths, in their order; states and answers stay where they are."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, *parts: Mapping[str, Tensor]) -> None:
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key not in KEPT_APART}
         self.cond = {key.removeprefix(COND): value for key, value in tensors.items() if key.startswith(COND)}
         self.noise, self.end, self.scale = tensors["noise"], tensors["end"], tensors["scale"]
-        self.states, self.answers = tensors.get("states"), tensors.get("answers")
+        self.states, self.answers = (
+            Pieces([part[key] for part in parts]) if key in parts[0] else None for key in KEPT_APART
+        )
         self.times = tensors.get("times")
 
     @property
@@ -119,9 +149,9 @@ def trajectories(
     about = {"teacher": name, "paths": asdict(paths), "conditions": _hash(cond)}
     if not TRAJECTORIES.is_complete(folder):
         TRAJECTORIES.write(folder, about, paths.count, made, shard)
-    found, _, tensors = TRAJECTORIES.read(folder)
+    found, _, parts = TRAJECTORIES.shards(folder)
     TRAJECTORIES.check_same(found, about, folder)
-    return Trajectories(tensors)
+    return Trajectories(*parts)
 
 
 def blank(teacher: Denoiser, cond: Cond, paths: Paths) -> Trajectories:

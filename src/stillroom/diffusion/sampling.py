@@ -17,6 +17,7 @@ from torch import Tensor
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import Process, expand
 from stillroom.draws import Draws
+from stillroom.errors import UserError
 
 Renoise = Literal["fresh", "fixed", "ddim"]
 
@@ -235,6 +236,36 @@ class FewStepSampler(Sampler):
             p = denoiser(x, t, cond, self.guidance)
         assert p is not None
         return p.x0
+
+
+@dataclass(frozen=True)
+class FlowMapSampler(FewStepSampler):
+    """A :class:`FewStepSampler` for networks that are told a second time: ``to`` which each call leads. ``end``: to 0,
+    and the sample is noised anew to the next time; ``next``: to the next time itself, without new noise; ``here``:
+    nowhere, which makes it an ordinary sampler of the path (with ``renoise: ddim``)."""
+
+    name: ClassVar[str] = "flow-map"
+    to: Literal["end", "next", "here"] = "end"
+
+    def conditions(self, rows: int) -> Cond:
+        if self.to != "end":
+            raise UserError("a pipeline tells its network one second time for all steps", cure="options.to=end")
+        return {"r": torch.zeros(rows)}
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        if self.to == "end":
+            own = {"r": noise.new_zeros(len(noise))}
+            return super().sample(denoiser, noise, {**(cond or {}), **own}, generator)
+        process, x = denoiser.process, denoiser.process.sigma(noise.new_tensor(self.times[0] * denoiser.process.t_max))
+        x = x * noise
+        for here, following in itertools.pairwise((*self.times, 0.0)):
+            t, s = (noise.new_tensor(share * process.t_max) for share in (here, following))
+            r = noise.new_full((len(noise),), following if self.to == "next" else here)
+            x = ddim_step(denoiser(x, t, {**(cond or {}), "r": r}, self.guidance), process, s)
+        return x
 
 
 def signal(denoiser: Denoiser, eps: Tensor, t: Tensor, cond: Cond, start: float) -> Tensor:
