@@ -19,10 +19,15 @@ from stillroom.tasks.pipelines.task import Pipelines
 from stillroom.training import build_method
 from tiny_pipelines import SIDE, WIDER, make_pipeline
 
-METHODS = ("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd", "boot", "sana-sprint", "twinflow")
+METHODS = (
+    *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
+    *("kd", "progressive", "boot", "sana-sprint", "twinflow"),
+)
 STEPS = 2
 OPTIONS = {
     "agd": ["options.paths=3", "options.path_steps=2", "options.steps=2", "options.width=8"],
+    "kd": ["options.paths=3", "options.path_steps=2"],
+    "progressive": ["options.begin=2"],
     "boot": ["options.flipped=true", "options.high=1.0"],
     "sana-sprint": ["options.retime_share=0", "options.gan_width=8"],
     "sana-sprint sana": ["options.retime_share=0.5", "options.gan_width=8"],

@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dho": {"labelled": 2},
     "dmae": {"mask_ratio": 0.5},
     "g2sd": {"specific_share": 0.0},
+    "kd": {"paths": 6, "path_steps": 3},
+    "progressive": {"begin": 2},
     "lightgen": {"dpo_share": 0.0, "network": MARSettings(**tiny_mar.SIZES)},
 }
 
