@@ -21,10 +21,16 @@ from tiny_pipelines import SIDE, WIDER, make_pipeline
 
 METHODS = (
     *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
-    *("kd", "progressive", "boot", "sana-sprint", "twinflow"),
+    *("kd", "progressive", "boot", "sana-sprint", "twinflow", "hyper-sd"),
 )
 STEPS = 2
 OPTIONS = {
+    "hyper-sd": [
+        "options.one_step_share=0",
+        "options.segments=[2, 1]",
+        "options.mse=[1, 1]",
+        "options.adversarial=[0, 1]",
+    ],
     "agd": ["options.paths=3", "options.path_steps=2", "options.steps=2", "options.width=8"],
     "kd": ["options.paths=3", "options.path_steps=2"],
     "progressive": ["options.begin=2"],

@@ -167,6 +167,7 @@ class Method(nn.Module):
     paper: ClassVar[Paper]
     wing: ClassVar[str]
     health: ClassVar[Mapping[str, str]] = {}  # what each number that it notes is, with its formula
+    blank_stores: ClassVar[bool] = False  # whether a plan may put zeros in the place of what options.stored keeps
     task: ClassVar[str] = "class-images"  # what a run reads, gives to build() and scores: a name of tasks/
 
     @dataclass

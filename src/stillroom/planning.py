@@ -153,7 +153,7 @@ def plan(
         raise UserError(f"--world must be at least 1, got {world}", cure="the number of processes")
     if not recipe.engine.steps:
         raise UserError("engine.steps is 0: there is no training to plan", cure="give the steps of the run")
-    if recipe.options.get("stored"):
+    if recipe.options.get("stored") and not get_method(recipe.method).blank_stores:
         raise UserError(
             "a plan does not ask the teacher, whose answers options.stored keeps", cure="plan with options.stored="
         )

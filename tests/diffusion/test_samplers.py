@@ -17,9 +17,11 @@ from stillroom.diffusion.sampling import (
     FewStepSampler,
     ODESampler,
     Sampler,
+    TCDSampler,
     ancestral_step,
     ddim_step,
     few_step_times,
+    jump,
     rollout,
     sampler_from_dict,
 )
@@ -263,3 +265,44 @@ def test_draws_are_for_the_micro_batch_and_say_so() -> None:
     whole = Draws(torch.Generator().manual_seed(0), slice(0, 8), 8).normal(8, 4)
     again = Draws(torch.Generator().manual_seed(0), slice(2, 5), 8).normal(3, 4)
     assert torch.equal(whole[2:5], again)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_tcd_is_what_diffusers_scheduler_does(kind: str, eta: float) -> None:
+    import diffusers
+
+    denoiser = exact(VP(), kind, (MEAN.tolist(),), (STD,))
+    names = {"eps": "epsilon", "v": "v_prediction"}
+    scheduler = diffusers.TCDScheduler(original_inference_steps=1000, prediction_type=names[kind])
+    scheduler.set_timesteps(4)
+    times = tuple(float(t) / 999 for t in scheduler.timesteps)
+    assert times == pytest.approx((1, 749 / 999, 499 / 999, 249 / 999))
+    noise = torch.randn(3, 2)
+    ours = TCDSampler(times, eta=eta).sample(denoiser, noise, generator=torch.Generator().manual_seed(5))
+    x, again = VP().sigma(torch.tensor(999.0)) * noise, torch.Generator().manual_seed(5)
+    for t in scheduler.timesteps:
+        value = denoiser(x, t.float(), {}).value
+        x = scheduler.step(value, t, x, eta=eta, generator=again, return_dict=False)[0]
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tcd_without_noise_is_euler_and_with_all_of_it_noises_afresh(name: str) -> None:
+    process = PROCESSES[name]
+    denoiser, noise = gaussian(name), torch.randn(4, 2)
+    start = torch.full((), process.t_max)
+    x = process.sigma(start) * noise
+    half, end = torch.full((), process.t_max / 2), torch.zeros(())
+    euler = jump(denoiser(jump(denoiser(x, start, {}), half), half, {}), end)
+    torch.testing.assert_close(TCDSampler((1.0, 0.5), eta=0.0).sample(denoiser, noise), euler, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(3)
+    fresh = TCDSampler((1.0, 0.5), eta=1.0).sample(denoiser, noise)
+    torch.manual_seed(3)
+    clean = jump(denoiser(x, start, {}), end)
+    rest = process.alpha(half) / process.alpha(end)
+    left = (process.sigma(half) ** 2 - (rest * process.sigma(end)) ** 2).sqrt()
+    expected = jump(denoiser(rest * clean + left * torch.randn(4, 2), half, {}), end)
+    torch.testing.assert_close(fresh, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="0 to 1"):
+        TCDSampler(eta=1.5)

@@ -6,6 +6,7 @@
 - ``measured``: claims, arms and costs
 - ``method_pages``: the generated parts of docs/methods/*.md
 - ``indexes``: README's table, docs/methods.md, docs/wings/*.md
+- ``few_steps``: the methods for few steps beside each other
 - ``reference``: API, pairs of methods and models, benchmarks
 - ``documents``: finds the generated parts of a file and writes them anew
 """

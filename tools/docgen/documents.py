@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from docgen import evidence, indexes, inline, method_pages, papers, reference
+from docgen import evidence, few_steps, indexes, inline, method_pages, papers, reference
 from docgen.sources import DocsError, Page, Sources
 
 BLOCK = re.compile(r"(<!-- generated: ([a-z0-9 -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[..., str]] = {
     name.removeprefix("block_"): function
-    for module in (method_pages, indexes, evidence, papers, reference)
+    for module in (method_pages, indexes, evidence, few_steps, papers, reference)
     for name, function in vars(module).items()
     if name.startswith("block_")
 }

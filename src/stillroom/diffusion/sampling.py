@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
-from stillroom.diffusion.process import Process, expand
+from stillroom.diffusion.process import VP, Process, expand
 from stillroom.draws import Draws
 from stillroom.errors import UserError
 
@@ -25,6 +25,15 @@ Renoise = Literal["fresh", "fixed", "ddim"]
 def ddim_step(p: Prediction, process: Process, s: Tensor) -> Tensor:
     """From ``x_t`` to ``x_s`` along the ODE with the prediction held fixed: ``alpha_s x0 + sigma_s eps`` (Euler)."""
     return process.alpha(s) * p.x0 + process.sigma(s) * p.eps
+
+
+def jump(p: Prediction, s: Tensor) -> Tensor:
+    """:func:`ddim_step` with a time ``s <= p.t`` for each sample, ``[B]``; the identity where the two are equal, also
+    at time 0, where an x0-prediction has no eps."""
+    process, t = p.process, p.t
+    ratio = process.sigma(s) / process.sigma(t).clamp_min(torch.finfo(p.x_t.dtype).tiny)
+    ratio = torch.where(s == t, torch.ones_like(ratio), ratio)
+    return expand(ratio, p.x_t) * p.x_t + expand(process.alpha(s) - ratio * process.alpha(t), p.x_t) * p.x0
 
 
 def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, guidance: float) -> Tensor:
@@ -319,6 +328,42 @@ class ScaleFewStepSampler(FewStepSampler):
     ) -> Tensor:
         own = {name: value.to(noise) for name, value in self.conditions(len(noise)).items()}
         return super().sample(denoiser, noise, {**(cond or {}), **own}, generator)
+
+
+@dataclass(frozen=True)
+class TCDSampler(FewStepSampler):
+    """Trajectory consistency sampling (arXiv 2402.19159, alg. 4; diffusers' TCDScheduler): from t to the next time p by
+    way of ``s = (1 - eta) p``, a whole number for VP:
+
+        x_s = alpha_s x0 + sigma_s eps,    x_p = r x_s + sqrt(sigma_p^2 - r^2 sigma_s^2) z,    r = alpha_p / alpha_s
+
+    The last step ends at time 0 of the process, without z. eta: 0 is DDIM, 1 noises x0 afresh. ``renoise`` is not read.
+    """
+
+    name: ClassVar[str] = "tcd"
+    eta: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta lies in 0 to 1, got {self.eta}")
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        process = denoiser.process
+        times = [torch.full((), f * process.t_max, dtype=noise.dtype, device=noise.device) for f in (*self.times, 0.0)]
+        x = process.sigma(times[0]) * noise
+        for k, (t, p) in enumerate(itertools.pairwise(times), 1):
+            s = (1 - self.eta) * p
+            s = s.floor() if isinstance(process, VP) and self.eta else s
+            x = jump(denoiser(x, t, cond, self.guidance), s)
+            if self.eta and k < len(self.times):
+                rest = process.alpha(p) / process.alpha(s)
+                left = (process.sigma(p) ** 2 - (rest * process.sigma(s)) ** 2).clamp_min(0).sqrt()
+                x = rest * x + left * fresh_noise(x, generator)
+        return x
 
 
 def sampler_from_dict(values: dict[str, Any]) -> Sampler:

@@ -58,6 +58,12 @@ def scaled_latents(pipeline: Any, images: Tensor) -> Tensor:
     return (posterior_mean(pipeline.vae, images) - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
 
+def scaled_pictures(pipeline: Any, latents: Tensor) -> Tensor:
+    """The inverse of :func:`scaled_latents`, with a graph."""
+    config = pipeline.vae.config
+    return pipeline.vae.decode(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)).sample
+
+
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of the latents, shaped to ``like [B, C, ...]``."""
     shape = (1, -1, *(1,) * (like.ndim - 2))

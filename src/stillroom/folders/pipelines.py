@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import VP, Process, RectifiedFlow
-from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.diffusion.sampling import FewStepSampler, TCDSampler
 from stillroom.errors import UserError
 from stillroom.files import stay_inside
 from stillroom.folders.diffusers_networks import scheduler_config
@@ -207,14 +207,14 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
-    """Write an adapter as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads, and as
-    ``adapter_model.safetensors`` with ``adapter_config.json``, which peft puts on the network alone."""
+def save_lora(denoiser: Denoiser, role: str, prefix: str, folder: Path) -> None:
+    """Write the adapter ``role`` as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads,
+    and as ``adapter_model.safetensors`` with ``adapter_config.json``, which peft puts on the network alone."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
-    role, ranks, alphas, targets = str(denoiser.adapter), set(), set(), []
+    ranks, alphas, targets = set(), set(), []
     for name, module in denoiser.network.named_modules():
         if isinstance(module, LoraLayer) and role in module.lora_A:
             ranks.add(int(module.r[role]))
@@ -239,6 +239,14 @@ def save_lora(denoiser: Denoiser, prefix: str, folder: Path) -> None:
     LoraConfig(**settings).save_pretrained(str(folder))
 
 
+def adapters_of(denoiser: Denoiser) -> list[str]:
+    """Names of all adapters of a network, in the order in which they were made."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in denoiser.network.modules() if isinstance(module, LoraLayer)]
+    return list(dict.fromkeys(role for layer in layers for role in layer.lora_A))
+
+
 # --- schedulers -------------------------------------------------------------------------------------------------------
 def few_step_scheduler(
     sampler: FewStepSampler, process: Process, prediction: str, trigflow: bool = False, consistency: bool = False
@@ -254,10 +262,20 @@ def few_step_scheduler(
     n = len(sampler.times)
     t_init = sampler.times[0]
     even = tuple(t_init * (1 - k / n) for k in range(n))
+    own = isinstance(process, VP) and not process.zero_snr and not consistency and t_init == 1.0
+    if isinstance(sampler, TCDSampler) and not own:
+        if n > 1 and sampler.eta not in (0.0, 1.0):
+            raise UserError(
+                f"no scheduler of diffusers takes a part of fresh noise (eta={sampler.eta:g}) on this process",
+                cure="options.eta=0, or 1",
+            )
+        sampler = FewStepSampler(sampler.times, "fresh" if sampler.eta else "ddim")  # what it then is
     if trigflow and isinstance(process, RectifiedFlow):
         return _trigflow_scheduler(sampler)
     if any(abs(a - b) > 1e-6 for a, b in zip(sampler.times, even, strict=True)):
         raise UserError(f"no scheduler of diffusers asks at the times {sampler.times}", cure="use evenly spaced steps")
+    if isinstance(sampler, TCDSampler):
+        return _tcd_scheduler(process, prediction)
     if n > 1 and sampler.renoise == "fixed":
         raise UserError("no scheduler of diffusers keeps the first noise", cure="options.renoise=fresh, or ddim")
     if isinstance(process, RectifiedFlow):
@@ -317,6 +335,15 @@ def _trigflow_scheduler(sampler: FewStepSampler) -> Any:
             cure="take these, or one step, or two",
         )
     return diffusers.SCMScheduler()
+
+
+def _tcd_scheduler(process: Process, prediction: str) -> Any:
+    """It takes a step at every time of training, and is given eta at each call."""
+    import diffusers
+
+    config = {k: v for k, v in scheduler_config(process, prediction).items() if k not in ("_class_name", "clip_sample")}
+    config |= {"steps_offset": 1, "clip_sample": False}
+    return diffusers.TCDScheduler(**config, original_inference_steps=config["num_train_timesteps"])
 
 
 def _ending_at(config: dict[str, Any], process: VP, top: Tensor) -> dict[str, Any]:

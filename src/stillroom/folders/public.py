@@ -50,6 +50,9 @@ DATA = {
     "cifar10-images": PublicData("CIFAR-10's images alone, 32x32 pixels, without classes", (3, 32, 32), rows=1000),
     "cifar10": PublicData("CIFAR-10, 32x32 pixels, in ten classes", (3, 32, 32), 10, rows=1000),
     "imagenet64": PublicData(f"{IMAGENET}, 64x64 pixels, in 1,000 classes", (3, 64, 64), 1000, rows=5000),
+    "imagenet256-latents": PublicData(
+        f"{IMAGENET}, latents 4x32x32 of images of 256x256 pixels, in 1,000 classes", (4, 32, 32), 1000, rows=5000
+    ),
     "imagenet": PublicData(f"{IMAGENET}, 224x224 pixels, in 1,000 classes", (3, 224, 224), 1000, rows=50_000),
     "sst2": PublicData("SST-2 of GLUE: sentences in two classes", classes=2, texts=True, rows=1000),
 }

@@ -84,6 +84,10 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
+        """:meth:`pictures` without a graph."""
+        return self.pictures(latents, batch)
+
+    def pictures(self, latents: Tensor, batch: int = 64) -> Tensor:
         """Images ``[B, 3, H, W]`` in [-1, 1] from normalised latents. Raises UserError for other channel counts."""
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise UserError(

@@ -7,6 +7,7 @@ denoiser goes through it, and a layer recomputed under activation checkpointing 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,15 @@ from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError, nearest
 from stillroom.surgery.skeleton import unshared
 
+TOGETHER = "+"
+"""Between the names of adapters that speak together."""
+KEPT = "steps"
+"""What the names of adapters begin with that a method keeps for other numbers of steps than its student's."""
+_OF_ADAPTER = re.compile(r"\.lora_[A-Za-z_]+\.")
+
 
 class LoraSwitch:
-    """Which adapter of a network is active; ``None`` is the bare base."""
+    """Which adapters of a network are active, ``a`` or ``a+b``; ``None`` is the bare base."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
@@ -34,7 +41,7 @@ class LoraSwitch:
         self.active = role
         for layer in self.layers:
             layer._disable_adapters = role is None
-            layer._active_adapter = [role] if role is not None else []
+            layer._active_adapter = role.split(TOGETHER) if role is not None else []
 
     @contextmanager
     def use(self, role: str | None) -> Iterator[None]:
@@ -102,29 +109,34 @@ def lora_role(
 
 
 class LoraDenoiser(Denoiser):
-    """The view of a shared network through one adapter."""
+    """The view of a shared network through the adapter ``role``; empty: through its own weights, which are then the
+    role's. beside: adapters that speak too and are trained by others."""
 
-    def __init__(self, base: Denoiser, role: str) -> None:
+    def __init__(self, base: Denoiser, role: str, beside: Sequence[str] = ()) -> None:
         super().__init__(
             base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call,
             guide=base.guide,
         )  # fmt: skip
-        self.adapter = role
+        self.role = role
+        self.adapter = TOGETHER.join(filter(None, (role, *beside))) or None
 
     def role_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.network.named_parameters() if f".{self.adapter}." in name}
+        named = self.network.named_parameters()
+        if not self.role:
+            return {name: p for name, p in named if not _OF_ADAPTER.search(name)}
+        return {name: p for name, p in named if f".{self.role}." in name}
 
     def checkpoint_function(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
         return self.network.lora_switch.checkpoint(block, *args, **kwargs)  # type: ignore[union-attr,operator]
 
     def merged(self, share: bool = False) -> Denoiser:
-        """An ordinary denoiser with this adapter folded into the weights and every other adapter gone. share: as
+        """An ordinary denoiser with the adapters that speak folded into the weights and every other one gone. share: as
         :func:`plain_copy` does."""
         return plain_copy(self, self.adapter, share)
 
 
 def plain_copy(denoiser: Denoiser, role: str | None = None, share: bool = False) -> Denoiser:
-    """A copy of ``denoiser`` whose network has no LoRA layers: the adapter ``role`` folded in, all others dropped.
+    """A copy of ``denoiser`` whose network has no LoRA layers: ``role``, one or several, folded in, all others dropped.
     share: weights that the adapter leaves as they are stay the same tensors, which takes no memory."""
     from peft.tuners.lora import LoraLayer
 
@@ -132,10 +144,12 @@ def plain_copy(denoiser: Denoiser, role: str | None = None, share: bool = False)
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
             plain: nn.Module = module.get_base_layer()
-            if role is not None and role in module.lora_A:
+            for spoken in role.split(TOGETHER) if role is not None else ():
+                if spoken not in module.lora_A:
+                    continue
                 with torch.no_grad():
                     weight: Any = plain.weight
-                    weight = weight + module.get_delta_weight(role)  # pyrefly: ignore  # all of peft's layers have it
+                    weight = weight + module.get_delta_weight(spoken)  # pyrefly: ignore  # all of peft's layers have it
                 plain.weight = nn.Parameter(weight, requires_grad=plain.weight.requires_grad)  # type: ignore[union-attr]
             parent, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(parent), leaf, plain)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tiny_pipelines
 from stillroom.diffusion.process import EDM, VP, RectifiedFlow
-from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.diffusion.sampling import FewStepSampler, TCDSampler
 from stillroom.errors import UserError
 from stillroom.folders.pipeline_calls import network_of, pack, tokens_of, unpack
 from stillroom.folders.pipeline_families import FAMILIES
@@ -434,6 +434,49 @@ def test_a_lora_student_is_written_as_an_adapter_too(name: str, saved: Callable[
     assert network.peft_config["default"].r == 2
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_a_unified_lora_draws_our_picture_by_diffusers_tcd_scheduler(
+    eta: float, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The adapter of Hyper-SD's student on the teacher's own pipeline, with the adapter of feedback and without; and
+    the adapter that is kept for other numbers of steps."""
+    import diffusers
+    from peft.tuners.lora import LoraLayer
+
+    from stillroom.methods.trajectory.hyper_sd import HyperSD
+
+    teacher = PipelineGenerator.load(f"{saved('sd')}@{size_of('sd')[0]}")
+    options = HyperSD.Options(segments=(2, 1), mse=(1.0, 1.0), adversarial=(0.0, 0.0), grids=(4,), feedback_share=1.0)
+    options.feedback_rank, options.student_steps, options.eta = 2, 2, eta
+    method = HyperSD(options, {"student": {"rank": 2, "targets": ["to_q", "to_k", "to_v"]}})
+    teacher.denoiser.null = {}
+    method.build(teacher.denoiser)
+    for module in method.student.network.modules():
+        for one in module.lora_B.values() if isinstance(module, LoraLayer) else ():
+            torch.nn.init.normal_(one.weight, std=0.2)  # type: ignore[arg-type]
+    student = teacher.student(method.student, method.sampler())
+    assert type(student.pipeline.scheduler).__name__ == "TCDScheduler"
+    student.save(tmp_path)
+    side = json.loads((tmp_path / "stillroom.json").read_text())
+    assert side["arguments"]["eta"] == eta
+    drawn = by_diffusers(tmp_path, [1, 2])
+    assert PipelineGenerator.load(tmp_path).sampler == method.sampler()
+    plain = diffusers.DiffusionPipeline.from_pretrained(str(saved("sd")), local_files_only=True)
+    plain.set_progress_bar_config(disable=True)
+    plain.scheduler = diffusers.TCDScheduler.from_config(plain.scheduler.config, original_inference_steps=1000)
+    plain.load_lora_weights(str(tmp_path / LORA), adapter_name="few")
+    alone = call(plain, side, [1, 2])
+    plain.load_lora_weights(str(tmp_path / "lora-feedback"), adapter_name="feedback")
+    plain.set_adapters(["few", "feedback"], [1.0, 1.0])
+    torch.testing.assert_close(call(plain, side, [1, 2]), drawn, rtol=1e-3, atol=1e-3)
+    assert (alone - drawn).abs().max() > 1e-3
+    plain.set_adapters(["few"], [1.0])  # without the feedback's adapter the picture is as before
+    assert torch.equal(call(plain, side, [1, 2]), alone)
+    plain.unload_lora_weights()
+    plain.load_lora_weights(str(tmp_path / "lora-steps2"))
+    assert (call(plain, side, [1, 2]) - alone).abs().max() > 1e-3
+
+
 def _keys(folder: Path) -> list[str]:
     from safetensors import safe_open
 
@@ -460,6 +503,9 @@ def _keys(folder: Path) -> list[str]:
         (VP(zero_snr=True), FewStepSampler((1.0, 0.5), "ddim"), [999, 499]),
         (VP(zero_snr=True), FewStepSampler((0.6, 0.3), "ddim"), [599, 299]),
         (VP("trained", 4, betas=(0.1, 0.2, 0.3, 0.4)), FewStepSampler((1.0,)), [3.0]),
+        (VP(), TCDSampler((1.0, 0.75, 0.5, 0.25)), [999, 749, 499, 249]),
+        (VP(zero_snr=True), TCDSampler((1.0, 0.5), eta=0.0), [999, 499]),
+        (RectifiedFlow(), TCDSampler((1.0, 0.5), eta=1.0), [1000.0, 500.0]),
         (RectifiedFlow(3.0), FewStepSampler((1.0,)), [1000.0]),
         (RectifiedFlow(3.0), FewStepSampler((1.0, 0.5)), [1000.0, 500.0]),
     ],
@@ -506,6 +552,7 @@ def test_fresh_noise_is_fresh() -> None:
         (VP(), FewStepSampler((1.0, 0.9)), "evenly spaced"),
         (VP(), FewStepSampler((1.0, 0.5), "fixed"), "renoise=fresh"),
         (EDM(), FewStepSampler((1.0,)), "edm"),
+        (RectifiedFlow(), TCDSampler((1.0, 0.5), eta=0.3), "options.eta=0, or 1"),
     ],
 )
 def test_samplers_that_no_scheduler_reproduces_are_refused(process: Any, sampler: FewStepSampler, named: str) -> None:

@@ -107,3 +107,10 @@ class RingBench(PointBench):
             "mode_balance": float(torch.minimum(inner, 1 - inner).min()),
             "class_std": float(within.mean() / of_data),
         }
+
+
+def likelihood(points: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """A reward: the log density ``[B]`` of points ``[B, 2]`` under the mixture of their classes."""
+    own = RingBench().mixture.means.reshape(CLASSES, len(RADII), 2).to(points)[cond[LABELS]]
+    parts = -(points[:, None] - own).square().sum(2) / (2 * STD**2)
+    return torch.logsumexp(parts, 1) - math.log(len(RADII) * 2 * math.pi * STD**2)

@@ -110,7 +110,7 @@ class ScenesBench(Bench):
     @classmethod
     def serves(cls, task: str, source: str, data: Any) -> bool:
         """Captions of the scenes' grammar, whatever the data are called."""
-        return task in (cls.task, "pipelines") and spoken(data.captions)
+        return task in (cls.task, "text-denoisers", "pipelines") and spoken(data.captions)
 
     # --- what a proof asks --------------------------------------------------------------------------------------------
     @cached_property

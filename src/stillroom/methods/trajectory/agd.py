@@ -50,6 +50,7 @@ class AGD(Method):
     projection always begins at zero.
     """
 
+    blank_stores = True
     health = {
         "gap": "mean squared difference between the student's and the guided teacher's answers, in the network's own "
         "output space: 0 where the adapters do all that guidance does",

@@ -22,13 +22,21 @@ from stillroom.engine.progress import Parts
 from stillroom.errors import UserError
 from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.denoisers import SIDE_FILE, save_network
-from stillroom.folders.pipeline_calls import Size, network_name, network_of
+from stillroom.folders.pipeline_calls import (
+    Size,
+    network_name,
+    network_of,
+    scaled_latents,
+    scaled_pictures,
+    sdxl_latents,
+)
 from stillroom.folders.pipeline_families import Family, check_pipeline, family_of, with_network
 from stillroom.folders.pipelines import (
     INDEX,
     LORA,
     _from_pretrained,
     _parts,
+    adapters_of,
     check_index,
     copy_part,
     few_step_scheduler,
@@ -40,7 +48,7 @@ from stillroom.folders.weights import save_pretrained
 from stillroom.parsing import read_json
 from stillroom.pictures import PictureGenerator
 from stillroom.surgery.attached import AttachedDenoiser
-from stillroom.surgery.lora import LoraDenoiser, plain_copy
+from stillroom.surgery.lora import KEPT, TOGETHER, LoraDenoiser, plain_copy
 from stillroom.surgery.modules import device_of
 from stillroom.task import COLUMNS, Part, Rows
 
@@ -164,7 +172,19 @@ class PipelineGenerator(PictureGenerator):
         asked = self.family.asked(self.pipeline, self.denoiser.process, times, guidance)
         if self.family.trigflow and isinstance(self.sampler, ScaleFewStepSampler):
             asked["guidance_scale"] = self.sampler.scale
+        if type(self.pipeline.scheduler).__name__ == "TCDScheduler":
+            asked["eta"] = getattr(self.sampler, "eta", 0.0)
         return {**asked, "num_inference_steps": self.steps}
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that are saved alone, each with its folder: the student's own is ``lora``; one that speaks
+        beside it, and one that its method keeps for another number of steps, has its name there (``lora-steps4``)."""
+        if not isinstance(self.denoiser, LoraDenoiser):
+            return {}
+        spoken = (self.denoiser.adapter or "").split(TOGETHER)
+        kept = [role for role in adapters_of(self.denoiser) if role in spoken or role.startswith(KEPT)]
+        return {role: LORA if role == self.denoiser.role else f"{LORA}-{role}" for role in kept}
 
     @property
     def steps(self) -> int:
@@ -267,6 +287,16 @@ class PipelineGenerator(PictureGenerator):
         """Latents of images ``[B, 3, H, W]`` in [-1, 1], of this generator's size."""
         return self.family.latents(self.pipeline, images)
 
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Images from latents, with a graph. Raises UserError for autoencoders that are decoded in another way than by
+        one scale."""
+        plain = scaled_latents, sdxl_latents
+        if self.family.encode_image not in plain or self.pipeline.vae.config.get("latents_mean") is not None:
+            raise UserError(
+                f"{self.family.title}: its latents cannot be decoded inside a training", cure="reward the latents"
+            )
+        return scaled_pictures(self.pipeline, latents)
+
     # --- folders --------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
         """Write a pipeline folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads by itself. Parts other
@@ -275,8 +305,8 @@ class PipelineGenerator(PictureGenerator):
         folder, name = Path(folder), network_name(self.pipeline)
         folder.mkdir(parents=True, exist_ok=True)
         adapter = self.denoiser.adapter if isinstance(self.denoiser, LoraDenoiser) else None
-        if adapter:
-            save_lora(self.denoiser, name, folder / LORA)
+        for role, place in self.adapters.items():
+            save_lora(self.denoiser, role, name, folder / place)
         network = plain_copy(self.denoiser, adapter, share=True).network if adapter else self.denoiser.network
         guiding = self.family.parts(getattr(self.sampler, "guidance", 1.0)) if self.family.parts else {}
         if self.folder is not None:

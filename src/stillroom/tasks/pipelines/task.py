@@ -124,7 +124,8 @@ class Pipelines(Task):
 
     def given(self) -> Mapping[str, Any]:
         teacher = self.teacher.denoiser
-        return {"teacher": teacher, "teachers": [teacher], "student": self.start, "classes": []}
+        asked = {"teacher": teacher, "teachers": [teacher], "student": self.start, "classes": []}
+        return asked | {"decode": self.teacher.pictures}
 
     def teachers(self) -> Mapping[str, PipelineGenerator]:
         return {"teacher": self.teacher}

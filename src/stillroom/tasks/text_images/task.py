@@ -86,7 +86,7 @@ class TextImages(Task):
         self._begin(recipe, given)
         wanted, folder = synthesis_of(recipe), Path(recipe.data).expanduser()
         if "data" not in given and recipe.data != "scenes" and not wanted.images and not (folder / MANIFEST).is_file():
-            raise _no_store(recipe.data)
+            raise no_store(recipe.data)
         self.data = self._blank(recipe, self.space.shape)
         if wanted.small:
             small = (self.space.codec.channels, *self.space.codec.grid((wanted.small, wanted.small)))
@@ -119,7 +119,7 @@ class TextImages(Task):
         if wanted.images:
             folder = self._synthesised(recipe)
         elif not (folder / MANIFEST).is_file():
-            raise _no_store(recipe.data)
+            raise no_store(recipe.data)
         encode = functools.partial(store_data, space=self.space, cache=cache_folder() / "stores", report=say)
         data = encode(folder, sizes={"small": wanted.small} if wanted.small else {}, mirror=wanted.mirror)
         if (folder / "pairs").is_dir():
@@ -178,8 +178,8 @@ def synthesis_of(recipe: Recipe) -> SynthesisOptions:
     return getattr(recipe.method_options(), "synthesis", SynthesisOptions())
 
 
-def _no_store(data: str) -> UserError:
+def no_store(data: str, cure: str = "") -> UserError:
     return UserError(
         f"data {data!r} are no stored images of a teacher",
-        cure="make them with `stillroom synthesize`, or let the run make them: options.synthesis.images=10000",
+        cure=cure or "make them with `stillroom synthesize`, or let the run make them: options.synthesis.images=10000",
     )

@@ -1,0 +1,118 @@
+"""A small network that says how well a sample agrees with what was asked for, trained on the data's own pairs.
+
+It reads what denoisers read, pixels, latents or points, and class labels or features of texts: so it judges a student
+of any world without an image being decoded, and is differentiable in the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, log_softmax, logsigmoid, softplus
+
+from stillroom.cache import kept
+from stillroom.errors import UserError
+
+WIDTH = 64
+BATCH = 128
+
+
+class Agreement(nn.Module):
+    """``(x [B, ...], cond)`` to log probabilities ``[B]``: of the class that was asked for among all classes, or that
+    sample and text belong together.
+
+    shape: of one sample. classes: how many; 0: texts of ``text`` features in the condition ``name``.
+    """
+
+    def __init__(self, shape: tuple[int, ...], name: str, classes: int = 0, text: int = 0) -> None:
+        super().__init__()
+        self.name, self.classes = name, classes
+        if len(shape) == 3:
+            strides = (2, 2, 2) if min(shape[1:]) >= 16 else (1, 2, 2)
+            widths = (shape[0], WIDTH // 2, WIDTH, WIDTH)
+            layers: list[nn.Module] = []
+            for k, stride in enumerate(strides):
+                layers += [nn.Conv2d(widths[k], widths[k + 1], 3, stride, 1), nn.SiLU()]
+            self.body = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(WIDTH))
+            self.body(torch.zeros(1, *shape))
+        else:
+            self.body = nn.Sequential(
+                nn.Flatten(), nn.Linear(math.prod(shape), WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(),
+                nn.Linear(WIDTH, WIDTH),
+            )  # fmt: skip
+        self.head = nn.Linear(WIDTH, classes or WIDTH)
+        if not classes:
+            self.words = nn.Sequential(nn.Linear(text, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+            self.scale = nn.Parameter(torch.tensor([math.log(10.0), 0.0]))
+
+    def pairs(self, x: Tensor, cond: Mapping[str, Tensor], each: bool = False) -> Tensor:
+        """Logits of texts that belong to samples, ``[B]``; each: of every text with every sample, ``[B, B]``."""
+        seen, text = self.head(nn.functional.silu(self.body(x))), cond[self.name].float()
+        said = self.words(text.mean(1) if text.ndim == 3 else text)
+        seen, said = (seen[:, None], said[None]) if each else (seen, said)
+        return self.scale[0].exp() * cosine_similarity(seen, said, -1) + self.scale[1]
+
+    def forward(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        if not self.classes:
+            return logsigmoid(self.pairs(x, cond))
+        logits = self.head(nn.functional.silu(self.body(x)))
+        return log_softmax(logits.float(), -1).gather(1, cond[self.name][:, None])[:, 0]
+
+    def loss(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy of classes; of texts every pair of the batch, the own one against the others, as SigLIP does
+        (arXiv 2303.15343)."""
+        if self.classes:
+            return -self(x, cond).mean()
+        logits = self.pairs(x, cond, each=True)
+        own = torch.eye(len(x), device=x.device)
+        return (softplus(logits) - own * logits).sum(1).mean()
+
+
+def agreement_for(data: Any, conditions: Mapping[str, Tensor], shape: tuple[int, ...]) -> Agreement:
+    """An untrained one for these data. conditions: of a batch. Raises UserError for data without any."""
+    label = next((name for name in conditions if "label" in name), "")
+    if label:
+        classes = len(getattr(data, "classes", ())) or int(getattr(data, "cond", conditions)[label].max()) + 1
+        return Agreement(shape, label, classes)
+    texts = [name for name, value in conditions.items() if value.is_floating_point() and value.ndim in (2, 3)]
+    texts.sort(key=lambda name: -conditions[name].ndim)
+    if not texts:
+        raise UserError(
+            "the data have neither classes nor texts, so nothing can agree with them",
+            cure="give a reward of your own: options.reward=package.module:function",
+        )
+    return Agreement(shape, texts[0], text=conditions[texts[0]].shape[-1])
+
+
+def trained_agreement(data: Any, shape: tuple[int, ...], steps: int, seed: int = 0) -> Agreement:
+    """One that has learnt from these data: samples ``x`` with their conditions; kept in the cache where the data can be
+    told apart. Raises UserError for data without samples, or without conditions."""
+    first = data.batch(seed, 0, 2)
+    first["x"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        judge = agreement_for(data, first["cond"], shape)
+
+        def taught() -> dict[str, Tensor]:
+            torch.manual_seed(seed)
+            optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+                batch = data.batch(seed, step, BATCH)
+                loss = judge.loss(batch["x"], batch["cond"])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            return judge.state_dict()
+
+        if (known := getattr(data, "fingerprint", None)) is None:
+            taught()
+        else:
+            judge.load_state_dict(
+                kept("rewards/agreement", taught, code=[Agreement], parts=[known, shape, steps, seed])
+            )
+    return judge

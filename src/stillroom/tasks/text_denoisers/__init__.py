@@ -1,0 +1,1 @@
+"""Text-to-image denoisers: where methods for denoisers meet captions."""

@@ -1,0 +1,71 @@
+"""Methods of denoisers on captions: from a store and a small teacher to samples and a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import stillroom as sr
+from stillroom import cli
+from stillroom.data.scenes.captions import vocabulary
+from stillroom.diffusion.sampling import ODESampler
+from stillroom.errors import UserError
+from stillroom.networks.text_image_space import TextImageSpace
+from stillroom.recipe import Recipe
+from stillroom.synthesis import synthesize
+from stillroom.task import make_task
+from stillroom.tasks.text_images.model import TextImageGenerator
+from tiny_text_images import sd3, tiny_codec, tiny_text
+
+CAPTIONS = ["a red three", "two fours", "a seven", "a one above a two", "a blue six", "a nine"]
+FAST = ["engine.batch=4", "engine.log_every=1", "engine.checkpoint_every=2", "evaluate.n=0", "evaluate.samples=6"]
+OWN: dict[str, list[str]] = {
+    "agd-scenes": ["options.paths=4", "options.path_steps=3", "options.steps=2", "options.width=8", "engine.steps=3"],
+    "hyper-sd-scenes": [
+        "options.segments=[2, 1]", "options.mse=[1, 1]", "options.adversarial=[0, 1]", "options.grids=[4]",
+        "options.reward_steps=2", "engine.steps=6", "engine.warmup=0", "options.feedback_share=0.5",
+        "lora.student.targets=[to_q, to_k, to_v]", "options.feedback_targets=[to_q]",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A teacher, and a store of its pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    space = TextImageSpace(tiny_text(length=16, words=vocabulary()), tiny_codec(), (8, 8))
+    teacher = TextImageGenerator(sd3(), ODESampler("euler", 2, 2.0), space)
+    teacher.save(tmp_path / "one")
+    synthesize({"one": teacher}, CAPTIONS, tmp_path / "data", seeds=(0,), progress=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_on_captions_goes_to_its_end(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", name, "--teacher", "./one", "--data", "./data", "--name", "a", *FAST, *OWN[name]]) == 0
+    folder = place / "runs/a"
+    assert (folder / "report.html").is_file()
+    assert json.loads((folder / "result.json").read_text())["task"] in ("text-images", "text-denoisers")
+    student: Any = sr.load(folder / "student")
+    images = student.sample(["a red three", "two fours"], seed=1)
+    assert images.shape == (2, 3, 8, 8)
+    assert bool(torch.isfinite(images).all())
+    assert cli.main(["sample", str(folder), "--captions", "a red three", "--out", str(place / "p.png")]) == 0
+    assert (place / "p.png").is_file()
+    plain = sr.load(place / "one").sample(["a red three", "two fours"], seed=1)
+    assert not torch.allclose(images, plain, atol=1e-4)
+
+
+def test_the_task_follows_the_teacher(place: Path) -> None:
+    assert make_task("class-images", "./one").name == "text-denoisers"
+    assert make_task("class-images", "scenes-sd3").name == "text-denoisers"
+    for other in ("fashion", "", "lightgen", "nowhere", "scenes-sd3,scenes-pixart"):
+        assert make_task("class-images", other).name == "class-images", other
+    with pytest.raises(UserError, match="no stored images"):
+        make_task("class-images", "./one").load(Recipe.load("agd-scenes", teacher="./one", data="./one"))
