@@ -16,7 +16,7 @@ CURE = "for example options.reward=my_package.rewards:colourful, a function of i
 
 
 def hinge(scores: Tensor, margin: float) -> Tensor:
-    """``mean ReLU(margin - score)``: what is good enough is left alone (arXiv 2404.13686, human feedback learning). A scalar."""
+    """``mean ReLU(margin - score)``: what is good enough is left alone (arXiv 2404.13686). A scalar."""
     return torch.relu(margin - scores).mean()
 
 
