@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,6 @@ import torch
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
 from stillroom.evaluation.agreement import Agreement, trained_agreement
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
 
 
 def test_of_two_gaussians_it_learns_the_posterior() -> None:
@@ -28,7 +22,7 @@ def test_of_two_gaussians_it_learns_the_posterior() -> None:
     x = torch.tensor([[-1.5, 0.0], [-0.5, 1.0], [0.0, 0.0], [1.0, -1.0]])
     found = judge(x, {"label": torch.ones(4, dtype=torch.long)}).exp()
     torch.testing.assert_close(found, torch.sigmoid(2 * x[:, 0]), rtol=0, atol=0.08)
-    again = trained_agreement(ArrayData(points, {"label": labels}, ["a", "b"]), (2,), steps=300)  # from the cache
+    again = trained_agreement(ArrayData(points, {"label": labels}, ["a", "b"]), (2,), steps=300)
     assert torch.equal(again(x, {"label": torch.ones(4, dtype=torch.long)}).exp(), found)
 
 
