@@ -88,8 +88,8 @@ def agreement_for(data: Any, conditions: Mapping[str, Tensor], shape: tuple[int,
 
 
 def trained_agreement(data: Any, shape: tuple[int, ...], steps: int, seed: int = 0) -> Agreement:
-    """One that has learnt from these data: samples ``x`` with their conditions; the same each time. Raises UserError for
-    data without samples, or without conditions."""
+    """One that has learnt from these data: samples ``x`` with their conditions; the same each time. Raises UserError
+    for data without samples, or without conditions."""
     first = data.batch(seed, 0, 2)
     first["x"]
     with torch.random.fork_rng(), torch.enable_grad():
