@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from stillroom.losses.flow_map import normalised, scm_tangent, towards
+from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
+from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
+from stillroom.diffusion.process import EDM, Process, RectifiedFlow
+from stillroom.losses.flow_map import (
+    adaptive,
+    earlier,
+    huber,
+    map_change,
+    noise_ratio,
+    normalised,
+    pulled,
+    scm_tangent,
+    towards,
+)
 
 MEAN, STD = 0.4, 0.6
 DOUBLE = {"dtype": torch.float64}
@@ -96,3 +113,109 @@ def test_the_loss_moves_the_answer_along_the_step_with_its_weight() -> None:
     torch.testing.assert_close(answer.grad, -2 * (weight * torch.exp(-logvar.detach()))[:, None] * step / 12)
     torch.testing.assert_close(logvar.grad, (1 - weight * torch.exp(-logvar.detach()) * size) / 4)
     torch.testing.assert_close(towards(answer, step), step.square().mean())
+
+
+# --- jumps between any two times --------------------------------------------------------------------------------------
+def flow_state(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """Where the flow's path of N(m, s^2) leads from x at t to r."""
+
+    def spread(time: Tensor) -> Tensor:
+        return ((1 - time) ** 2 * STD**2 + time**2).sqrt()
+
+    return (1 - r) * MEAN + spread(r) / spread(t) * (x - (1 - t) * MEAN)
+
+
+def flow_velocity(x: Tensor, t: Tensor) -> Tensor:
+    v = (1 - t) ** 2 * STD**2 + t**2
+    away = x - (1 - t) * MEAN
+    return t / v * away - (MEAN + (1 - t) * STD**2 / v * away)
+
+
+def times() -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.linspace(-2, 2, 7, **DOUBLE)[:, None],
+        torch.linspace(0.3, 1, 7, **DOUBLE),
+        torch.linspace(0, 0.25, 7, **DOUBLE),
+    )
+
+
+@pytest.mark.parametrize("how", ["exact", "difference"])
+def test_mean_velocities_of_a_gaussian_flow_do_not_change_and_others_do(how: Any) -> None:
+    x, t, r = times()
+
+    def mean(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return (x - flow_state(x, t[:, None], r[:, None])) / (t - r)[:, None]
+
+    v = flow_velocity(x, t[:, None])
+    found = map_change(mean, v, x, t, r, how=how)
+    assert found.tangent.abs().max() < (1e-12 if how == "exact" else 1e-5)
+    torch.testing.assert_close(found.own, mean(x, t, r))
+    instant = map_change(lambda x, t, r: flow_velocity(x, t[:, None]), v, x, t, r)
+    assert instant.tangent.abs().max() > 0.05
+    cold = map_change(lambda x, t, r: flow_velocity(x, t[:, None]), v, x, t, r, warm=0.0)
+    assert cold.tangent.abs().max() < 1e-12
+
+
+def test_the_change_of_a_jump_is_that_along_the_path_by_finite_differences() -> None:
+    x, t, r = times()
+    h = 1e-5
+
+    def net(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return torch.sin(2 * x) * t[:, None] + x * r[:, None] - t[:, None] ** 2
+
+    def jump(time: Tensor) -> Tensor:
+        state = flow_state(x, t[:, None], time[:, None])
+        return state - (time - r)[:, None] * net(state, time, r)
+
+    slope = (jump(t + h) - jump(t - h)) / (2 * h)
+    torch.testing.assert_close(
+        map_change(net, flow_velocity(x, t[:, None]), x, t, r).tangent, slope, rtol=1e-7, atol=1e-8
+    )
+
+
+def test_the_adaptive_weight_is_written_by_hand() -> None:
+    g = torch.tensor([[1.0, 3.0], [0.0, 0.0]], **DOUBLE)
+    torch.testing.assert_close(adaptive(g, 0.5, 0.1), torch.tensor([5.1, 0.1], **DOUBLE) ** -0.5)
+
+
+# --- by small steps ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("process", [RectifiedFlow(), EDM()])
+def test_the_earlier_time_is_the_paper_s_and_never_below_data(process: Process) -> None:
+    ratio = torch.tensor([0.05, 1.0, 10.0], **DOUBLE)
+    t = process.time_of(torch.ones_like(ratio), ratio)
+    gap = 1 / 8
+    n = torch.tensor([1 + 8 / (1 + math.exp(s)) for s in (0.05, 1.0, 10.0)], **DOUBLE)
+    torch.testing.assert_close(noise_ratio(process, earlier(process, t, gap)), ratio * (1 - gap * n))
+    assert earlier(process, t, 1.0).abs().max() == 0
+
+
+class Ends(Denoiser):
+    """The exact consistency function of N(m, s^2) under a flow."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Identity(), RectifiedFlow(), "x0", shape=(1,))
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: Any = 1.0) -> Prediction:
+        assert isinstance(t, Tensor)
+        return Prediction(self.process, "x0", flow_state(x_t, t[:, None], torch.zeros_like(t)[:, None]), x_t, t)
+
+
+def test_an_exact_consistency_function_is_pulled_to_where_it_is() -> None:
+    teacher = MixtureDenoiser(GaussianMixture(torch.tensor([[MEAN]]), STD), RectifiedFlow())
+    x, t, _ = times()
+    t = t.clamp(max=0.95)
+    student, away = Ends(), huber(x, 0 * x)
+    for gap in (1e-3, 1e-2):
+        r = earlier(RectifiedFlow(), t, gap)
+        target = pulled(student, teacher, x, x, x, t, r, {})
+        assert float((huber(student(x, t).x0, target) / away.clamp_min(0.1)).max()) < 30 * gap**2
+    none = torch.zeros_like(t)
+    torch.testing.assert_close(pulled(student, None, x, 0 * x, x, t, none, {}), x)  # data themselves at r = 0
+
+
+def test_the_distance_is_written_by_hand() -> None:
+    said, target = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.zeros(1, 2)
+    torch.testing.assert_close(huber(said, target), torch.tensor([5.0]))
+    torch.testing.assert_close(huber(said, target, 12.0), torch.tensor([1.0]))
+    huber(target + 0 * said, target).sum().backward()
+    assert torch.isfinite(said.grad).all()  # type: ignore[arg-type]

@@ -37,11 +37,12 @@ def jump(p: Prediction, s: Tensor) -> Tensor:
 
 
 def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, guidance: float) -> Tensor:
-    """Second order: Euler, then the mean of both ends' slopes ``dy/du = eps - x0``, ``y = x / (alpha + sigma)``."""
+    """Second order: Euler, then the mean of both ends' slopes ``dy/du = eps - x0``, ``y = x / (alpha + sigma)``. Times
+    ``[B]`` or scalars."""
     process = denoiser.process
     first = denoiser(x, t, cond, guidance)
-    scale_t, scale_s = process.alpha(t) + process.sigma(t), process.alpha(s) + process.sigma(s)
-    u_t, u_s = process.sigma(t) / scale_t, process.sigma(s) / scale_s
+    scale_t, scale_s = (expand(process.alpha(time) + process.sigma(time), x) for time in (t, s))
+    u_t, u_s = expand(process.sigma(t), x) / scale_t, expand(process.sigma(s), x) / scale_s
     slope_t = first.eps - first.x0
     second = denoiser((x / scale_t + (u_s - u_t) * slope_t) * scale_s, s, cond, guidance)
     return (x / scale_t + (u_s - u_t) * (slope_t + second.eps - second.x0) / 2) * scale_s

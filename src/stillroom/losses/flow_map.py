@@ -1,17 +1,22 @@
-"""Losses of students that jump along the path of a probability-flow ODE: consistency in continuous time.
+"""Losses of students that jump along the path of a probability-flow ODE, in continuous time or by small steps.
 
-Everything is in TrigFlow's units: ``u = cos(t) x0 + sin(t) eps``, ``F`` the network's velocity there, and the
-consistency function ``f(u, t) = cos(t) u - sin(t) F(u, t)`` (arXiv 2410.11081, eq. 4-5).
+Continuous consistency is in TrigFlow's units: ``u = cos(t) x0 + sin(t) eps``, ``F`` the network's velocity there, and
+``f(u, t) = cos(t) u - sin(t) F(u, t)`` (arXiv 2410.11081, eq. 4-5). Mean velocities are those of a rectified flow,
+``x_t = (1 - t) x0 + t eps``: ``F(x, t, r)`` leads from x at t to ``x - (t - r) F`` at r.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stillroom.diffusion.process import expand
+from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.derivatives import How, jvp
+from stillroom.diffusion.process import Process, expand
+from stillroom.diffusion.sampling import heun_step
 
 Norm = Literal["rms", "l2"]
 """Of a sample's tangent: root of the mean square over its elements, or of their sum of squares."""
@@ -45,3 +50,93 @@ def towards(answer: Tensor, step: Tensor, weight: Tensor | float = 1.0, logvar: 
     if logvar is None:
         return (weight * error).mean()
     return (weight * torch.exp(-logvar) * error + logvar).mean()
+
+
+class Change(NamedTuple):
+    """own: F with a graph. tangent: how f changes along the path, without one; both ``[B, ...]``."""
+
+    own: Tensor
+    tangent: Tensor
+
+
+def scm_change(
+    ask: Callable[[Tensor, Tensor], Tensor],
+    velocity: Tensor,
+    u: Tensor,
+    t: Tensor,
+    warm: float = 1.0,
+    how: How = "exact",
+    step: float = 1e-3,
+) -> Change:
+    """:func:`scm_tangent` of a student. ask: ``(u, t)`` to F; velocity: du/dt of the path, ``[B, ...]``."""
+    factor = t.cos() * t.sin()
+    _, slope = jvp(ask, (u, t), (expand(factor, u) * velocity, factor), how, step)
+    own = ask(u, t)
+    return Change(own, scm_tangent(own.detach(), velocity, slope, u, t, warm))
+
+
+def map_change(
+    ask: Callable[[Tensor, Tensor, Tensor], Tensor],
+    velocity: Tensor,
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    warm: float = 1.0,
+    how: How = "exact",
+    step: float = 1e-3,
+) -> Change:
+    """``v - F - q (t - r) dF/dt``, the change of ``x - (t - r) F(x, t, r)`` along the path where q = 1, and 0 for mean
+    velocities (arXiv 2505.13447, eq. 6 and 9; 2506.14603, sec. 3.2). ask: ``(x, t, r)`` to F. velocity: v of the path,
+    ``[B, ...]``. warm: q."""
+    _, slope = jvp(lambda x, t: ask(x, t, r), (x, t), (velocity, torch.ones_like(t)), how, step)
+    own = ask(x, t, r)
+    return Change(own, velocity - own.detach() - warm * expand(t - r, x) * slope)
+
+
+def adaptive(tangent: Tensor, power: float = 1.0, c: float = 1e-3) -> Tensor:
+    """``1 / (|g|^2 + c)^power`` per sample ``[B]``, of the mean square over elements (arXiv 2505.13447, sec. 4.3)."""
+    return (tangent.flatten(1).square().mean(1) + c) ** -power
+
+
+def noise_ratio(process: Process, t: Tensor) -> Tensor:
+    """``sigma / alpha``, finite where nothing of the signal is left."""
+    return process.sigma(t) / process.alpha(t).clamp_min(1e-6)
+
+
+def earlier(process: Process, t: Tensor, gap: float, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """The time at which a consistency model is asked beside ``t [B]``: ``r = s (1 - gap n(s))`` in ratios of noise to
+    signal, ``n(s) = 1 + k / (1 + exp(b s))``, at least 0 (arXiv 2406.14548, eq. 10). A gap of 1 leads to data, which is
+    denoising."""
+    ratio = noise_ratio(process, t)
+    lower = ratio * (1 - gap * (1 + k * torch.sigmoid(-b * ratio))).clamp_min(0)
+    found = process.time_of(torch.ones_like(lower), lower).to(t)
+    return torch.where(lower > 0, found, torch.zeros_like(found))
+
+
+def pulled(
+    student: Denoiser,
+    teacher: Denoiser | None,
+    x0: Tensor,
+    eps: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    r: Tensor,
+    cond: Cond,
+    guidance: float = 1.0,
+) -> Tensor:
+    """What a consistency model is pulled to at ``x_t``: the student's x0-prediction at ``x_r``, or ``x_r`` itself where
+    r is 0. ``x_r`` has the noise of ``x_t`` or, with a teacher, is reached by a Heun step of it. t, r: ``[B]``."""
+    process = student.process
+    above = r.clamp_min(1e-4 * process.t_max)
+    if teacher is None:
+        x_r = process.add_noise(x0, eps, r)
+    else:
+        x_r = heun_step(teacher, x_t, t, above, cond, guidance)
+    return torch.where(expand(r > 0, x_r), student(x_r, above, cond).x0, x_r)
+
+
+def huber(said: Tensor, target: Tensor, c: float = 0.0) -> Tensor:
+    """``sqrt(|said - target|^2 + c^2) - c`` per sample ``[B]``, the norm over all elements; for c = 0 the distance
+    (arXiv 2310.14189, sec. 3.3; 2406.14548, sec. 3.2)."""
+    squared = (said - target.detach()).flatten(1).square().sum(1)
+    return (squared + max(c, 1e-6) ** 2).sqrt() - c

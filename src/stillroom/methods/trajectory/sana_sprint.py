@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Reparametrised
-from stillroom.diffusion.derivatives import How, jvp
+from stillroom.diffusion.derivatives import How
 from stillroom.diffusion.process import RectifiedFlow, TrigFlow, expand, match_snr
 from stillroom.diffusion.sampling import FewStepSampler, ScaleFewStepSampler
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.folders.sana_sprint import is_sana, reads_scale, sprint_denoiser
 from stillroom.losses.adversarial import hinge_generator, hinge_told
-from stillroom.losses.flow_map import Norm, normalised, scm_tangent, towards
+from stillroom.losses.flow_map import Norm, normalised, scm_change, towards
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 from stillroom.networks.discriminators import LatentDiscriminator
 from stillroom.networks.extra_inputs import with_inputs
@@ -261,16 +261,9 @@ class SanaSprint(Method):
         teacher, student = Reparametrised(self.base, TRIG), Reparametrised(self.student, TRIG)
         with torch.no_grad():
             velocity = teacher(u, t, cond, told.get(SCALE, 1.0)).v
-        factor = t.cos() * t.sin()
-        _, slope = jvp(
-            lambda u, t: student(u, t, told).v,
-            (u, t),
-            (expand(factor, u) * velocity, factor),
-            o.derivative,
-            o.derivative_step,
+        own, tangent = scm_change(
+            lambda u, t: student(u, t, told).v, velocity, u, t, self.warm, o.derivative, o.derivative_step
         )
-        own = student(u, t, told).v
-        tangent = scm_tangent(own.detach(), velocity, slope, u, t, self.warm)
         step = normalised(tangent, o.tangent_c / o.data_std, o.tangent_norm)
         assert self.variance is not None
         logvar = self.variance(t)

@@ -1,0 +1,7 @@
+"""ayf: one step and two of the same weights, on points and on pictures."""
+
+from __future__ import annotations
+
+from stillroom.proofs.flow_maps import proofs
+
+PROOFS = proofs("ayf", {"tangent_warmup": 0.2}, "align")

@@ -1,0 +1,7 @@
+"""ect: one step and two of the same weights, on points and on pictures."""
+
+from __future__ import annotations
+
+from stillroom.proofs.flow_maps import proofs
+
+PROOFS = proofs("ect", {"stages": 6}, "agree")

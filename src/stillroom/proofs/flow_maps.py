@@ -1,0 +1,68 @@
+"""What the proofs of small methods that learn a teacher's jumps share: their arms and claims on points and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stillroom.proofs.base import Arm, Claim, Proof
+from stillroom.proofs.image import card_sampler, recipe_arm
+
+ONE = {"name": "few-step", "times": (1.0,)}
+
+
+def claims(name: str, metric: str) -> tuple[Claim, ...]:
+    """The student against its own start and its teacher's one step, and its own two steps."""
+    return (
+        Claim("learns", "One step of the student beats one of its teacher", "", metric, name, "<=", 0.5, "teacher-1"),
+        Claim(
+            "more-steps",
+            "Two steps of the same weights are no farther than one",
+            "",
+            metric,
+            "2 steps",
+            "<=",
+            1.0,
+            name,
+        ),
+    )
+
+
+def proofs(name: str, options: Mapping[str, Any], turn: str) -> tuple[Proof, Proof]:
+    """Of a method that is called as its one turn's optimizer and the option ``steps`` say. options: on points."""
+    engine = {
+        "steps": 600,
+        "batch": 128,
+        "warmup": 50,
+        "schedule": "cosine",
+        "log_every": 50,
+        "optim": {turn: {"lr": 1e-3}},
+        "ema": [{"name": "ema", "of": "student", "decay": 0.98}],
+        "export": "ema",
+    }
+    main, image = Arm(name, name, options=dict(options), engine=engine), recipe_arm(name)
+
+    def two(arm: Arm) -> Arm:
+        return arm.with_("2 steps", options={"steps": 2}, engine={"steps": 0}, after=arm)
+
+    teacher = Arm("teacher-1", sampler=ONE)
+    shuffled = "Control: a teacher that answers for the wrong class ruins the student"
+    return (
+        Proof(
+            name,
+            "image",
+            "fashion",
+            (image, two(image), teacher, Arm("teacher", sampler=card_sampler("fashion-teacher"))),
+            claims(name, "fd"),
+        ),
+        Proof(
+            name,
+            "mechanism",
+            "ring",
+            (main, two(main), main.with_("shuffled-teacher", teacher="shuffled"), teacher),
+            (
+                *claims(name, "ced"),
+                Claim("control-shuffled", shuffled, "", "ced", "shuffled-teacher", ">=", 2.0, name),
+            ),
+        ),
+    )

@@ -1,0 +1,72 @@
+"""AYF: what it learns where the answer is known, what it trains, how its student is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gaussians import moved, play
+from stillroom.data.source import ArrayData
+from stillroom.diffusion.sampling import FlowMapSampler
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.errors import UserError
+from stillroom.methods.trajectory.ayf import AYF
+from tiny_denoisers import dit_teacher, point_teacher
+
+MADE = {"point": point_teacher, "dit": dit_teacher}
+
+
+def built(name: str = "point", **options: Any) -> AYF:
+    torch.manual_seed(0)
+    method = AYF(AYF.Options(**options))
+    method.build(MADE[name]().eval())
+    return method
+
+
+def batch(shape: tuple[int, ...], n: int = 8) -> dict[str, Any]:
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
+    return {"x": x, "cond": {"label": torch.arange(n) % 4}}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("path", [{}, {"guidance": 2.0}])
+def test_it_trains_its_own_networks_alone(name: str, path: dict[str, Any], tmp_path: Path) -> None:
+    method = built(name, **path)
+    method.progress = 0.5
+    terms = play(method, "align", batch(method.teacher.shape))
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert moved(method) == {"student"}
+    data = ArrayData(torch.randn(16, *method.teacher.shape), {"label": torch.arange(16) % 4})
+    Trainer(method, data, EngineConfig(steps=2, batch=4, check_freezing=True), tmp_path).fit()
+
+
+def test_a_copy_of_its_teacher_begins_without_a_change_and_has_one_when_that_has_warmed_up() -> None:
+    method = built()
+    for progress, least, most in ((0.0, 0.0, 1e-5), (1.0, 1e-2, 1e3)):
+        method.progress = progress
+        play(method, "align", batch((2,)))
+        assert least <= method.notes["residual"] <= most
+
+
+def test_jumps_have_lengths_whose_logit_is_normal_and_lie_between_0_and_1() -> None:
+    method, seen = built(length_mean=0.5, length_std=0.3), []
+    native = method.student.native
+    method.student.native = lambda x, t, cond: seen.append((t.detach(), cond["r"])) or native(x, t, cond)  # type: ignore[method-assign,func-returns-value]
+    play(method, "align", batch((2,), 512))
+    t, s = seen[-1]
+    assert s.min() >= 0
+    assert t.max() <= 1
+    logit = torch.logit(t - s)
+    assert float(logit.mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(logit.std()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_several_steps_go_from_time_to_time_and_one_to_the_end() -> None:
+    assert built().sampler() == FlowMapSampler((1.0,), to="end")
+    assert built(steps=4).sampler() == FlowMapSampler((1.0, 0.75, 0.5, 0.25), to="next")
+    with pytest.raises(UserError, match="leave lora away"):
+        AYF(AYF.Options(), lora={"student": {"rank": 2}}).build(point_teacher())

@@ -1,0 +1,59 @@
+"""SCM: what it learns where the answer is known, what it trains, how its student is run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gaussians import moved, play
+from stillroom.data.source import ArrayData
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.methods.trajectory.scm import SCM
+from tiny_denoisers import dit_teacher, point_teacher
+
+MADE = {"point": point_teacher, "dit": dit_teacher}
+
+
+def built(name: str = "point", **options: Any) -> SCM:
+    torch.manual_seed(0)
+    method = SCM(SCM.Options(**options))
+    method.build(MADE[name]().eval())
+    return method
+
+
+def batch(shape: tuple[int, ...], n: int = 8) -> dict[str, Any]:
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
+    return {"x": x, "cond": {"label": torch.arange(n) % 4}}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("path", [{"path": "teacher"}, {"path": "data"}])
+def test_it_trains_its_own_networks_alone(name: str, path: dict[str, Any], tmp_path: Path) -> None:
+    method = built(name, **path)
+    method.progress = 0.5
+    terms = play(method, "consistency", batch(method.teacher.shape))
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert moved(method) == {"student", "variance"}
+    data = ArrayData(torch.randn(16, *method.teacher.shape), {"label": torch.arange(16) % 4})
+    Trainer(method, data, EngineConfig(steps=2, batch=4, check_freezing=True), tmp_path).fit()
+
+
+def test_a_copy_of_its_teacher_begins_without_a_tangent_and_has_one_when_that_has_warmed_up() -> None:
+    method = built()
+    for progress, least, most in ((0.0, 0.0, 1e-5), (1.0, 1e-2, 1e3)):
+        method.progress = progress
+        play(method, "consistency", batch((2,)))
+        assert least <= method.notes["tangent"] <= most
+
+
+def test_the_second_step_is_at_the_time_that_is_said() -> None:
+    method = built(steps=2, middle=1.1)
+    first, second = method.sampler().times
+    assert first == 1.0
+    assert math.atan2(second, 1 - second) == pytest.approx(1.1)
+    assert built().sampler().times == (1.0,)

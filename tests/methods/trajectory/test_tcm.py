@@ -1,0 +1,83 @@
+"""TCM: what it learns where the answer is known, what it trains, how its student is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gaussians import draws, moved, play
+from stillroom.data.source import ArrayData
+from stillroom.diffusion.times import TimeLaw
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
+from stillroom.losses.flow_map import noise_ratio
+from stillroom.method import Stage
+from stillroom.methods.trajectory.tcm import TCM
+from tiny_denoisers import dit_teacher, point_teacher
+
+MADE = {"point": point_teacher, "dit": dit_teacher}
+
+
+def built(name: str = "point", **options: Any) -> TCM:
+    torch.manual_seed(0)
+    method = TCM(TCM.Options(**options))
+    method.build(MADE[name]().eval())
+    return method
+
+
+def batch(shape: tuple[int, ...], n: int = 8) -> dict[str, Any]:
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
+    return {"x": x, "cond": {"label": torch.arange(n) % 4}}
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("path", [{"path": "teacher"}, {"path": "data"}])
+def test_it_trains_its_own_networks_alone(name: str, path: dict[str, Any], tmp_path: Path) -> None:
+    method = built(name, **path)
+    method.progress = 0.5
+    terms = play(method, "agree", batch(method.teacher.shape))
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert moved(method) == {"student"}
+    data = ArrayData(torch.randn(16, *method.teacher.shape), {"label": torch.arange(16) % 4})
+    Trainer(method, data, EngineConfig(steps=2, batch=4, check_freezing=True), tmp_path).fit()
+
+
+def test_in_the_second_stage_small_times_are_left_to_the_first_model() -> None:
+    method = built(cut=1.0)
+    method.stage, method.progress = Stage("truncated"), 1.0
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter.add_(0.1)
+    method.enter(Stage("truncated"), None, resumed=True)
+    assert not torch.equal(next(method.first.parameters()), next(method.student.parameters()))
+    method.enter(Stage("truncated"), None, resumed=False)
+    assert torch.equal(next(method.first.parameters()), next(method.student.parameters()))
+    method.draw = draws(4000)
+    t, r = method.drawn_times(torch.zeros(4000, 2), late=True)
+    ratio_t, ratio_r = (noise_ratio(method.teacher.process, time) for time in (t, r))
+    assert ratio_t.min() >= 1 - 1e-3
+    assert float((ratio_r <= 1).float().mean()) > method.options.held * 0.9
+    early = method.drawn_times(torch.zeros(4000, 2), late=False)[0]
+    assert early.min() < 0.1
+
+
+def test_rows_that_the_first_model_holds_are_pulled_to_it() -> None:
+    method = built(held=1.0, boundary=2.0, late_times=TimeLaw("log-normal", 0.001, 0.999, mean=-9.0, std=0.1))
+    method.stage, method.progress = Stage("truncated"), 1.0
+    given = batch((2,))
+    plain = play(method, "agree", given)["agree"].item()
+    assert float(method.notes["boundary"]) == pytest.approx(float(method.notes["gap"]))
+    with torch.no_grad():
+        for parameter in method.first.parameters():
+            parameter.add_(0.2)
+    assert play(method, "agree", given)["agree"].item() != pytest.approx(plain)
+
+
+def test_the_second_step_is_at_the_ratio_that_is_said() -> None:
+    assert [stage.name for stage in built().stages()] == ["consistency", "truncated"]
+    first, second = built(steps=2, middle=1.5).sampler().times
+    assert first == 1.0
+    assert second / (1 - second) == pytest.approx(1.5)
