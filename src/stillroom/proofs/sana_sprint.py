@@ -16,7 +16,8 @@ MAIN = Arm(
         "guidance": [],
         "gan_width": 32,
         "data_std": 0.73,
-        "gan_times": {"mean": -2.3, "std": 0.8},  # what matters on this ring is a twelfth as large as the ring
+        # what matters on this ring is a twelfth as large as the ring
+        "gan_times": {"law": "log-normal", "low": 0.0007, "high": 0.9993, "mean": -2.3, "std": 0.8},
         **DENSE,
     },
     engine={
