@@ -28,6 +28,7 @@ OPTIONS = {
     "hyper-sd": [
         "options.one_step_share=0",
         "options.segments=[2, 1]",
+        "options.grids=[8, 4]",
         "options.mse=[1, 1]",
         "options.adversarial=[0, 1]",
     ],

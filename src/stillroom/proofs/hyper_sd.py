@@ -6,7 +6,7 @@ from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import card_sampler, recipe_arm
 from stillroom.proofs.points import control_claims
 
-STEPS = 600
+STEPS = 1200
 SEGMENTED = Arm(
     "segments",
     "hyper-sd",
@@ -14,7 +14,7 @@ SEGMENTED = Arm(
         "mse": (1.0, 1.0, 1.0, 1.0),
         "adversarial": (0.0, 0.0, 0.0, 0.0),
         "offset_noise": 0.0,
-        "measured": 4,
+        "measured": 2,
     },
     engine={
         "steps": STEPS,
@@ -25,8 +25,8 @@ SEGMENTED = Arm(
         "optim": {"all": {"lr": 1e-3}},
     },
 )
-WHOLE = {"segments": (1,), "mse": (1.0,), "adversarial": (0.0,)}
-JUDGED = {"mse": (1.0, 1.0, 0.5, 0.1), "adversarial": (0.0, 0.1, 0.5, 1.0)}
+WHOLE = {"segments": (1,), "grids": (64,), "mse": (1.0,), "adversarial": (0.0,)}
+JUDGED = {"adversarial": (0.0, 0.001, 0.003, 0.01)}
 ADVERSARIAL = SEGMENTED.with_("hyper-sd", options=JUDGED)
 FED = {
     "feedback_share": 0.2,
@@ -63,10 +63,9 @@ MECHANISM = Proof(
         SEGMENTED.with_("one segment", options=WHOLE),
         SEGMENTED.with_(
             "eight segments",
-            options={"segments": (8,), "mse": (1.0,), "adversarial": (0.0,)},
+            options={"segments": (8,), "grids": (64,), "mse": (1.0,), "adversarial": (0.0,)},
             engine={"steps": STEPS // 4},
         ),
-        SEGMENTED.with_("original teacher", options={"stage_teacher": "original"}),
         ADVERSARIAL.with_("feedback", options=FED, engine={"steps": STEPS * 6 // 5}),
         ADVERSARIAL.with_("one-step scores", options=ONE),
         ADVERSARIAL.with_("one-step scores, teacher's", options={**ONE, "real": "teacher"}),

@@ -24,7 +24,7 @@ from stillroom.surgery.lora import LoraDenoiser
 from tiny_denoisers import ask, dit_teacher, point_teacher
 from workers.toy import Stop, stop_after
 
-SMALL: dict[str, Any] = {"grids": (16,), "offset_noise": 0.0, "reward_steps": 5, "feedback_rank": 2}
+SMALL: dict[str, Any] = {"grids": (16, 16, 16, 16), "offset_noise": 0.0, "reward_steps": 5, "feedback_rank": 2}
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
@@ -103,7 +103,7 @@ class Asked(nn.Module):
 def test_times_are_those_of_a_hand_worked_grid() -> None:
     """16 steps in 4 segments of 4: n = 1, 4, 5, 16 belong to segments that begin at 0, 0, 4, 12."""
     teacher = Denoiser(Asked(), RectifiedFlow(), "x0", shape=(2,))
-    method = built(teacher, segments=(4,), mse=(1.0,), adversarial=(0.0,))
+    method = built(teacher, segments=(4,), mse=(1.0,), adversarial=(0.0,), grids=(16,))
     u = [(n - 0.5) / 16 for n in (1, 4, 5, 16)]
     seen: dict[str, Any] = {}
     real = method.student.forward
@@ -153,7 +153,7 @@ def test_a_gaussian_s_perfect_student_is_left_alone_by_a_fine_grid() -> None:
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
     teacher = exact(RectifiedFlow(), "v", ((0.3, -0.4),), (0.5,))
-    method = built(teacher, segments=(2,), mse=(0.5,), adversarial=(0.0,))
+    method = built(teacher, segments=(2,), mse=(0.5,), adversarial=(0.0,), grids=(16,))
     nn.init.constant_(method.student.network.log_stds, -0.2)  # type: ignore[union-attr,arg-type]
     batch = {"x": torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), "cond": {}}
     batch["cond"] = {"n": torch.zeros(8)}
@@ -176,7 +176,7 @@ def test_one_step_s_gradient_is_fake_minus_real() -> None:
     c, a = 0.5, 0.4
     teacher = exact(RectifiedFlow(), "v", ((0.0, 0.0),), (c,))
     method = built(
-        teacher, segments=(1,), mse=(1.0,), adversarial=(0.0,), consistency_share=0.0, one_step_share=1.0,
+        teacher, segments=(1,), mse=(1.0,), adversarial=(0.0,), grids=(8,), consistency_share=0.0, one_step_share=1.0,
         one_step_mse=0.0, real="teacher",
     )  # fmt: skip
     nn.init.constant_(method.fake.network.means, 1.0)
@@ -238,8 +238,8 @@ def test_without_the_feedback_s_adapter_the_student_is_as_before(lora: Any, tmp_
 
 
 def test_an_adapter_for_each_number_of_segments_is_kept(tmp_path: Path) -> None:
-    method = trained(tmp_path, {"student": {"rank": 2}}, steps=8, one_step_share=1.0, segments=(2, 1), mse=(1, 1),
-                     adversarial=(0, 0))  # fmt: skip
+    options = {"segments": (2, 1), "grids": (8, 4), "mse": (1, 1), "adversarial": (0, 0), "one_step_share": 1.0}
+    method = trained(tmp_path, {"student": {"rank": 2}}, 8, **options)
     assert set(method.kept) == {"steps2", "steps1"}
     answers = [ask(view) for view in (method.teacher, method.kept["steps2"], method.kept["steps1"], method.student)]  # type: ignore[arg-type]
     for i, one in enumerate(answers):
@@ -249,7 +249,7 @@ def test_an_adapter_for_each_number_of_segments_is_kept(tmp_path: Path) -> None:
 def test_later_stages_learn_from_the_student_before(tmp_path: Path) -> None:
     found = {}
     for whom in ("previous", "original"):
-        method = built(stage_teacher=whom, segments=(2, 1), mse=(1, 1), adversarial=(0, 0))
+        method = built(stage_teacher=whom, segments=(2, 1), mse=(1, 1), adversarial=(0, 0), grids=(8, 4))
         method.enter(method.stages()[0], None, False)
         with torch.no_grad():
             next(method.student.parameters()).add_(0.1)
@@ -264,7 +264,14 @@ def test_later_stages_learn_from_the_student_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [None, {"student": {"rank": 2}}])
 def test_an_interrupted_run_ends_in_the_same_weights(lora: Any, tmp_path: Path) -> None:
-    options = {"segments": (2, 1), "mse": (1, 1), "adversarial": (0, 1), "feedback_share": 0.5, "one_step_share": 0.5}
+    options = {
+        "segments": (2, 1),
+        "mse": (1, 1),
+        "adversarial": (0, 1),
+        "grids": (8, 4),
+        "feedback_share": 0.5,
+        "one_step_share": 0.5,
+    }
     straight = trained(tmp_path / "a", lora, 12, **options)
     for at in (5, 8, 11):  # within the second stage, the feedback, the one step
         folder = tmp_path / f"b{at}"
@@ -305,8 +312,8 @@ def test_what_is_drawn_for_the_report_is_the_sampler_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"segments": (8, 1)}, "options.mse 4"),
-        ({"grids": (12,)}, r"options\.grids: 12 steps cannot be cut into 8"),
+        ({"segments": (8, 1)}, "options.grids 4"),
+        ({"grids": (12, 8, 8, 8)}, r"options\.grids: 12 steps cannot be cut into 8"),
         ({"guidance_low": 3.0}, r"is above options\.guidance_high"),
         ({"consistency_share": 0.0}, "every part"),
         ({"reward": "nowhere:nothing"}, "is not there"),

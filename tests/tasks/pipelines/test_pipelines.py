@@ -446,7 +446,8 @@ def test_a_unified_lora_draws_our_picture_by_diffusers_tcd_scheduler(
     from stillroom.methods.trajectory.hyper_sd import HyperSD
 
     teacher = PipelineGenerator.load(f"{saved('sd')}@{size_of('sd')[0]}")
-    options = HyperSD.Options(segments=(2, 1), mse=(1.0, 1.0), adversarial=(0.0, 0.0), grids=(4,), feedback_share=1.0)
+    options = HyperSD.Options(segments=(2, 1), mse=(1.0, 1.0), adversarial=(0.0, 0.0), grids=(8, 4))
+    options.feedback_share = 1.0
     options.feedback_rank, options.student_steps, options.eta = 2, 2, eta
     method = HyperSD(options, {"student": {"rank": 2, "targets": ["to_q", "to_k", "to_v"]}})
     teacher.denoiser.null = {}

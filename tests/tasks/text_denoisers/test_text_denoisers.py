@@ -26,7 +26,7 @@ FAST = ["engine.batch=4", "engine.log_every=1", "engine.checkpoint_every=2", "ev
 OWN: dict[str, list[str]] = {
     "agd-scenes": ["options.paths=4", "options.path_steps=3", "options.steps=2", "options.width=8", "engine.steps=3"],
     "hyper-sd-scenes": [
-        "options.segments=[2, 1]", "options.mse=[1, 1]", "options.adversarial=[0, 1]", "options.grids=[4]",
+        "options.segments=[2, 1]", "options.mse=[1, 1]", "options.adversarial=[0, 1]", "options.grids=[8, 4]",
         "options.reward_steps=2", "engine.steps=6", "engine.warmup=0", "options.feedback_share=0.5",
         "lora.student.targets=[to_q, to_k, to_v]", "options.feedback_targets=[to_q]",
     ],

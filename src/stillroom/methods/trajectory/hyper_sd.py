@@ -43,19 +43,20 @@ class HyperSD(Method):
     """A student for few steps in three parts, each of which may be left out. One student serves every number of steps;
     with LoRA, the adapter after each number of segments is kept as well.
 
-    Segments (TSCD; stages of k = 8, 4, 2, 1 of them). On a grid 0 = t_0 < ... < t_N, n uniform in 1 .. N, s
-    uniform in the grid times from the start of t_n's segment to t_(n-1), w uniform in the range of guidance, Psi(x, f,
-    s) = alpha_s x0 + sigma_s eps the deterministic step with the network's answer f held fixed:
+    Segments (TSCD; stages of k = 8, 4, 2, 1 of them). On a grid 0 = t_0 < ... < t_N of 8 k steps, n uniform in 1 .. N,
+    s uniform in the grid times from the start of t_n's segment to t_(n-1), w uniform in the range of guidance, Psi(x,
+    f, s) = alpha_s x0 + sigma_s eps the deterministic step with the network's answer f held fixed:
 
         nearer = Psi(x_n, f_teacher(x_n, t_n, c; w), t_(n-1))
         target = sg Psi(nearer, f_target(nearer, t_(n-1), c), s)          f_target: an average of the student
         L      = a_k |Psi(x_n, f(x_n, t_n, c), s) - target|^2  -  b_k log D(Psi(...), s, c)
 
-    In later stages the teacher is the student of the stage before (``stage_teacher``), which is asked without guidance.
+    In later stages the teacher is the student of the stage before (``stage_teacher``), which is asked without guidance:
+    it has learnt jumps as long as the steps of the coarser grids.
 
     Feedback (ReFL): the few-step student is run to a random one of its steps, whose prediction x0 alone has a
-    gradient, L = mean ReLU(margin - reward(x0, c)). An
-    adapter of its own learns it; without that the student is as before.
+    gradient, L = mean ReLU(margin - reward(x0, c)). An adapter of its own learns it; without that the student is as
+    before.
 
     One step: x = f(z, t_init).x0, noised at a random time, descends x along D_fake - D_real over
     mean |x - D_real|; D_real is the student of the first part (``real``). To that come the distance to what that
@@ -84,7 +85,7 @@ class HyperSD(Method):
     class Options:
         segments: tuple[int, ...] = (8, 4, 2, 1)  # of the path from noise to data, one stage each
         consistency_share: float = field(default=1.0, metadata={"min": 0})  # of the steps, equal for each of these
-        grids: tuple[int, ...] = (64,)  # steps of the whole grid; of several one is drawn for each batch. R
+        grids: tuple[int, ...] = (64, 32, 16, 8)  # steps of the whole grid, for each number of segments: 8 in each. R
         target_decay: float = field(default=0.95, metadata={"min": 0, "max": 1})  # of the average that is the target. R
         stage_teacher: Literal["previous", "original"] = "previous"  # of later stages: the student before it
         guidance_low: float = 1.0  # scales of the teacher's guidance: from low ...
@@ -154,17 +155,18 @@ class HyperSD(Method):
 
     def _check(self) -> None:
         o = self.options
-        if o.consistency_share and not len(o.segments) == len(o.mse) == len(o.adversarial):
-            raise UserError(
-                f"options.segments has {len(o.segments)} stages, options.mse {len(o.mse)} and options.adversarial "
-                f"{len(o.adversarial)}",
-                cure="give one weight for each number of segments",
-            )
-        for steps, count in itertools.product(o.grids, o.segments):
+        each = {name: getattr(o, name) for name in ("grids", "mse", "adversarial")}
+        for name, found in each.items():
+            if o.consistency_share and len(found) != len(o.segments):
+                raise UserError(
+                    f"options.segments has {len(o.segments)} stages, options.{name} {len(found)}",
+                    cure="give one number for each",
+                )
+        for steps, count in zip(o.grids, o.segments, strict=False):
             if count < 1 or steps % count:
                 raise UserError(
                     f"options.grids: {steps} steps cannot be cut into {count} equal segments",
-                    cure=f"choose a multiple of {max(o.segments)}",
+                    cure=f"choose a multiple of {count}",
                 )
         if o.guidance_high < o.guidance_low:
             raise UserError(
@@ -264,7 +266,7 @@ class HyperSD(Method):
     def consistency(self, batch: Batch) -> Terms:
         """``L``, for one n and one s of each sample."""
         o, x0, cond, number = self.options, batch["x"], batch["cond"], self.stage.round
-        steps = o.grids[self.draw.index(len(o.grids)) if len(o.grids) > 1 else 0]
+        steps = o.grids[number]
         times = even_grid(self.teacher.process, steps).to(x0)
         n = 1 + (self.draw.uniform(len(x0)) * steps).long().clamp(max=steps - 1)
         end = Segments(steps, o.segments[number]).end(n, self.draw.uniform(len(x0)))
