@@ -174,6 +174,8 @@ EXECUTED: dict[tuple[str, str], Any] = {
 """Blocks that are run, by page and a word of theirs, with what they are given."""
 PARTS = {
     ("methods/agd.md", "attach("): "run by tests/methods/trajectory/test_agd.py",
+    ("methods/sana-sprint.md", "student.draw("): "reads the student of a run",
+    ("methods/sana-sprint.md", "SanaSprintPipeline.from_pretrained"): "reads the student of a run",
     ("README.md", 'sr.distill("dmd2"'): "a training",
     ("README.md", 'sr.load("scenes-sd3")'): "loads a teacher, and goes on from the block above it",
     ("architecture.md", "def critic("): "methods of a class that is not shown",
