@@ -44,6 +44,10 @@ class Draws:
         """Uniform on [0, 1), float32."""
         return torch.rand(self._global(shape), generator=self.generator, device=self.generator.device)[self.rows]
 
+    def integers(self, high: int) -> Tensor:
+        """Uniform in {0..high-1}, int64, one for each row of this micro-batch."""
+        return (self.uniform(self.local) * high).long().clamp(max=high - 1)
+
     def normal_like(self, x: Tensor) -> Tensor:
         return self.normal(*x.shape).to(x)
 

@@ -94,7 +94,7 @@ def test_shipped_proofs_have_both_levels_controls_and_valid_options(slug: str) -
             if arm.method:
                 assert recipe_of(arm, proof.bench, 3).engine.seed == 3
         for claim in proof.claims:
-            assert claim.metric.startswith("health/") or claim.metric in keys
+            assert claim.metric.startswith(("health/", "last/")) or claim.metric in keys
     assert set(levels) == {"mechanism", "text" if get_method(slug).wing == "language" else "image"}
     assert all("untouched" in names for names in levels.values())
     assert all("shuffled" in names for level, names in levels.items() if level != "image")

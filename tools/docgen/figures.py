@@ -50,9 +50,14 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def metric_name(metric: str, floor: dict[str, Any]) -> str:
-    """A distance in a feature space is named after its extractor and sample size."""
+    """A distance in a feature space is named after its extractor and sample size; a number that training logs after
+    when it was taken."""
+    kind, _, name = metric.rpartition("/")
+    if kind:
+        when = {"health": "mean over the second half", "last": "at the end"}[kind]
+        return f"{name.replace('_', ' ')}, {when}"
     if "extractor" not in floor:
-        return metric.removeprefix("health/").replace("_", " ")
+        return metric.replace("_", " ")
     word = metric.upper() if metric in ("fd", "kid") else metric.replace("_", " ")
     return f"{word}-{floor['extractor']}, N={floor['n']}"
 

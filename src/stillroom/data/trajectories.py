@@ -20,6 +20,7 @@ from stillroom.data.rows import RowStore
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import visited
 from stillroom.draws import mix
+from stillroom.surgery.modules import weights_hash
 
 TRAJECTORIES = RowStore("trajectories")
 COND = "cond."
@@ -108,6 +109,25 @@ class Trajectories:
         }
 
 
+def conditions(data: Any, seed: int, count: int) -> dict[str, Tensor]:
+    """Of ``count`` rows of ``data``, ``[count, ...]`` by name. The rows are asked for some at a time, so that no more
+    of their pictures are in memory."""
+    parts = [data.batch(seed, 0, count, slice(k, min(k + ROWS, count)))["cond"] for k in range(0, count, ROWS)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def paths_for(data: Any, teacher: Denoiser, paths: Paths, folder: str = "", batch: int = 64) -> Trajectories:
+    """:func:`trajectories` for conditions of ``data``, whose images are not looked at; for a plan's teacher, which has
+    no values, :func:`blank` ones."""
+    cond = conditions(data, paths.seed, paths.count)
+    if type(next(teacher.parameters()).detach()) is not Tensor:
+        return blank(teacher, cond, paths)
+    name = weights_hash(teacher.network) if folder else ""  # only what is kept has to be known again
+    return trajectories(folder, teacher, cond, paths, name=name, batch=batch)
+
+
+ROWS = 256
+"""Of data, that are in memory at a time while their conditions are read."""
 SHARD_BYTES = 2**31
 """A shard of states and answers is smaller, one path apart, so that little need be in memory while they are made."""
 

@@ -92,19 +92,20 @@ MECHANISM = Proof(
         MAIN.with_("full", options={"tune": "all"}),
         MAIN.with_("none", **NONE),
         MAIN.with_("untouched", engine={"steps": 0}),
-        MAIN.with_("shuffled-teacher", teacher="shuffled"),
+        # of all weights, which are a copy of the right ones: adapters would sit on the wrong teacher itself
+        MAIN.with_("full, shuffled-teacher", options={"tune": "all"}, teacher="shuffled"),
     ),
     claims=(
         *claims(full=True),
         Claim(
             "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
+            "Control: all weights, tuned to answers for the wrong class, are ruined",
             "",
             "ced",
-            "shuffled-teacher",
+            "full, shuffled-teacher",
             ">=",
             2.0,
-            "agd",
+            "full",
         ),
     ),
 )

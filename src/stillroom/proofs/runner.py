@@ -65,7 +65,7 @@ def run_arm(arm: Arm, bench: Bench) -> dict[str, Any]:
         "params": parameter_count(network),
         "latency_ms": round(speed.median_ms, 3),
     }
-    return {"scores": scores, "cost": cost, "health": facts["health"], "means": facts["means"]}
+    return {"scores": scores, "cost": cost} | {name: facts[name] for name in ("health", "means", "last")}
 
 
 def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any]]:
@@ -75,7 +75,7 @@ def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any
     Raises TrainingDiverged.
     """
     seed, started = bench.seed, time.perf_counter()
-    facts: dict[str, Any] = {"steps": 0, "health": {}, "means": {}}
+    facts: dict[str, Any] = {"steps": 0, "health": {}, "means": {}, "last": {}}
     if not arm.method:
         network, sampler = bench.network(**arm.data), sampler_from_dict(dict(arm.sampler))
         return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
@@ -98,6 +98,7 @@ def train_arm(arm: Arm, bench: Bench) -> tuple[nn.Module, Sampler, dict[str, Any
             network, sampler = train(Trainer(method, data, recipe.engine, Path(folder)))
             curves = Path(folder) / "metrics.jsonl"
             facts = {"steps": steps, "health": health_curves(curves), "means": health_means(curves)}
+            facts["last"] = last_health(curves)
     if arm.sampler:
         sampler = sampler_from_dict(dict(arm.sampler))
     return network, sampler, facts | {"seconds": round(time.perf_counter() - started, 1)}
@@ -128,6 +129,13 @@ def finished_weights(arm: Arm, bench: Bench) -> dict[str, Tensor]:
 def health_means(path: Path) -> dict[str, float]:
     """``{"health/<name>": mean}`` over the second half of the training: a claim may compare them as it does scores."""
     return {name: fmean(values) for name, values in _second_half(path).items() if name.startswith("health/")}
+
+
+def last_health(path: Path) -> dict[str, float]:
+    """``{"last/<name>": value}`` of each health number as it was last taken: what a training ends with, where a mean
+    would count the way there."""
+    curves = _second_half(path)
+    return {f"last/{name[7:]}": values[-1] for name, values in curves.items() if name.startswith("health/")}
 
 
 def health_curves(path: Path) -> dict[str, list[float]]:
@@ -258,9 +266,12 @@ def read_arm(file: Path, scores: Iterable[Score]) -> dict[str, Any]:
 
 
 def score(run: dict[str, Any], metric: str) -> float:
-    """One score of a measured arm, or the mean of a health number (``health/<name>``): not a number, which loses every
-    comparison, where the arm has none (it was not trained, or diverged)."""
-    return run.get("means", {}).get(metric, math.nan) if metric.startswith("health/") else run["scores"][metric]
+    """One score of a measured arm, the mean of a health number over the second half of its training
+    (``health/<name>``) or the last one (``last/<name>``): not a number, which loses every comparison, where the arm has
+    none (it was not trained, or diverged)."""
+    kinds = {"health": "means", "last": "last"}
+    kind = metric.split("/")[0]
+    return run.get(kinds[kind], {}).get(metric, math.nan) if kind in kinds else run["scores"][metric]
 
 
 def _judge(claim: Claim, proof: Proof, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

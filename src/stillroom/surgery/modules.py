@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -16,6 +18,18 @@ def parameter_count(module: nn.Module) -> int:
 def device_of(module: nn.Module) -> torch.device:
     """Where the module computes. Its weights may be elsewhere (``engine.offload``): then ``runs_on`` says it."""
     return getattr(module, "runs_on", None) or next(module.parameters()).device
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, all of it is in eval mode; afterwards each part is in its own mode again."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -8,16 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stillroom.data.trajectories import Paths, Trajectories, blank, trajectories
+from stillroom.data.trajectories import Paths, Trajectories, paths_for
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import expand
 from stillroom.diffusion.sampling import FewStepSampler, SignalSampler, signal
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.surgery.modules import device_of, weights_hash
+from stillroom.surgery.modules import device_of, evaluating
 
 ADAM = Optim(lr=1e-4, name="adam", betas=(0.9, 0.999), clip_norm=1.0)
+ROWS = 256
+"""Of paths to measure on, at a time."""
 
 
 @register(
@@ -36,23 +38,26 @@ class BOOT(Method):
     With x_t = alpha_t y_t + sigma_t eps, eps the noise that the path began with and f the teacher's x0-prediction, the
     signal y obeys the signal-ODE, of which one exact DDIM step from t to s = t - delta is
 
-        y_s = y_t + k (f(x_t, t) - y_t),    k = 1 - (alpha_t sigma_s) / (sigma_t alpha_s)           sec. 3.2
+        y_s = y_t + k (f(x_t, t) - y_t),    k = 1 - (alpha_t sigma_s) / (sigma_t alpha_s)
         L_BS = |y(eps, s) - sg[y + k (f(alpha_t y + sigma_t eps, t) - y)]|^2 / k^2,  y = sg y(eps, t)
         L_BC = |y(eps, T) - f(sigma_T eps, T)|^2                                                    the boundary
         L    = L_BS + beta L_BC
 
     with t uniform from the first step on. The perfect student is deterministic DDIM on a grid of delta.
 
-    Departures: weights 1 / k^2 are bounded by ``most``; the body of the paper could not be read, so its weight of the
-    boundary, rates and delta are those of another implementation; the distance is the squared one, not LPIPS. The
-    student reads its output as the teacher does at T, whatever its time is told, so that it begins as the teacher's own
-    first step; where the teacher predicts noise, which a small alpha_T would divide, the output is the signal itself.
+    Departures: weights 1 / k^2 are bounded by ``most``; the body of the paper could not be read, so rates and delta are
+    those of another implementation, and the weight of the boundary, 1, is ours (0.1 there, on velocities); the distance
+    is the squared one, not LPIPS. The student reads its output as the teacher does at T, whatever its time is told, so
+    that at T it begins as the teacher's own first step; where the teacher predicts noise, which a small alpha_T would
+    divide, the output is the signal itself, and the student begins far off: the boundary has to bring it there.
     """
 
     health = {
-        "residual": "mean squared residual of the signal-ODE over elements, before its weight",
+        "residual": "mean squared error of a bootstrapped step over elements, before its weight; over k^2 it is the "
+        "residual of the signal-ODE",
         "end_gap": "mean squared difference between the student's one step and the teacher's many steps from the same "
         "noise, on paths that are not learnt from",
+        "end_share": "end_gap over what the teacher's own single step has there: 1 where nothing is gained on it",
     }
 
     @dataclass
@@ -60,7 +65,7 @@ class BOOT(Method):
         delta: float = field(default=0.05, metadata={"above": 0, "below": 1})  # a bootstrap step, as a share of t_max
         low: float = field(default=0.01, metadata={"min": 0, "below": 1})  # the last time, as a share of t_max
         high: float = field(default=0.99, metadata={"above": 0, "max": 1})  # T
-        beta: float = field(default=1.0, metadata={"min": 0})  # of the boundary
+        beta: float = field(default=1.0, metadata={"min": 0})  # of the boundary, on signals
         most: float = field(default=1000.0, metadata={"above": 0})  # of 1 / k^2
         guidance: float = 1.0  # on the teacher
         clip: float = field(default=0.0, metadata={"min": 0})  # of the teacher's x0 to +-this; 0: none
@@ -72,6 +77,9 @@ class BOOT(Method):
         # on so many stored pairs of noise and the teacher's end, instead of bootstrapping.
         predicts: Literal["signal", "state"] = "signal"
         progressive: bool = False
+        progressive_share: float = field(default=1.0, metadata={"above": 0, "max": 1, "later": True})  # of the training
+        # what errors of a student of the state are weighed in: of the signal, which divides them by alpha_s, or as is
+        state_errors: Literal["signal", "state"] = field(default="signal", metadata={"later": True})
         pairs: int = field(default=0, metadata={"min": 0})
         pair_steps: int = field(default=20, metadata={"min": 1})
         held_out: int = field(default=0, metadata={"min": 0})  # paths to measure on; 0: none
@@ -107,13 +115,12 @@ class BOOT(Method):
         o = self.options
         self.found: Trajectories | None = self._ends(data, o.pairs, o.pair_steps, 0) if o.pairs else None
         self.others: Trajectories | None = self._ends(data, o.held_out, o.held_out_steps, 1) if o.held_out else None
+        self._measured = -1  # the last step that was
 
     def _ends(self, data: Any, count: int, steps: int, seed: int) -> Trajectories:
-        cond, w = data.batch(seed, 0, count)["cond"], self.options.guidance
+        w = self.options.guidance
         paths = Paths(count, steps, low=w, high=w, seed=seed, keep="ends", precision="float32")
-        if type(next(self.teacher.parameters()).detach()) is not Tensor:  # a plan's, which have no values
-            return blank(self.teacher, cond, paths)
-        return trajectories("", self.teacher, cond, paths, name=weights_hash(self.teacher.network), batch=512)
+        return paths_for(data, self.teacher, paths, batch=512)
 
     # --- the student ------------------------------------------------------------------------------------------------
     def at(self, share: Tensor) -> Tensor:
@@ -125,6 +132,10 @@ class BOOT(Method):
         o = self.options
         told = self.at(t.new_tensor(o.low + o.high)) - t if o.flipped else t
         return signal(self.student, eps, told, cond, o.high)
+
+    def top(self, like: Tensor) -> Tensor:
+        """T, ``[B]``."""
+        return like.new_full((len(like),), self.options.high * self.teacher.process.t_max)
 
     def rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         process = self.teacher.process
@@ -145,13 +156,13 @@ class BOOT(Method):
         o, cond, eps = self.options, batch["cond"], self.noise()
         u = self.draw.uniform(len(eps)).to(eps)
         room = o.high - o.low - o.delta
-        reach = min(self.progress + o.delta, 1.0) if o.progressive else 1.0
+        reach = min(self.progress / o.progressive_share + o.delta, 1.0) if o.progressive else 1.0
         t, s = self.at(o.high - room * reach * u), self.at(o.high - room * reach * u - o.delta)
         with torch.no_grad():
             target, k = self.target(eps, t, s, cond)
-        alpha_s = self.rates(s, eps)[0]
-        scale = 1.0 if o.predicts == "signal" else alpha_s  # of an error of the signal in what is predicted
-        error = (self.said(eps, s, cond) - target) / scale
+        error = self.said(eps, s, cond) - target
+        if o.predicts == "state" and o.state_errors == "signal":
+            error = error / self.rates(s, eps)[0]
         self.note("residual", error.square().mean())
         weight = (1 / k.square()).clamp(max=o.most).flatten()
         terms = {"bootstrap": denoising_loss(error, torch.zeros_like(error), weight)}
@@ -178,39 +189,58 @@ class BOOT(Method):
 
     def boundary(self, eps: Tensor, cond: Cond) -> Tensor:
         """``L_BC``, at T."""
-        top = eps.new_full((len(eps),), self.options.high * self.teacher.process.t_max)
+        top = self.top(eps)
         alpha, sigma = self.rates(top, eps)
         with torch.no_grad():
-            f = self.taught(sigma * eps, top, cond)
+            f = self.first_step(eps, cond)
             wanted = f if self.options.predicts == "signal" else alpha * f + sigma * eps
         return denoising_loss(self.said(eps, top, cond), wanted)
+
+    def first_step(self, eps: Tensor, cond: Cond) -> Tensor:
+        """The teacher's x0 of noise alone."""
+        top = self.top(eps)
+        return self.taught(self.rates(top, eps)[1] * eps, top, cond)
 
     @turn(trains="student", optim=ADAM, when="pairs")
     def regress(self, batch: Batch) -> Terms:
         """Stored pairs: ``|y(eps, t_min) - x0|^2``."""
         assert self.found is not None
-        rows = (self.draw.uniform(self.draw.local) * self.found.n).long().clamp(max=self.found.n - 1).cpu()
-        loss = self.gap(self.found, rows)
+        noise, end, cond = self.of_paths(self.found, self.draw.integers(self.found.n).cpu())
+        loss = (self.jumped(noise, cond) - end).square().mean()
         self.measure()
         return {"pairs": loss}
 
-    def gap(self, found: Trajectories, rows: Tensor) -> Tensor:
+    def of_paths(self, found: Trajectories, rows: Tensor) -> tuple[Tensor, Tensor, Cond]:
+        """Noises, ends and conditions of paths ``rows``."""
         device = device_of(self.teacher)
         cond = {name: value[rows].to(device) for name, value in found.cond.items()}
         noise, end = (part[rows].float().to(device) for part in (found.noise, found.end))
+        return noise, end, cond
+
+    def jumped(self, noise: Tensor, cond: Cond) -> Tensor:
+        """The signal at ``low``: the student's one step."""
         t = self.at(noise.new_full((len(noise),), self.options.low))
         said = self.said(noise, t, cond)
         if self.options.predicts == "state":
             alpha, sigma = self.rates(t, noise)
             said = (said - sigma * noise) / alpha
-        return (said - end).square().mean()
+        return said
 
     @torch.no_grad()
     def measure(self) -> None:
-        """The student's one step on paths that are not learnt from."""
-        if self.others is None or (self.step + 1) % self.options.measure_every:
+        """The student's one step, and the teacher's, on paths that are not learnt from: once in a step."""
+        due = (self.step + 1) % self.options.measure_every == 0 and self.step != self._measured
+        if self.others is None or not due:
             return
-        self.note("end_gap", self.gap(self.others, torch.arange(self.others.n)))
+        self._measured = self.step
+        own, theirs = [], []
+        with evaluating(self.student):
+            for rows in torch.arange(self.others.n).split(ROWS):
+                noise, end, cond = self.of_paths(self.others, rows)
+                own.append((self.jumped(noise, cond) - end).square().flatten(1).mean(1))
+                theirs.append((self.first_step(noise, cond) - end).square().flatten(1).mean(1))
+        self.note("end_gap", torch.cat(own).mean())
+        self.note("end_share", torch.cat(own).mean() / torch.cat(theirs).mean())
 
     def sampler(self) -> SignalSampler | FewStepSampler:
         o = self.options
