@@ -1,5 +1,5 @@
 """A teacher's guided paths from noise to data, computed once and kept: the states that a guided sampler visits, their
-times, conditions and scales, and what the teacher answered there (arXiv 2503.07274, alg. 1).
+times, conditions and scales, and what the teacher answered there (arXiv 2503.07274).
 
 The store is that of stored outputs: shards with checksums, resumable. A path follows from its number and the seed.
 """

@@ -42,7 +42,7 @@ def claims(full: bool) -> tuple[Claim, ...]:
         "states",
         "At guidance scales from 4 on, adapters trained on the states of guided paths are nearer the guided teacher on "
         "such states than the same adapters trained on noised data",
-        "section 3.3; the ablation of trajectories",
+        "the ablation of trajectories",
         STATES,
         "agd",
         "<=",
@@ -52,7 +52,7 @@ def claims(full: bool) -> tuple[Claim, ...]:
     ends = Claim(
         "ends",
         "So are the samples, from the same noise",
-        "section 3.3; the ablation of trajectories",
+        "the ablation of trajectories",
         ENDS,
         "agd",
         "<=",

@@ -39,11 +39,11 @@ class AGD(Method):
     bit for bit.
 
         g   = u + w (k - u)                u, k: without and with the condition; w = 1: no guidance
-        L   = mean |f(x_t, t, c; w) - g|^2     in the network's own output space, all steps alike (sec. 3.3)
-        A'(h) = A(h) + a(h; w, t, c)       on attention modules, a = 0 at the start (sec. 3.2)
+        L   = mean |f(x_t, t, c; w) - g|^2     in the network's own output space, all steps alike
+        A'(h) = A(h) + a(h; w, t, c)       on attention modules, a = 0 at the start
 
     The pairs (x_t, g) are stored: for each condition w ~ U(low, high) and x_T ~ N(0, I), then every step of the
-    sampler (alg. 1). Steps of a path are alike, so a batch takes states of all paths at random.
+    sampler. Steps of a path are alike, so a batch takes states of all paths at random.
 
     Departures: scales go to the encoder as they are (``scale_factor`` 1; the code multiplies them by 1000 for offset
     adapters, where neighbouring scales have nothing in common); times and conditions are read by default; the last
