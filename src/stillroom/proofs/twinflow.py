@@ -13,7 +13,7 @@ TWO = {"sample_times": (0.999, 0.6)}
 MAIN = Arm(
     "twinflow",
     "twinflow",
-    options={"guidance": 1.0},
+    options={"guidance": 1.0, "loss": "l2", "rectification": 1.0},
     engine={
         "steps": 500,
         "batch": 128,
@@ -75,7 +75,18 @@ def claims(metric: str, factor: float) -> tuple[Claim, ...]:
         0.9,
         "consistency",
     )
-    return twins, two, blind, idle
+    both = Claim(
+        "rectifies",
+        "It is the rectification by a branch that learns which helps: without it, with the branch alone, a student is "
+        "farther",
+        "L_rect",
+        metric,
+        "twinflow",
+        "<=",
+        0.9,
+        "fake alone",
+    )
+    return twins, two, blind, idle, both
 
 
 MECHANISM = Proof(

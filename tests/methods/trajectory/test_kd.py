@@ -13,6 +13,8 @@ from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.methods.trajectory.kd import KD
+from stillroom.planning import plan
+from stillroom.recipe import Recipe
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny_denoisers import dit_teacher, point_teacher
 
@@ -75,6 +77,13 @@ def test_it_trains_on_conditions_alone_and_is_kept(steps: int, tmp_path: Path) -
     again = ImageGenerator.load(tmp_path / "student")
     assert torch.equal(again.sample([0, 1], seed=1), model.sample([0, 1], seed=1))
     assert again.sampler.nfe == steps
+
+
+def test_paths_in_a_folder_are_planned_without_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = plan(Recipe.load("kd", ["options.stored=paths", "options.steps=2", "options.path_steps=4"]))
+    assert [turn.turn for turn in found.turns] == ["regress"]
+    assert not (tmp_path / "paths").exists()
 
 
 def test_steps_that_do_not_lie_on_the_paths_are_refused() -> None:

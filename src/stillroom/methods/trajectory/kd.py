@@ -35,6 +35,7 @@ class KD(Method):
     alone are kept. Departures: the paper's is one step; several are as in other collections of such methods.
     """
 
+    blank_stores = True
     health = {"gap": "mean squared difference between the student's answer and the end of the path"}
 
     @dataclass
