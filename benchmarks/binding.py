@@ -1,11 +1,11 @@
-"""What a masked generator lacks where a caption asks for two digits: the shipped student, trained on with such captions
-alone, as it is and with text in more places.
+"""What a masked generator lacks where a caption asks for two digits: a student of which a digit is one token of four,
+`lightgen-four`, trained on with such captions alone, as it is and with text in more places.
 
     python benchmarks/binding.py [WORD ...] [--steps 500] [--n 150]
 
 The released network reads the text last: encoder and decoder say what is drawn already, then places that do not see
 each other attend to the text, then the diffusion head draws a token from one vector. Two additions are tried. They add
-nothing before they are trained, so that all forms begin as the shipped student, and all see the same batches:
+nothing before they are trained, so that all forms begin as that student, and all see the same batches:
 
 - text in every block: encoder and decoder blocks are preceded by an attention to the text, so that a digit that is
   drawn can tell which of the caption's digits it is;
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=150, help="captions of each kind")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    shipped: Any = load_generator("lightgen")
+    shipped: Any = load_generator("lightgen-four")
     bench, file = ScenesBench(), OUT / "binding.json"
     recorded: list[Row] = json.loads(file.read_text())["rows"] if file.is_file() else []
     data = teacher_data(IMAGES, SEED, shipped.space, {"two": 1, "attribution": 1})
@@ -165,7 +165,7 @@ def main() -> None:
                 rows.append(row | {"right": scene_eval(asked, reading)["sceneeval"], **mistakes(asked, reading)})
                 print(*rows[-1].values(), flush=True)
 
-    for name, additions in {"the shipped student": None, **FORMS}.items():
+    for name, additions in {"before": None, **FORMS}.items():
         if chosen.words and not any(word in name for word in chosen.words):
             rows += [row for row in recorded if row["form"] == name]
             continue
@@ -188,8 +188,8 @@ def main() -> None:
         )
     record(
         "Which digit has which colour",
-        f"The shipped student after {chosen.steps} more steps on real scenes of two digits, as it is and with text in "
-        "more places, which add nothing at the start; one seed.",
+        f"The student of four tokens, lightgen-four, after {chosen.steps} more steps on real scenes of two digits, as "
+        "it is and with text in more places, which add nothing at the start; one seed.",
         "python benchmarks/binding.py",
         rows,
     )

@@ -14,6 +14,7 @@ SHIPPED = {
     "scenes-sd3-large": "scenes-sd3-large",
     "scenes-pixart": "scenes-pixart",
     "lightgen": "lightgen",
+    "lightgen-four": "lightgen-four",
 }
 """Name -> folder under assets/."""
 

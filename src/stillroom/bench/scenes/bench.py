@@ -64,9 +64,9 @@ SUBSETS = 50
 LEAST = 6
 """Pictures that distances need: one more than the neighbours of precision and its kin."""
 PARSER_DIR = ASSETS / "scenes-parser"
-TEACHERS = ("scenes-sd3", "scenes-pixart")
-"""Of the shipped store and of recorded arms."""
-LARGE = "scenes-sd3-large"
+TEACHERS = ("scenes-sd3-large", "scenes-sd3", "scenes-pixart")
+STORED = TEACHERS[:2]
+"""Those that drew the shipped store."""
 PAIRS_SEED = 77
 """Of the real scenes that preferences are learnt from."""
 
@@ -100,7 +100,7 @@ class ScenesBench(Bench):
         Score("density", "Density"),
         Score("coverage", "Coverage", alarm=0.6, advice="a lower guidance scale, or a GAN term on real images"),
     )  # fmt: skip
-    teaches = (LARGE, *TEACHERS, "scenes-space", "scenes-parser")
+    teaches = (*TEACHERS, "scenes-space", "scenes-parser")
     n = 600
 
     def __init__(self, seed: int = 0, report: Callable[[str], None] = say) -> None:
@@ -130,7 +130,7 @@ class ScenesBench(Bench):
         self,
         images: int = 2000,
         captions: int = 0,
-        teachers: Sequence[str] = TEACHERS,
+        teachers: Sequence[str] = STORED,
         pairs: int = 0,
         kinds: Sequence[str] = (),
     ) -> CaptionedData:
@@ -157,7 +157,7 @@ class ScenesBench(Bench):
         name = f"{captions}-captions-{each}-each-{code_of(synthesize, TextImageGenerator)[:8]}"
         folder = cache_folder() / "scenes" / name
         with locked(folder.with_suffix(".lock")):  # another worker may be at it
-            teachers = {name: str(ASSETS / name) for name in TEACHERS}
+            teachers = {name: str(ASSETS / name) for name in STORED}
             synthesize(teachers, texts, folder, seeds=range(each), route="round-robin", resume=True, progress=False)
         return folder
 
@@ -334,7 +334,7 @@ class ScenesBench(Bench):
         models, and for each of ``more`` (name -> what :meth:`judge` gave)."""
         card = self.parser.card
         rows: dict[str, Mapping[str, Any]] = {"real images (ceiling and floor)": self.floor_of(n)}
-        for name in (LARGE, *TEACHERS, "lightgen"):
+        for name in (*TEACHERS, "lightgen"):
             rows |= card_rows(name, read_card(ASSETS / name))
         rows |= more or {}
         columns = {"sceneeval": "SceneEval"} | {f"sceneeval_{category}": category for category in CATEGORIES}
