@@ -1,6 +1,6 @@
-"""How few steps of its diffusion head a masked generator needs: scores and time of the shipped `lightgen`.
+"""How few steps of its diffusion head a masked generator needs: scores and time.
 
-    python benchmarks/head_steps.py [--n 600] [--seeds 3]
+    python benchmarks/head_steps.py [MODEL] [--n 600] [--seeds 3]
 
 The same captions, the same noise at the start. A number of steps keeps the score where, over all seeds, SceneEval is at
 most `LOSS` below that of the stored number and the Fréchet distance at most `WORSE` above it, and every larger number
@@ -25,11 +25,12 @@ BATCH, ROUNDS = 60, 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="lightgen", help="a shipped student")
     parser.add_argument("--n", type=int, default=600, help="captions that scores are taken over")
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    model, bench = load_generator("lightgen"), ScenesBench()
+    model, bench = load_generator(chosen.model), ScenesBench()
     captions = bench.captions(chosen.n)
     texts = [caption.text for caption in captions]
     scores: dict[int, list[dict[str, float]]] = {steps: [] for steps in STEPS}
@@ -59,10 +60,10 @@ def main() -> None:
         rows.append(row)
     record(
         "Head steps",
-        f"How few steps of the diffusion head the shipped `lightgen` needs: N={chosen.n}, means over {chosen.seeds} "
+        f"How few steps of its diffusion head `{chosen.model}` needs: N={chosen.n}, means over {chosen.seeds} "
         f"seeds. The score is kept where SceneEval is at most {LOSS} below that of {STEPS[0]} steps and FD at most "
         f"{WORSE:.0%} above it, bounds that were set before the run.",
-        "python benchmarks/head_steps.py",
+        f"python benchmarks/head_steps.py {chosen.model}",
         rows,
     )
 

@@ -4,16 +4,18 @@ does: in the first cell that it draws, or in the next, which should know of the 
     python benchmarks/mistakes.py [MODEL ...] [--n 200]
 
 A masked generator is asked three times: as it is run; with all cells drawn at once, none of which sees another; and
-with one of the two digits given, as it stands in a real picture, so that only the other is to be drawn.
+with one of the two digits given, as it stands in a real picture, so that only the other is to be drawn. The rows of
+models that are not named stay as recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 
 import torch
-from common import Row, record
+from common import OUT, Row, record
 
 from stillroom.bench.scenes.bench import ScenesBench
 from stillroom.bench.scenes.judge import mistakes, scene_eval
@@ -25,7 +27,7 @@ from stillroom.evaluation.metrics import to_uint8
 from stillroom.task import load_model
 from stillroom.tasks.text_images.model import TextImageGenerator
 
-MODELS = ("scenes-sd3-large", "scenes-sd3", "scenes-pixart", "lightgen")
+MODELS = ("scenes-sd3-large", "scenes-sd3", "scenes-pixart", "lightgen-four", "lightgen")
 ASKED, SEED = ("two", "attribution"), 0
 
 
@@ -47,9 +49,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="captions of each kind")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    bench, rows = ScenesBench(), []
+    bench, file = ScenesBench(), OUT / "mistakes.json"
+    recorded: list[Row] = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows: list[Row] = []
     every = bench.captions(6 * chosen.n)
-    for name in chosen.models:
+    for name in dict.fromkeys((*MODELS, *chosen.models)):
+        if name not in chosen.models:
+            rows += [row for row in recorded if row["model"] == name]
+            continue
         model = load_model(name)
         for kind in ASKED:
             captions = [caption for caption in every if caption.category == kind][: chosen.n]
@@ -70,7 +77,7 @@ def main() -> None:
     record(
         "Mistakes with two digits",
         "Which mistakes text-to-image models make where a caption asks for two digits, by the frozen parser.",
-        f"python benchmarks/mistakes.py {' '.join(chosen.models)}",
+        "python benchmarks/mistakes.py",
         rows,
     )
 

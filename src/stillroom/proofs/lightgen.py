@@ -265,7 +265,6 @@ def preferred(name: str, **options: Any) -> Arm:
 OWN = preferred("dpo-own", winners="own").with_("dpo-own", engine={"optim": {"prefer": {"lr": 3e-4, "clip_norm": 1.0}}})
 
 
-
 def drawn(captions: int) -> Arm:
     """From scratch on 2,000 pictures: as many of each of so many captions."""
     return recipe_arm("lightgen").with_(
@@ -390,9 +389,9 @@ IMAGE = Proof(
         "All arms of preferences start from one student that has seen none, the one shipped before: a digit is one of "
         "its four tokens. Seeds vary what comes after. "
         "The judge of dpo-own is the parser that SceneEval asks: what is trained is what is scored. "
-        "The arms of captions are trained from scratch, for a seventh of the shipped student's steps. Claims about data "
-        "size, several teachers and mirrored images need a pre-training for every arm: they are shown at mechanism "
-        "level."
+        "The arms of captions are trained from scratch, for an eighth of the shipped student's steps. Claims about "
+        "data size, several teachers and mirrored images need a pre-training for every arm: they are shown at "
+        "mechanism level."
     ),
 )
 
