@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from stillroom.data.trajectories import Paths, Trajectories, blank, trajectories
+from stillroom.data.trajectories import Paths, Trajectories, paths_for
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.surgery.modules import device_of, weights_hash
+from stillroom.surgery.modules import device_of
 
 
 @register(
@@ -63,16 +63,12 @@ class KD(Method):
     def prepare(self, data: Any) -> None:
         """The teacher's paths, for conditions of the data; its images are not looked at."""
         o = self.options
-        cond = data.batch(o.path_seed, 0, o.paths)["cond"]
         keep: Literal["ends", "all"] = "ends" if o.steps == 1 else "all"
         paths = Paths(
             o.paths, o.path_steps, low=o.guidance, high=o.guidance, seed=o.path_seed, keep=keep,
             precision=o.stored_precision,
         )  # fmt: skip
-        if type(next(self.teacher.parameters()).detach()) is not Tensor:  # a plan's, which have no values
-            self.found: Trajectories = blank(self.teacher, cond, paths)
-        else:
-            self.found = trajectories(o.stored, self.teacher, cond, paths, name=weights_hash(self.teacher.network))
+        self.found: Trajectories = paths_for(data, self.teacher, paths, o.stored)
 
     def states(self, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Cond, Tensor]:
         """``x_t``, ``t``, conditions and ends of paths ``rows [B]``, at the student's steps ``which [B]``."""
@@ -89,9 +85,7 @@ class KD(Method):
     @turn(trains="student", optim=Optim(lr=1e-4))
     def regress(self, batch: Batch) -> Terms:
         """``L = mean |f(x_t, t, c) - x_end|^2``."""
-        row, step = (self.draw.uniform(self.draw.local) for _ in "ab")
-        rows = (row * self.found.n).long().clamp(max=self.found.n - 1).cpu()
-        which = (step * self.options.steps).long().clamp(max=self.options.steps - 1).cpu()
+        rows, which = (self.draw.integers(high).cpu() for high in (self.found.n, self.options.steps))
         x_t, t, cond, end = self.states(rows, which)
         loss = denoising_loss(self.student(x_t, t, cond).x0, end)
         self.note("gap", loss)

@@ -34,7 +34,7 @@ class Progressive(Method):
         t, t', t'' follow each other on the grid of 2 n steps, t one of that of n                  alg. 2
         z' = DDIM from z_t to t', z'' = DDIM from z' to t'', of the last round's network
         x~ = (z'' - (sigma'' / sigma_t) z_t) / (alpha'' - (sigma'' / sigma_t) alpha_t)
-        L  = max(SNR, 1) |f(z_t, t) - x~|^2                                                        eq. 9
+        L  = max(SNR, 1) |f(z_t, t) - x~|^2                                                        sec. 4
 
     z_t is noised data. Guidance acts in the first round, on the teacher (arXiv 2210.03142 distils it in a stage of its
     own). Departures: the paper's fixed number of updates a round is an equal share of the run's.
@@ -99,7 +99,7 @@ class Progressive(Method):
     def halve(self, batch: Batch) -> Terms:
         """``L = max(SNR, 1) |f(z_t, t) - x~|^2``."""
         process, x0, n = self.teacher.process, batch["x"], self.rounds()[self.stage.round - 1]
-        k = 2 * (self.draw.uniform(self.draw.local) * n).long().clamp(max=n - 1).cpu()
+        k = 2 * self.draw.integers(n).cpu()
         grid = self.times(2 * n)
         times = [grid[k + ahead].to(x0) for ahead in range(3)]
         z = process.add_noise(x0, self.draw.normal_like(x0), times[0])
