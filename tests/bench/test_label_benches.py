@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.bench import get_bench
-from stillroom.bench.digits.bench import DigitsEnsembleBench, larger_network
+from stillroom.bench.digits.bench import DigitsEnsembleBench, SemiDigitsBench, larger_network
 from stillroom.bench.fashion_labels import bench as clothes
 from stillroom.bench.labels import anneal
 from stillroom.errors import UserError
@@ -113,3 +113,9 @@ def test_a_biased_teacher_of_clothes_is_told_three_classes_wrongly(
     assert torch.equal(labels[right], truth[right])
     with pytest.raises(UserError, match="did you mean 'biased'"):
         bench.given(teacher="biassed")
+
+
+def test_a_bench_judges_teachers_that_it_first_has_to_train(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SemiDigitsBench, "kinds", ("biased",))
+    found = SemiDigitsBench(0).floor()
+    assert 0.3 < found["biased teacher"] < 0.95

@@ -155,7 +155,6 @@ class FewLabelsBench(LabelledImagesBench):
     def data(self, images: int = 0) -> ArrayData:
         return self._first(self.clean, images)
 
-    @torch.no_grad()
     def floor(self) -> dict[str, Any]:
         """The accuracy of each teacher too."""
         accuracy = {}
