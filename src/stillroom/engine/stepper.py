@@ -260,6 +260,7 @@ class Stepper:
         count = len(batches)
         losses: dict[str, Tensor] = {}
         notes: dict[str, Tensor] = {}
+        times: dict[str, int] = {}  # micro-batches that noted it
         weights = self._shares(player, batches, shared)
         for k, batch in enumerate(batches):
             m.shared, m.notes, m.weights = shared[k], {}, weights[k]
@@ -283,7 +284,10 @@ class Stepper:
                     losses[key] = losses[key] + value.detach() / count if key in losses else value.detach() / count
             for name, value in m.notes.items():
                 notes[name] = notes.get(name, 0.0) + value / count
-        player.notes = notes
+                times[name] = times.get(name, 0) + 1
+        player.notes = {
+            name: value if times[name] == count else value * (count / times[name]) for name, value in notes.items()
+        }
         player.update(self.learning_rate_factor(step), want_norm=self._next_row(step) <= step + player.period)
         self.world.spread(player.statistics)
         for average in self.averages.values():

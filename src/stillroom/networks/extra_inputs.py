@@ -13,9 +13,10 @@ from stillroom.errors import UserError, nearest
 from stillroom.networks.scalars import ScalarEncoder, zeroed
 from stillroom.surgery.attached import AttachedDenoiser, Attachment, time_paths, widths_at
 
+SCALE = "guidance_scale"
 INPUTS = {
     "r": "the time that an average velocity leads to, as a share of t_max",
-    "guidance_scale": "w, as everywhere; 1 is none",
+    SCALE: "w, as everywhere; 1 is none",
     "sign": "of the time: -1 or 1",
 }
 """Conditions ``[B]`` by name."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from stillroom.data.trajectories import Paths, Trajectories, blank, trajectories
+from stillroom.data.trajectories import Paths, Trajectories, paths_for
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import ODESampler, ScaleSampler
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.networks.extra_inputs import with_inputs
-from stillroom.networks.guidance_adapters import Kind, guidance_adapters
+from stillroom.networks.extra_inputs import SCALE, ExtraInputs, with_inputs
+from stillroom.networks.guidance_adapters import GuidanceAdapters, Kind, guidance_adapters
 from stillroom.surgery.attached import AttachedDenoiser
-from stillroom.surgery.modules import device_of, weights_hash
+from stillroom.surgery.modules import device_of, evaluating
 
-SCALE = "guidance_scale"
+ROWS = 256
+"""Of paths to measure on, at a time."""
 
 
 @register(
@@ -54,9 +56,9 @@ class AGD(Method):
     health = {
         "gap": "mean squared difference between the student's and the guided teacher's answers, in the network's own "
         "output space: 0 where the adapters do all that guidance does",
-        "held_out_gap": "the same on states of other guided paths, of scales from held_out_low on",
+        "held_out_gap": "the same on states of other guided paths, of scales from held_out_low on, within those learnt",
         "end_gap": "mean squared difference between the student's samples and the guided teacher's from the same "
-        "noise, over these paths",
+        "noise, over these paths; where paths are deterministic (eta 0) alone",
     }
 
     @dataclass
@@ -78,7 +80,7 @@ class AGD(Method):
         tune: Literal["adapters", "all"] = "adapters"
         taught: Literal["guided", "plain"] = "guided"
         held_out: int = field(default=0, metadata={"min": 0})  # paths that are not learnt from, to measure on; 0: none
-        held_out_low: float = 4.0  # their scales are from here to high
+        held_out_low: float = 4.0  # their scales are from here to high, within those that are learnt
         measure_every: int = field(default=100, metadata={"min": 1})  # steps
         steps: int = field(default=50, metadata={"min": 1})  # of the finished student's sampler ...
         solver: Literal["euler", "heun", "dpm++"] = "euler"
@@ -96,55 +98,66 @@ class AGD(Method):
         if o.high < o.low:
             raise UserError(f"options.low={o.low:g} is above options.high={o.high:g}", cure="exchange them")
         self.teacher = frozen(teacher)
+        given = student.attachment if isinstance(student, AttachedDenoiser) else None
         if o.tune == "all":
-            self.student: AttachedDenoiser = with_inputs(
-                self.clone(student or teacher, "student"), SCALE, width=o.width
-            )
-        else:
+            own = self.clone(student or teacher, "student")
+            known = isinstance(own, AttachedDenoiser) and isinstance(given, ExtraInputs)
+            self.student: AttachedDenoiser = own if known else with_inputs(own, SCALE, width=o.width)
+        elif student is None:
             self.student = AttachedDenoiser(
                 self.teacher, guidance_adapters(teacher, o.adapter, o.modules, o.width, o.scale_factor)
+            )
+        elif isinstance(given, GuidanceAdapters):  # they go on; the base is the teacher in any case
+            self.student = AttachedDenoiser(self.teacher, copy.deepcopy(given))
+        else:
+            raise UserError(
+                "the student that is given has no guidance adapters to go on with",
+                cure="give one that agd has made, none, or options.tune=all",
             )
 
     def prepare(self, data: Any) -> None:
         """The teacher's guided paths, for conditions of the data; its images are not looked at."""
         o = self.options
         self.others: Trajectories | None = None
+        self._measured = -1  # the last step that was
         if o.states == "guided":
             self.found = self._paths(data, o.stored, o.paths, o.low, o.path_seed)
         if o.held_out:
-            self.others = self._paths(data, "", o.held_out, max(o.low, o.held_out_low), o.path_seed + 1)
+            low = min(max(o.low, o.held_out_low), o.high)
+            self.others = self._paths(data, "", o.held_out, low, o.path_seed + 1)
 
     def _paths(self, data: Any, folder: str, count: int, low: float, seed: int) -> Trajectories:
         o = self.options
-        cond = data.batch(seed, 0, count)["cond"]
         paths = Paths(count, o.path_steps, o.eta, low, o.high, seed, "all", o.stored_precision)
-        if type(next(self.teacher.parameters()).detach()) is not Tensor:  # a plan's, which have no values
-            return blank(self.teacher, cond, paths)
-        return trajectories(folder, self.teacher, cond, paths, name=weights_hash(self.teacher.network))
+        return paths_for(data, self.teacher, paths, folder)
 
     @torch.no_grad()
     def measure(self, others: Trajectories) -> None:
         """The student on paths that it does not learn from: at their states, and from their noise to their end."""
         device, steps = device_of(self.teacher), self.options.path_steps
-        cond = {name: value.to(device) for name, value in others.cond.items()}
-        cond |= {SCALE: others.scale.to(device)}
         assert others.states is not None
         assert others.answers is not None
         assert others.times is not None
-        gaps = []
-        for k in range(0, steps, max(steps // 10, 1)):
-            x_t, t, answer = (part[:, k].to(device) for part in (others.states, others.times, others.answers))
-            gaps.append((self.student(x_t.float(), t, cond).value - answer.float()).square().mean())
-        self.note("held_out_gap", torch.stack(gaps).mean())
-        if not self.options.eta:
-            end = ODESampler("euler", steps).sample(self.student, others.noise.float().to(device), cond)
-            self.note("end_gap", (end - others.end.to(device).float()).square().mean())
+        gaps, ends = [], []
+        with evaluating(self.student):
+            for rows in torch.arange(others.n).split(ROWS):
+                cond = {name: value[rows].to(device) for name, value in others.cond.items()}
+                cond |= {SCALE: others.scale[rows].to(device)}
+                for k in range(0, steps, max(steps // 10, 1)):
+                    x_t, answer = (part[rows, k].float().to(device) for part in (others.states, others.answers))
+                    said = self.student(x_t, others.times[rows, k].to(device), cond).value
+                    gaps.append((said - answer).square().flatten(1).mean(1))
+                if not self.options.eta:
+                    end = ODESampler("euler", steps).sample(self.student, others.noise[rows].float().to(device), cond)
+                    ends.append((end - others.end[rows].to(device).float()).square().flatten(1).mean(1))
+        self.note("held_out_gap", torch.cat(gaps).mean())
+        if ends:
+            self.note("end_gap", torch.cat(ends).mean())
 
     def stored_states(self) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """``x_t``, ``t``, conditions with the scale, and the guided answer, of states at random."""
         device = device_of(self.teacher)
-        rows = (self.draw.uniform(self.draw.local) * self.found.size).long().clamp(max=self.found.size - 1)
-        row = self.found.read(rows.cpu())
+        row = self.found.read(self.draw.integers(self.found.size).cpu())
         cond = {name: value.to(device) for name, value in row["cond"].items()}
         x_t, t, answer, w = (row[name].to(device) for name in ("x_t", "t", "answer", "scale"))
         return x_t, t, cond | {SCALE: w}, answer
@@ -153,7 +166,7 @@ class AGD(Method):
         """The same of noised data, which the ablation learns from."""
         o, process, x0 = self.options, self.teacher.process, batch["x"]
         grid = process.grid(o.path_steps)[:-1].to(x0)
-        t = grid[(self.draw.uniform(len(x0)) * len(grid)).long().clamp(max=len(grid) - 1)]
+        t = grid[self.draw.integers(len(grid))]
         w = o.low + (o.high - o.low) * self.draw.uniform(len(x0)).to(x0)
         x_t = process.add_noise(x0, self.draw.normal_like(x0), t)
         with torch.no_grad():
@@ -170,7 +183,9 @@ class AGD(Method):
                 answer = self.teacher(x_t, t, {name: value for name, value in cond.items() if name != SCALE}).value
         loss = denoising_loss(self.student(x_t, t, cond).value, answer)
         self.note("gap", loss)
-        if self.others is not None and (self.step + 1) % self.options.measure_every == 0:
+        due = (self.step + 1) % self.options.measure_every == 0 and self.step != self._measured
+        if self.others is not None and due:  # once in a step
+            self._measured = self.step
             self.measure(self.others)
         return {"guidance": loss}
 

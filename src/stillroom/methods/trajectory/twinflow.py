@@ -41,9 +41,10 @@ class TwinFlow(Method):
     it is the velocity of its own samples' paths: with it the network is its own fake score, and needs neither a
     teacher beside it nor a discriminator.
 
-    A batch has four parts, whose rows take turns: ``end`` (t = 1, r = 0), ``near`` (r within 5% of t), ``any`` (r
-    uniform below t) and ``fake``: own samples ``x = z' - F(z', 1, 0)``, t and r both negative. On the first three
-    (RCGM of second order, eq. of the any-step target), with F' the average of the network:
+    A batch has four parts, whose rows take turns, and every micro-batch has rows of all of them: ``end`` (t = 1,
+    r = 0), ``near`` (r within 5% of t), ``any`` (r uniform below t) and ``fake``: own samples ``x = z' - F(z', 1, 0)``,
+    t and r both negative. On the first three (RCGM of second order, as the code has it), with F' the average of the
+    network:
 
         v = z - x + (w - 1) (F'(x_t, t, t, c) - F'(x_t, t, t, none))             guidance in the target
         I = integral of F' from t - d to r, in ``order`` equal steps from x_t - d v
@@ -54,13 +55,15 @@ class TwinFlow(Method):
 
         G = clamp(F(x_t', -t', -t') - F(x_t', t', t'), -1, 1),   L_rect = rho(F, sg F - G)
 
-    which is DMD's gradient as a difference of velocities. rho is about the root mean square error (Barron's).
+    which is DMD's gradient as a difference of velocities. rho is about the root mean square error, its
+    gradient halved (Barron's).
 
     Without images (``image_free``) every x is an own sample and v the frozen teacher's velocity.
 
     Departures: r, and the sign beside the negative time, are inputs of a network beside the embedding of the time,
     which says nothing at the start; parts take turns by row, so that micro-batches are alike; times begin at ``low``,
-    since the velocity of a network that predicts x0 is divided by t; guidance acts at t = 1 too.
+    since the velocity of a network that predicts x0 is divided by t; guidance acts at t = 1 too; dropout differs
+    between the passes of a step; AdamW for RAdam; no LoRA.
     """
 
     health = {
@@ -80,7 +83,7 @@ class TwinFlow(Method):
         any_parts: int = field(default=1, metadata={"min": 0})
         fake_parts: int = field(default=1, metadata={"min": 0})
         rectification: float = field(default=0.5, metadata={"min": 0})  # weight; 0.75 for OpenUni
-        guidance: float = 1.8  # in the target, w: the paper's 0.8 added; image-free 4
+        guidance: float = 1.8  # in the target, w: the paper's 0.8 added; 4 is advised with image_free
         guided_from: float = field(default=0.0, metadata={"min": 0, "max": 1})  # times of the target's guidance
         guided_to: float = field(default=1.0, metadata={"min": 0, "max": 1})
         order: int = field(default=2, metadata={"min": 1})  # steps of the target's integral
@@ -136,7 +139,16 @@ class TwinFlow(Method):
 
     # --- a batch ----------------------------------------------------------------------------------------------------
     def rows(self) -> dict[str, list[int]]:
-        """The rows of each part; they take turns in the whole batch."""
+        """The rows of each part; they take turns in the whole batch (with ``engine.draws=per-rank``, in each
+        micro-batch).
+
+        Raises UserError for micro-batches without a row of each: processes would have other losses and other calls.
+        """
+        if self.draw.local < len(self.pattern):
+            raise UserError(
+                f"a micro-batch of {self.draw.local} rows does not hold the {len(self.pattern)} parts of a batch",
+                cure=f"a larger engine.batch or a smaller engine.accumulate: {len(self.pattern)} rows at least",
+            )
         rows = range(self.draw.rows.start, self.draw.rows.stop)
         roles = [self.pattern[row % len(self.pattern)] for row in rows]
         return {name: [i for i, role in enumerate(roles) if role == name] for name in PARTS}
@@ -155,15 +167,15 @@ class TwinFlow(Method):
     def velocity(self, x_t: Tensor, t: Tensor, v: Tensor, cond: Cond) -> Tensor:
         """The target's velocity at ``x_t``, given that of the path, ``v``: guided, or the teacher's."""
         o = self.options
-        if self.teacher is not None:
-            guided = self.teacher(x_t, t, cond, o.guidance).v
-        elif o.guidance == 1.0 or not cond:
-            return v
-        else:
-            asked = self.target or self.student
-            there = self.ask(asked, x_t, t, t, cond).v
-            guided = v + (o.guidance - 1) * (there - self.ask(asked, x_t, t, t, cond, 0.0).v)
         inside = (t >= o.guided_from) & (t <= o.guided_to)
+        if self.teacher is not None:  # outside of those times too the velocity is the teacher's, without guidance
+            always = o.guided_from == 0.0 and o.guided_to == 1.0
+            return self.teacher(x_t, t, cond, o.guidance if always else torch.where(inside, o.guidance, 1.0)).v
+        if o.guidance == 1.0 or not cond:
+            return v
+        asked = self.target or self.student
+        there = self.ask(asked, x_t, t, t, cond).v
+        guided = v + (o.guidance - 1) * (there - self.ask(asked, x_t, t, t, cond, 0.0).v)
         return torch.where(expand(inside, v), guided, v)
 
     @turn(trains="student", optim=Optim(lr=1e-4, clip_norm=1.0, nan_to_num=1e5))
@@ -190,7 +202,8 @@ class TwinFlow(Method):
             self.note("fake_error", (said.v[fakes] - v[fakes]).square().mean())
         if o.rectification and rows["end"]:
             ends = rows["end"]
-            share = o.end_parts / len(self.pattern)  # of all rows: the mean does not depend on micro-batches
+            every = [self.pattern[row % len(self.pattern)] for row in range(self.draw.total)]
+            share = every.count("end") / len(every)  # of all rows: the mean does not depend on micro-batches
             gap = self.gap(said.x0[ends].detach(), ends, _of(cond, ends))
             rectified = self.rho(said.v[ends], said.v[ends].detach() - gap.clamp(-1, 1))
             terms["rectify"] = o.rectification * rectified.sum() / (share * len(z))
