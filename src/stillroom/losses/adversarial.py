@@ -41,9 +41,9 @@ def hinge_generator(fake_logits: Tensor) -> Tensor:
 
 def hinge_told(logits: Tensor, real: bool, weight: Tensor | None = None) -> Tensor:
     """One half of the hinge loss, averaged over samples and their logits: ``relu(1 - l)`` of real data, or
-    ``relu(1 + l)`` of generated. ``weight [B]``: of each sample; the mean is over those that count."""
+    ``relu(1 + l)`` of generated. ``weight [B]``: of each sample, 0 for one that does not count."""
     each = relu(1 - logits if real else 1 + logits).reshape(len(logits), -1).mean(1)
-    return each.mean() if weight is None else (weight * each).sum() / weight.sum().clamp_min(1)
+    return each.mean() if weight is None else (weight * each).mean()
 
 
 def logit_discrimination(

@@ -24,7 +24,7 @@ from stillroom.errors import UserError
 from stillroom.folders.denoisers import load_denoiser
 from stillroom.folders.sana_sprint import sprint_denoiser
 from stillroom.method import Stage
-from stillroom.methods.trajectory.sana_sprint import SanaSprint, differing
+from stillroom.methods.trajectory.sana_sprint import SanaSprint, beside, differing
 from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.pipelines.model import PipelineGenerator
 from tiny_denoisers import dit_teacher, point_teacher
@@ -167,10 +167,13 @@ def test_the_share_at_maximal_time_is_drawn_from_noise_alone_as_one_step_draws()
     assert not torch.allclose(method.jump(given, given["cond"]), x0, atol=1e-3)
 
 
-def test_rows_that_a_rolled_batch_pairs_with_their_own_condition_do_not_count() -> None:
-    assert differing({"label": torch.tensor([0, 0, 1, 2])}).tolist() == [1, 0, 1, 1]
-    text = torch.tensor([[[1.0]], [[1.0]], [[2.0]]])
-    assert differing({"label": torch.tensor([0, 0, 0]), "text": text}).tolist() == [1, 0, 1]
+def test_rows_whose_neighbour_has_their_own_condition_do_not_count_as_misaligned() -> None:
+    cpu = torch.device("cpu")
+    assert beside(5, cpu).tolist() == [1, 0, 3, 2, 4]
+    assert torch.equal(beside(4, cpu), torch.cat([beside(2, cpu), beside(2, cpu) + 2]))  # as two micro-batches
+    assert differing({"label": torch.tensor([0, 0, 1, 2])}).tolist() == [0, 0, 1, 1]
+    text = torch.tensor([[[1.0]], [[2.0]], [[2.0]]])
+    assert differing({"label": torch.tensor([0, 0, 0]), "text": text}).tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -185,6 +188,20 @@ def test_each_turn_moves_its_own_networks(name: str) -> None:
     alone = built(MADE[name](), scm_weight=0.0)
     assert set(play(alone, "generator", given)) == {"gan"}
     assert alone.variance is None
+
+
+def test_two_micro_batches_learn_what_one_batch_does(tmp_path: Path) -> None:
+    found = []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        method = SanaSprint(SanaSprint.Options(**SMALL))
+        method.build(point_teacher().eval())
+        optim = {"all": {"name": "sgd", "lr": 0.01}}
+        config = EngineConfig(steps=2, batch=8, accumulate=accumulate, optim=optim)
+        Trainer(method, data((2,)), config, tmp_path / str(accumulate)).fit()
+        found.append({name: p.detach().clone() for name, p in method.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_misaligned_pairs_are_judged_as_generated() -> None:

@@ -234,7 +234,7 @@ class SanaSprint(Method):
         s = self.angles(o.gan_times, real)
         shown, asked, apart = [real, fake], [cond, cond], torch.ones(len(real), device=real.device)
         if o.misaligned and cond:
-            shown.append(real.roll(1, 0))
+            shown.append(real[beside(len(real), real.device)])
             asked.append(cond)
             apart = torch.cat([apart, differing(cond)])
         x = torch.cat([TRIG.add_noise(one, self.draw.normal_like(one), s) for one in shown])
@@ -294,9 +294,15 @@ class SanaSprint(Method):
         return ScaleFewStepSampler(times, scale=o.scale) if o.guidance else FewStepSampler(times)
 
 
+def beside(rows: int, device: torch.device) -> Tensor:
+    """For each of ``rows`` its neighbour, ``[rows]``: 0 and 1, 2 and 3, ... change places, whatever micro-batches a
+    batch is split into; a last one without a neighbour stays."""
+    return (torch.arange(rows, device=device) ^ 1).clamp(max=rows - 1)
+
+
 def differing(cond: Cond) -> Tensor:
-    """1 for rows ``[B]`` whose condition is not that of the row before, which a batch rolled by one puts there; else
-    0."""
+    """1 for rows ``[B]`` whose condition is not that of the row :func:`beside` them, else 0."""
     rows = len(next(iter(cond.values())))
-    same = torch.stack([(value == value.roll(1, 0)).reshape(rows, -1).all(1) for value in cond.values()]).all(0)
+    other = beside(rows, next(iter(cond.values())).device)
+    same = torch.stack([(value == value[other]).reshape(rows, -1).all(1) for value in cond.values()]).all(0)
     return (~same).float()
