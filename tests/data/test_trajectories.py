@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stillroom.data.trajectories as data_trajectories
-from stillroom.data.trajectories import Paths, Pieces, Trajectories, trajectories
+from stillroom.data.source import ArrayData
+from stillroom.data.trajectories import Paths, Pieces, Trajectories, conditions, trajectories
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand
 from stillroom.diffusion.sampling import ODESampler
@@ -128,3 +129,14 @@ def test_a_shard_of_many_states_holds_fewer_paths(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(data_trajectories, "SHARD_BYTES", 3 * 2 * 5 * 2 * 4)  # three paths of five states and answers
     trajectories(tmp_path, point_teacher().eval(), COND, Paths(7, 5, precision="float32"), name="t")
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_conditions_are_read_some_rows_at_a_time_and_are_those_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ArrayData(torch.zeros(50, 2), {"label": torch.arange(50)})
+    whole = data.batch(3, 0, 40)["cond"]["label"]
+    asked: list[int] = []
+    read = data.batch
+    monkeypatch.setattr(data, "batch", lambda *at: (asked.append(at[3].stop - at[3].start), read(*at))[1])
+    monkeypatch.setattr("stillroom.data.trajectories.ROWS", 16)
+    assert torch.equal(conditions(data, 3, 40)["label"], whole)
+    assert asked == [16, 16, 8]

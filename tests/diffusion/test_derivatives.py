@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
 from stillroom.diffusion.denoiser import Reparametrised
 from stillroom.diffusion.derivatives import jvp
 from stillroom.diffusion.process import RectifiedFlow, TrigFlow
+from stillroom.engine.precision import return_float32
 from tiny_denoisers import dit_teacher, point_teacher
 
 MEAN, STD = torch.tensor([[0.4, -0.7]]), 0.6
@@ -74,6 +75,23 @@ def test_networks_with_attention_agree_with_reverse_mode_in_both_ways(make: Any,
     torch.testing.assert_close(exact, backward, rtol=1e-3, atol=1e-4)
     _, near = jvp(ask, (x.detach(), t.detach()), (dx, dt), "difference", step)
     assert float((near - exact).norm() / exact.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("how", ["exact", "difference"])
+def test_under_autocast_derivatives_are_those_of_float32(how: Any) -> None:
+    teacher = dit_teacher().eval()
+    method = nn.ModuleDict({"student": teacher})
+    generator = torch.Generator().manual_seed(1)
+    x, dx = (torch.randn(3, *teacher.shape, generator=generator) for _ in range(2))
+    t, dt, cond = torch.tensor([0.2, 0.5, 0.8]), torch.tensor([1.0, -0.4, 0.6]), {"label": torch.tensor([0, 1, 2])}
+    full = jvp(lambda x, t: teacher(x, t, cond).v, (x, t), (dx, dt), how)
+    return_float32(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = jvp(lambda x, t: teacher(x, t, cond).v, (x, t), (dx, dt), how)
+        rounded = teacher(x, t, cond).v
+    assert torch.equal(found[0], full[0])
+    assert torch.equal(found[1], full[1])
+    assert not torch.equal(rounded, full[0])  # it is on
 
 
 def test_sixty_euler_steps_as_a_flow_and_as_trigflow_end_alike() -> None:

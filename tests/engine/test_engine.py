@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillroom.draws import Draws
 from stillroom.engine import precision
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import World
@@ -209,6 +210,33 @@ def test_accumulated_micro_batches_equal_the_batch() -> None:
 
 def test_per_rank_draws_are_another_stream_of_the_same_law() -> None:
     assert not same(weights(fit()), weights(fit(draws="per-rank")))
+
+
+def test_a_number_that_some_micro_batches_note_is_their_mean() -> None:
+    class Noting(Line):
+        slug = "noting"
+
+        @turn(trains="student", optim=Optim(lr=0.1))
+        def move(self, batch: Any) -> dict[str, Tensor]:
+            first = self.draw.rows.start
+            self.note("all", torch.tensor(float(first)))
+            if first:
+                self.note("some", torch.tensor(float(first)))
+            return super().move(batch)
+
+    made = Noting(Noting.Options())
+    made.build()
+    run = Trainer(made, Points(), EngineConfig(steps=1, batch=12, accumulate=3, device="cpu"), show=False)
+    run.fit()
+    assert run.history[-1]["health/all"] == pytest.approx((0 + 4 + 8) / 3)
+    assert run.history[-1]["health/some"] == pytest.approx((4 + 8) / 2)
+
+
+def test_whole_numbers_of_rows_are_uniform_and_sliced_from_the_batch() -> None:
+    whole = Draws(torch.Generator().manual_seed(1), slice(0, 6000), 6000).integers(3)
+    part = Draws(torch.Generator().manual_seed(1), slice(2000, 2500), 6000).integers(3)
+    assert torch.equal(part, whole[2000:2500])
+    assert whole.bincount().tolist() == pytest.approx([2000] * 3, rel=0.1)
 
 
 def test_per_rank_draws_share_whole_numbers_between_micro_batches_and_processes_and_nothing_else() -> None:

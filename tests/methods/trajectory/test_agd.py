@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from only_conditions import OnlyConditions
 from stillroom.bench import get_bench
 from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
 from stillroom.data.source import ArrayData
@@ -38,19 +39,6 @@ SMALL: dict[str, Any] = {
     "stored_precision": "float32",
 }
 LABELS = torch.tensor([0, 1, 2, 3])
-
-
-class OnlyConditions:
-    """Data of which nothing but the conditions may be read."""
-
-    class Batch(dict):
-        def __getitem__(self, key: str) -> Any:
-            assert key == "cond", "an image was read"
-            return super().__getitem__(key)
-
-    def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> Any:
-        labels = ((torch.arange(size) + seed + step) % 4)[rows if rows is not None else slice(None)]
-        return self.Batch(cond={"label": labels})
 
 
 def trained(folder: Path, name: str = "point", steps: int = 3, **options: Any) -> AGD:
@@ -220,6 +208,58 @@ def test_another_scale_is_asked_for_at_the_call(tmp_path: Path) -> None:
     assert not torch.allclose(samples[1], samples[2], atol=1e-5)
     plain = ODESampler("euler", 6).sample(point_teacher().eval(), torch.ones(4, 2), {"label": LABELS})
     assert torch.equal(samples[3], plain)
+
+
+def test_new_adapters_measure_what_guidance_does() -> None:
+    """They answer as the teacher does without it: at stored states, and in samples."""
+    method = AGD(AGD.Options(**SMALL, held_out=5, held_out_low=9.0))
+    method.build(point_teacher().eval())
+    method.prepare(OnlyConditions())
+    others = method.others
+    assert others is not None
+    assert others.states is not None
+    assert others.answers is not None
+    assert others.times is not None
+    torch.testing.assert_close(others.scale, torch.full((5,), 6.0))  # within the scales that are learnt
+    method.measure(others)
+    plain, gaps = point_teacher().eval(), []
+    with torch.no_grad():
+        for k in range(6):
+            said = plain(others.states[:, k], others.times[:, k], others.cond).value
+            gaps.append((said - others.answers[:, k]).square().mean())
+        ends = [ODESampler("euler", 6, guidance=w).sample(plain, others.noise, others.cond) for w in (1.0, 6.0)]
+    torch.testing.assert_close(method.notes["held_out_gap"], torch.stack(gaps).mean())
+    torch.testing.assert_close(method.notes["end_gap"], (ends[0] - ends[1]).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_without_guidance_to_learn_new_adapters_have_no_loss_and_ancestral_paths_no_ends(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    method = AGD(AGD.Options(**{**SMALL, "eta": 1.0}, taught="plain", held_out=3, measure_every=1))
+    method.build(point_teacher().eval())
+    trainer = Trainer(method, OnlyConditions(), EngineConfig(steps=1, batch=8), tmp_path / "plain")
+    trainer.fit()
+    row = trainer.history[-1]
+    assert row["loss/imitate/guidance"] < 1e-12
+    assert row["health/held_out_gap"] > 0
+    assert "health/end_gap" not in row
+    assert trained(tmp_path / "guided", eta=1.0).notes["gap"] > 0
+
+
+def test_adapters_that_are_given_go_on_and_others_are_refused(tmp_path: Path) -> None:
+    first = trained(tmp_path).student
+    second = AGD(AGD.Options(**SMALL))
+    second.build(point_teacher().eval(), student=first)
+    w = torch.full((4,), 3.0)
+    assert torch.equal(asked(second.student, w), asked(first, w))
+    assert second.student.attachment is not first.attachment
+    with pytest.raises(UserError, match="no guidance adapters to go on with"):
+        AGD(AGD.Options(**SMALL)).build(point_teacher().eval(), student=point_teacher().eval())
+    whole = AGD(AGD.Options(**SMALL, tune="all"))
+    whole.build(point_teacher().eval())
+    torch.nn.init.normal_(whole.student.attachment.out[0].weight)  # type: ignore[union-attr]
+    again = AGD(AGD.Options(**SMALL, tune="all"))
+    again.build(point_teacher().eval(), student=whole.student)
+    assert torch.equal(asked(again.student, w), asked(whole.student, w))
 
 
 @pytest.mark.parametrize("change", [{"states": "noised"}, {"tune": "all"}])

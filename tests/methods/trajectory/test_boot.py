@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from only_conditions import OnlyConditions
 from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow
@@ -20,19 +21,6 @@ from stillroom.errors import UserError
 from stillroom.methods.trajectory.boot import BOOT
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny_denoisers import dit_teacher, point_teacher
-
-
-class OnlyConditions:
-    """Data of which nothing but the conditions may be read."""
-
-    class Batch(dict):
-        def __getitem__(self, key: str) -> Any:
-            assert key == "cond", "an image was read"
-            return super().__getitem__(key)
-
-    def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> Any:
-        labels = ((torch.arange(size) + seed + step) % 4)[rows if rows is not None else slice(None)]
-        return self.Batch(cond={"label": labels})
 
 
 def built(teacher: Denoiser, **options: Any) -> BOOT:
@@ -137,13 +125,128 @@ def test_gradients_pass_through_the_later_prediction_alone_and_are_its_residual(
         assert float(bias.grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2, abs=1e-3)  # type: ignore[index]
 
 
+def test_one_step_of_heun_is_nearer_the_path_than_one_of_euler() -> None:
+    """From an exact state, against the same step in 200."""
+    process = RectifiedFlow()
+    teacher = MixtureDenoiser(GAUSSIAN, process).eval()
+    method = built(teacher)
+    eps, x_t = torch.randn(64, 2), torch.randn(64, 2)
+    t, s = torch.full((64,), 0.6), torch.full((64,), 0.4)
+    y = (x_t - 0.6 * eps) / 0.4
+    method.said = lambda *_: y  # type: ignore[method-assign]
+    x, grid = x_t, torch.linspace(0.6, 0.4, 201)
+    for now, then in zip(grid[:-1], grid[1:], strict=True):
+        x = ddim_step(teacher(x, now), process, then)
+    errors = {}
+    for solver in ("euler", "heun"):
+        method.options.solver = solver  # type: ignore[assignment]
+        after, _ = method.target(eps, t, s, {})
+        errors[solver] = float((0.6 * after + 0.4 * eps - x).norm())
+    assert errors["heun"] < 0.2 * errors["euler"]
+
+
+def test_the_teacher_is_guided_and_clipped() -> None:
+    teacher = point_teacher().eval()
+    x, t, cond = 4 * torch.randn(64, 2), torch.full((64,), 0.7), {"label": torch.arange(64) % 4}
+    with torch.no_grad():
+        k, u = teacher(x, t, cond).v, teacher(x, t, {"label": torch.full((64,), 4)}).v
+        x0 = x - 0.7 * (u + 3 * (k - u))
+        torch.testing.assert_close(built(teacher, guidance=3.0).taught(x, t, cond), x0, rtol=1e-4, atol=1e-5)
+        clipped = built(teacher, guidance=3.0, clip=0.5).taught(x, t, cond)
+    assert float(x0.abs().max()) > 0.5
+    torch.testing.assert_close(clipped, x0.clamp(-0.5, 0.5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("share", "reached"), [(1.0, (0.05, 0.3, 0.55, 1.0)), (0.5, (0.05, 0.55, 1.0, 1.0))])
+def test_progressive_times_come_down_from_t_and_reach_the_last_one_in_time(
+    share: float, reached: tuple[float, ...]
+) -> None:
+    method = built(point_teacher().eval(), progressive=True, progressive_share=share)
+    seen: list[Tensor] = []
+    exact = method.target
+    method.target = lambda eps, t, s, cond: (seen.append(t), exact(eps, t, s, cond))[1]  # type: ignore[func-returns-value,method-assign]
+    u = torch.rand(64, generator=torch.Generator().manual_seed(7))
+    method.draw.uniform = lambda *_: u  # type: ignore[method-assign]
+    for progress, reach in zip((0.0, 0.25, 0.5, 1.0), reached, strict=True):
+        method.progress = progress
+        method.bootstrap({"cond": {"label": torch.arange(64) % 4}})
+        torch.testing.assert_close(seen[-1], 0.99 - 0.93 * reach * u)
+
+
+@pytest.mark.parametrize("errors", ["signal", "state"])
+def test_weights_are_bounded_and_of_errors_of_the_signal_or_of_the_state(errors: Any) -> None:
+    """With a bound below every 1 / k^2 the loss is that bound times the mean squared error."""
+    method = built(point_teacher().eval(), predicts="state", state_errors=errors, most=1.0, beta=0.0)
+    cond = {"label": torch.arange(64) % 4}
+    with torch.no_grad():
+        found = method.bootstrap({"cond": cond})["bootstrap"]
+        method.draw = Draws(torch.Generator().manual_seed(0), slice(0, 64), 64)
+        eps, u = method.noise(), method.draw.uniform(64)
+        t, s = 0.99 - 0.93 * u, 0.99 - 0.93 * u - 0.05
+        f = method.teacher((x_t := method.said(eps, t, cond)), t, cond).x0
+        x_s = (s / t)[:, None] * x_t + ((1 - s) - (1 - t) * s / t)[:, None] * f
+        error = method.said(eps, s, cond) - x_s
+        error = error / (1 - s)[:, None] if errors == "signal" else error
+    torch.testing.assert_close(found, error.square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_measured_is_the_distance_of_one_step_from_many_and_its_share_of_the_teachers() -> None:
+    """At T the student is the teacher's own step: asked there, its share is 1."""
+    teacher = point_teacher().eval()
+    method = built(teacher, held_out=300, held_out_steps=4, measure_every=2)
+    method.measure()
+    assert not method.notes
+    method.step = 1
+    method.student.train()
+    method.measure()
+    assert method.student.network.training
+    assert method.others is not None
+    noise, cond = method.others.noise, method.others.cond
+    with torch.no_grad():
+        own = SignalSampler(0.01, 0.99).sample(method.student, noise, cond)
+        first = teacher(0.99 * noise, 0.99, cond).x0
+    gaps = [float((one - method.others.end).square().mean()) for one in (own, first)]
+    assert float(method.notes["end_gap"]) == pytest.approx(gaps[0], rel=1e-4)
+    assert float(method.notes["end_share"]) == pytest.approx(gaps[0] / gaps[1], rel=1e-4)
+    method.notes = {}
+    method.measure()
+    assert not method.notes  # once in a step, whatever its micro-batches
+
+
+def run(folder: Path, resume: bool = False, stop: int = 0, **engine: Any) -> BOOT:
+    from workers.toy import Stop, stop_after
+
+    method = BOOT(BOOT.Options(held_out=4, held_out_steps=2, measure_every=1))
+    method.build(point_teacher().eval())
+    optim = {"all": {"name": "sgd", "lr": 1e-3}}
+    config = EngineConfig(**{"steps": 5, "batch": 8, "checkpoint_every": 2, "optim": optim, **engine})
+    trainer = Trainer(method, OnlyConditions(), config, folder, resume)
+    if stop:
+        trainer.callbacks.append(stop_after(stop))
+        with pytest.raises(Stop):
+            trainer.fit()
+    else:
+        trainer.fit()
+    return method
+
+
+def test_micro_batches_and_an_interruption_change_nothing(tmp_path: Path) -> None:
+    straight = run(tmp_path / "a")
+    run(tmp_path / "b", stop=3)
+    resumed, parted = run(tmp_path / "b", resume=True), run(tmp_path / "c", accumulate=2)
+    for name, p in straight.student.named_parameters():
+        assert torch.equal(resumed.student.get_parameter(name), p)
+        torch.testing.assert_close(parted.student.get_parameter(name), p, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [point_teacher, dit_teacher])
 @pytest.mark.parametrize(
     "change",
     [
         {},
         {"predicts": "state"},
-        {"progressive": True},
+        {"predicts": "state", "state_errors": "state"},
+        {"progressive": True, "progressive_share": 0.5},
         {"pairs": 8},
         {"solver": "heun"},
         {"guidance": 2.0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussian_flow import mean_velocity, velocity
+from only_conditions import OnlyConditions
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.process import VP, RectifiedFlow
@@ -107,8 +109,8 @@ def test_its_gradient_reaches_the_jump_alone_and_is_the_gap() -> None:
     torch.testing.assert_close(jumped.grad, 0.5 * 2 * gap.clamp(-1, 1) / 128, rtol=1e-4, atol=1e-6)
 
 
-def test_exact_jumps_have_next_to_no_loss_and_the_fake_branch_learns_own_samples() -> None:
-    """With data of the Gaussian that the jumps know; ``fake`` rows are told the velocity of their own samples."""
+def test_rows_have_the_times_of_their_parts_and_the_fake_branch_is_told_of_own_samples() -> None:
+    """``fake`` rows are told the velocity of paths to samples of the network itself."""
     method = built(loss="l2", guidance=1.0, average=0.0, rectification=0.0)
     method.student = Known()  # type: ignore[assignment]
     x = 0.7 + 0.4 * torch.randn(64, 2)
@@ -131,29 +133,106 @@ def test_exact_jumps_have_next_to_no_loss_and_the_fake_branch_learns_own_samples
     assert float(method.notes["fake_error"]) == pytest.approx(float(error), rel=1e-4)
 
 
+class Linear(Denoiser):
+    """``F = a x + b t + c r + d``, d at negative times alone."""
+
+    def __init__(self, a: float, b: float, c: float, d: float) -> None:
+        super().__init__(nn.Linear(1, 1), RectifiedFlow(), "v", shape=(2,))
+        self.factors = (a, b, c, d)
+
+    def of(self, x: float, t: float, r: float) -> float:
+        a, b, c, d = self.factors
+        return a * x + b * abs(t) + c * r + (d if t < 0 else 0.0)
+
+    def forward(self, x_t: Tensor, t: Any, cond: Any = None, guidance: Any = 1.0) -> Prediction:
+        a, b, c, d = self.factors
+        below = (cond["sign"] < 0).float()
+        value = a * x_t + (b * t + c * cond["r"] + d * below)[:, None].expand_as(x_t)
+        return Prediction(self.process, "v", value, x_t, t)
+
+
+def test_the_loss_is_the_one_worked_by_hand() -> None:
+    """Row by row in plain numbers: targets of the average, the clamp, the weight, and fake rows apart."""
+    method = built(loss="l2", guidance=1.0, rectification=0.0)
+    own, average = Linear(0.9, -0.3, 0.5, 0.7), Linear(0.95, -0.2, 0.45, 0.0)
+    method.student, method.target = own, average  # type: ignore[assignment]
+    x = 0.7 + 0.4 * torch.randn(64, 2, generator=torch.Generator().manual_seed(5))
+    found = method.jump({"x": x, "cond": {}})
+    again(method)
+    z, fresh = (method.draw.normal(64, 2) for _ in "ab")
+    times = method.jumps(method.rows(), z)
+    whole, clamped, weights = 0.0, 0, []
+    for row, (t, r) in enumerate(zip(*(one.tolist() for one in times), strict=True)):
+        fake = row % 4 == 3
+        weight = 1.0 if fake else 1 + math.tan((1 - (t - r)) * math.pi / 2.5)
+        weights.append(weight)
+        error = 0.0
+        for i in range(2):
+            noise = float(z[row, i])
+            data = float(fresh[row, i]) - own.of(float(fresh[row, i]), 1.0, 0.0) if fake else float(x[row, i])
+            share = abs(t)
+            x_t, v = share * noise + (1 - share) * data, noise - data
+            said = own.of(x_t, t, r)
+            if fake:
+                error += (said - v) ** 2 / 2
+                continue
+            if t - r < 0.01:
+                d = said - v
+            else:
+                at, place, integral = t - 0.01, x_t - 0.01 * v, 0.0
+                for _ in range(2):
+                    step = (t - 0.01 - r) / 2
+                    moved = step * average.of(place, at, at - step)
+                    at, place, integral = at - step, place - moved, integral + moved
+                d = ((t - r) * said - integral - 0.01 * v) / 0.01
+            clamped += abs(d) > 1
+            error += min(abs(d), 1.0) ** 2 / 2
+        whole += weight * error / 64
+    assert float(found["jump"]) == pytest.approx(whole, rel=1e-3)  # type: ignore[arg-type]
+    assert 0 < clamped < 96
+    assert min(weights) == 1.0
+    assert 3.5 < max(weights) < 1 + math.tan(math.pi / 2.5) + 1e-6
+
+
 def test_guidance_goes_into_the_target_as_w_less_one_of_the_difference() -> None:
+    """Of the average, as it answers at t for jumps of no length."""
     teacher = point_teacher().eval()
     method = built(teacher, guidance=1.8, guided_to=0.5)
+    assert isinstance(method.target, AttachedDenoiser)
+    for network in (method.target, method.student):  # which part, and from the teacher, only when they have learnt
+        for out in network.attachment.out:  # type: ignore[union-attr]
+            nn.init.normal_(out.weight)
     x, t, cond = torch.randn(4, 2), torch.tensor([0.2, 0.4, 0.6, 0.8]), labels(4)
-    v = torch.randn(4, 2)
+    v, none = torch.randn(4, 2), {"label": torch.full((4,), 4)}
     with torch.no_grad():
-        k, u = (teacher(x, t, cond, w).v for w in (1.0, 0.0))
+        k, u = (method.target(x, t, {**one, "r": t, "sign": torch.ones(4)}).v for one in (cond, none))
         found = method.velocity(x, t, v, cond)
-    torch.testing.assert_close(found, torch.where((t <= 0.5)[:, None], v + 0.8 * (k - u), v))
-    free = built(teacher, guidance=4.0, image_free=True)
-    torch.testing.assert_close(free.velocity(x, t, v, cond), teacher(x, t, cond, 4.0).v)
+        torch.testing.assert_close(found, torch.where((t <= 0.5)[:, None], v + 0.8 * (k - u), v))
+        free = built(teacher, guidance=4.0, image_free=True)
+        torch.testing.assert_close(free.velocity(x, t, v, cond), teacher(x, t, cond, 4.0).v)
+        partly = built(teacher, guidance=4.0, image_free=True, guided_to=0.5).velocity(x, t, v, cond)
+    torch.testing.assert_close(partly[:2], teacher(x, t, cond, 4.0).v[:2])
+    torch.testing.assert_close(partly[2:], teacher(x, t, cond).v[2:])
 
 
-class OnlyConditions:
-    """Data of which nothing but the conditions may be read."""
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4), slice(0, 1)])
+def test_micro_batches_without_all_parts_are_refused_on_every_process(rows: slice) -> None:
+    """Two processes of two rows each, and draws of one row alone: the same word, before anything is asked."""
+    method = built()
+    method.draw = Draws(torch.Generator().manual_seed(0), rows, 4 if rows.stop > 1 else 1)
+    with pytest.raises(UserError, match="does not hold the 4 parts of a batch"):
+        method.jump({"x": torch.randn(rows.stop - rows.start, 2), "cond": {}})
 
-    class Batch(dict):
-        def __getitem__(self, key: str) -> Any:
-            assert key == "cond", "an image was read"
-            return super().__getitem__(key)
 
-    def batch(self, seed: int, step: int, size: int, rows: slice | None = None) -> Any:
-        return self.Batch(cond={"label": labels(size)["label"][rows if rows is not None else slice(None)]})
+@pytest.mark.parametrize("rows", [64, 6])
+def test_the_rectification_is_a_mean_over_its_rows(rows: int) -> None:
+    method = built(rows=rows, loss="l2", guidance=1.0)
+    method.student = Known()  # type: ignore[assignment]
+    ends = method.rows()["end"]
+    ones = torch.ones(len(ends), 2)
+    method.gap = lambda *_: ones  # type: ignore[method-assign]
+    found = method.jump({"x": torch.randn(rows, 2), "cond": {}})["rectify"]
+    assert float(found) == pytest.approx(0.5)  # type: ignore[arg-type]
 
 
 def trained(method: TwinFlow, data: Any, folder: Path, **engine: Any) -> dict[str, Tensor]:

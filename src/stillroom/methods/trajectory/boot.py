@@ -69,7 +69,7 @@ class BOOT(Method):
         most: float = field(default=1000.0, metadata={"above": 0})  # of 1 / k^2
         guidance: float = 1.0  # on the teacher
         clip: float = field(default=0.0, metadata={"min": 0})  # of the teacher's x0 to +-this; 0: none
-        solver: Literal["euler", "heun"] = "euler"
+        solver: Literal["euler", "heun"] = "euler"  # heun: the mean of the teacher's x0 at both ends of a step
         # Times are told backwards, low as high: the finished student is asked at ``high``, as a pipeline of diffusers
         # asks for one step.
         flipped: bool = False
@@ -180,11 +180,11 @@ class BOOT(Method):
         if self.options.predicts == "state":  # the same step, in x: no division by alpha_t
             f = self.taught(said, t, cond)
             return sigma_s / sigma * said + (alpha_s - alpha * sigma_s / sigma) * f, k
-        slope = self.taught(alpha * said + sigma * eps, t, cond) - said
-        after = said + k * slope
-        if self.options.solver == "heun":
-            again = self.taught(alpha_s * after + sigma_s * eps, s, cond) - after
-            after = said + k * (slope + again) / 2
+        f = self.taught(alpha * said + sigma * eps, t, cond)
+        after = said + k * (f - said)
+        if self.options.solver == "heun":  # the mean of f: the rest of a step is exact in k already
+            again = self.taught(alpha_s * after + sigma_s * eps, s, cond)
+            after = said + k * ((f + again) / 2 - said)
         return after, k
 
     def boundary(self, eps: Tensor, cond: Cond) -> Tensor:
