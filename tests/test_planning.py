@@ -174,9 +174,14 @@ def texts(tmp: Path) -> tuple[Any, ...]:
     return (tiny_text.encoder(2, 8), tiny_text.encoder(4, 12, seed=1))
 
 
+SEGMENTS = {
+    "segments": (2, 1), "grids": (8, 4), "mse": (1.0, 1.0), "adversarial": (0.0, 1.0), "one_step_share": 1.0,
+    "feedback_share": 1.0, "reward_steps": 2, "feedback_rank": 2,
+}  # fmt: skip
 WORLDS: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[[], Any], dict[str, Any]]] = {
     "dmd2": (denoisers, images, {"critic_turns": 2}),
     "swiftbrush": (denoisers, images, {"rank": 2, "targets": ("to_q", "to_v")}),
+    "hyper-sd": (denoisers, images, SEGMENTS),
     "sim": (denoisers, images, {}),
     "sid-lsg": (denoisers, images, {}),
     "uni-instruct": (denoisers, images, {}),

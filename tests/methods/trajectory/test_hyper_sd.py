@@ -288,6 +288,18 @@ def test_an_interrupted_run_ends_in_the_same_weights(lora: Any, tmp_path: Path) 
             assert torch.equal(p, q), (at, name)
 
 
+def test_micro_batches_change_nothing_but_rounding() -> None:
+    options = {"segments": (2, 1), "mse": (1, 1), "adversarial": (0, 1), "grids": (8, 4), "feedback_share": 0.5}
+    found = []
+    for accumulate in (1, 2):
+        method = built(**options, one_step_share=0.5)
+        config = EngineConfig(steps=8, batch=8, accumulate=accumulate, optim={"all": {"lr": 0.01, "name": "sgd"}})
+        Trainer(method, points(), config).fit()
+        found.append(dict(method.named_parameters()))
+    for name, p in found[0].items():
+        torch.testing.assert_close(p, found[1][name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_reward_of_the_user_s_own_moves_samples_towards_it(tmp_path: Path) -> None:
     method = built(
         reward=f"{__name__}:to_the_right", consistency_share=0.0,
