@@ -142,8 +142,8 @@ MECHANISM = Proof(
         ),
     ),
     note="On points both come near the data in the end; what can be seen is which comes sooner, from random weights "
-    "(`from-nothing`). Arms are given as many updates, not as much time: with all its parts the method asks its network "
-    "more often, and took 1.4 times as long as consistency alone in a trial.",
+    "(`from-nothing`). Arms are given as many updates, not as much time: with all its parts the method asks its "
+    "network more often, and took 1.4 times as long as consistency alone in a trial.",
 )
 
 TWINFLOW = recipe_arm("twinflow")
