@@ -65,7 +65,9 @@ def finish(recipe: Recipe, run_dir: Path, task: Task, student: Model) -> dict[st
     ending.once("student", lambda: save(recipe, run_dir, student))
     teachers, left_out = shown_teachers(recipe, task)
     everyone = {**teachers, "student": student}
-    shown = {who: ending.once(f"sheet of {who}", _sheet(recipe, run_dir, task, who, m)) for who, m in everyone.items()}
+    also = other_ways(recipe, task, student)
+    drawn = {**everyone, **also}
+    shown = {who: ending.once(f"sheet of {who}", _sheet(recipe, run_dir, task, who, m)) for who, m in drawn.items()}
     result: dict[str, Any] = {
         "name": run_dir.name,
         "method": recipe.method,
@@ -86,6 +88,8 @@ def finish(recipe: Recipe, run_dir: Path, task: Task, student: Model) -> dict[st
         result["texts"] = texts
     if left_out:
         result["left_out"] = left_out
+    if also:
+        result["also"] = {who: model.nfe for who, model in also.items()}
     for who, model in {"student": student, **task.teachers()}.items():
         result[who] = {"nfe": model.nfe, "params": model.parameters}
         if recipe.evaluate.n and who in everyone:
@@ -130,6 +134,18 @@ def shown_teachers(recipe: Recipe, task: Task) -> tuple[dict[str, Model], dict[s
     sizes = {who: float(teacher.flops) for who, teacher in teachers.items()}
     left = {who: size for who, size in sizes.items() if asked == "never" or size > REAL_SIZE}
     return {who: teacher for who, teacher in teachers.items() if who not in left}, left
+
+
+def other_ways(recipe: Recipe, task: Task, student: Model) -> dict[str, Model]:
+    """The same student run in the other ways that its method names, where pictures are drawn; without those that this
+    kind of model cannot be run in."""
+    network, found = student.module, {}
+    if not recipe.evaluate.samples or not isinstance(network, Denoiser):
+        return {}
+    for name, sampler in get_method(recipe.method).also(recipe.method_options(), network.process).items():
+        with contextlib.suppress(UserError):
+            found[f"student, {name}"] = task.student(network, sampler)
+    return found
 
 
 def _sheet(recipe: Recipe, run_dir: Path, task: Task, who: str, model: Model) -> Callable[[], dict[str, Any]]:

@@ -28,6 +28,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from stillroom.diffusion.denoiser import Denoiser
+    from stillroom.diffusion.process import Process
     from stillroom.diffusion.sampling import Sampler
 
 Batch = Mapping[str, Any]
@@ -248,6 +249,12 @@ class Method(nn.Module):
     def sampler(self) -> Sampler:
         """How the finished student is run; saved beside its weights."""
         raise NotImplementedError
+
+    @classmethod
+    def also(cls, options: Any, process: Process) -> Mapping[str, Sampler]:
+        """Other ways in which the finished student may be run, a denoiser of this process: by name, for the report,
+        which shows them beside :meth:`sampler`'s. Default: none."""
+        return {}
 
     # --- what a method uses ---------------------------------------------------------------------------------------
     def over(self, name: str, mean: Tensor) -> Tensor:

@@ -71,10 +71,11 @@ def _paper(method: str) -> dict[str, Any] | None:
 
 def _samples(run_dir: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
-    for who in (*teachers(result), "student"):
+    also = result.get("also", {})
+    for who in (*teachers(result), "student", *also):
         path = run_dir / "samples" / f"{who}.png"
         if path.is_file():
-            nfe = result.get(who, {}).get("nfe")
+            nfe = also.get(who) or result.get(who, {}).get("nfe")
             calls = f"{nfe} network evaluation{'s' if nfe > 1 else ''} per image" if nfe else ""
             data = base64.b64encode(path.read_bytes()).decode("ascii")
             found.append({"who": who, "calls": calls, "src": f"data:image/png;base64,{data}"})

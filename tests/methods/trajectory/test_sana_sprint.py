@@ -302,6 +302,23 @@ def test_times_of_one_two_and_four_steps_are_table_7_s() -> None:
         assert sampler.nfe == steps
 
 
+def test_a_run_s_report_shows_one_two_and_four_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stillroom.recipe import Recipe
+    from stillroom.run import run
+    from tiny import FAST, make_data, make_teacher
+
+    monkeypatch.chdir(tmp_path)
+    make_teacher(tmp_path / "teacher")
+    make_data(tmp_path / "data")
+    changes = [*FAST, "engine.steps=4", "evaluate.n=0", "evaluate.samples=4", "options.gan_width=8", "options.steps=2"]
+    run(Recipe.load("sana-sprint", changes, teacher="teacher", data="data"), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["also"] == {"student, 1 step": 1, "student, 4 steps": 4}
+    page = (tmp_path / "run" / "report.html").read_text()
+    for who, calls in (("Student", 2), ("Student, 1 step", 1), ("Student, 4 steps", 4)):
+        assert f"{who}<span>{calls} network evaluation" in page
+
+
 def test_a_folder_keeps_scale_and_steps_and_both_may_be_changed_at_the_call(tmp_path: Path) -> None:
     student = trained(tmp_path / "run", "dit").student
     for parameter in student.attachment.out.parameters():  # type: ignore[union-attr]
@@ -403,7 +420,7 @@ def test_what_cannot_be_learnt_is_refused_with_a_cure(sana: PipelineGenerator) -
     with pytest.raises(UserError, match="no unconditional value"):
         built(plain)
     with pytest.raises(UserError, match=r"retime_share=0\.2"):
-        built(sana.denoiser)
+        built(sana.denoiser, guidance=())
     trig = point_teacher()
     trig.process = TrigFlow()
     with pytest.raises(UserError, match="not for the trigflow process"):

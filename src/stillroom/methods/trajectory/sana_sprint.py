@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import RectifiedFlow, TrigFlow, expand, match_snr
-from stillroom.diffusion.sampling import FewStepSampler, ScaleFewStepSampler
+from stillroom.diffusion.process import Process, RectifiedFlow, TrigFlow, expand, match_snr
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.folders.sana_sprint import is_sana, reads_scale, sprint_denoiser
@@ -287,11 +287,21 @@ class SanaSprint(Method):
         return self.discriminator.logits(self.base, expand(scale, u) * u, time, cond)
 
     def sampler(self) -> FewStepSampler:
-        o, process = self.options, self.teacher.process
-        t = torch.tensor(ANGLES[o.steps], dtype=torch.float64)
-        times = [float(x) / process.t_max for x in process.time_of(t.cos(), t.sin())]
-        times = (1.0, *times[1:])
-        return ScaleFewStepSampler(times, scale=o.scale) if o.guidance else FewStepSampler(times)
+        return taking(self.options.steps, self.options, self.teacher.process)
+
+    @classmethod
+    def also(cls, options: Any, process: Process) -> dict[str, Sampler]:
+        """The numbers of steps that the sampler does not take."""
+        others = [steps for steps in ANGLES if steps != options.steps]
+        return {f"{steps} step{'s' if steps > 1 else ''}": taking(steps, options, process) for steps in others}
+
+
+def taking(steps: int, options: SanaSprint.Options, process: Process) -> FewStepSampler:
+    """A sampler of so many steps."""
+    t = torch.tensor(ANGLES[steps], dtype=torch.float64)
+    later = [float(x) / process.t_max for x in process.time_of(t.cos(), t.sin())][1:]
+    times = (1.0, *later)
+    return ScaleFewStepSampler(times, scale=options.scale) if options.guidance else FewStepSampler(times)
 
 
 def beside(rows: int, device: torch.device) -> Tensor:
