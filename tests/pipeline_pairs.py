@@ -38,7 +38,7 @@ OPTIONS = {
     "boot": ["options.flipped=true", "options.high=1.0"],
     "sana-sprint": ["options.retime_share=0", "options.gan_width=8"],
     "sana-sprint sana": ["options.retime_share=0.5", "options.gan_width=8"],
-    "twinflow": ["options.width=8"],
+    "twinflow": ["options.width=8", "engine.batch=4"],
 }
 """Of methods whose students do not begin at a time of their own, and where a family asks for others."""
 PROMPTS = ("a red cat", "the boat of the dog", "a house")

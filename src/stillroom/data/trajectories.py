@@ -112,16 +112,17 @@ class Trajectories:
 def conditions(data: Any, seed: int, count: int) -> dict[str, Tensor]:
     """Of ``count`` rows of ``data``, ``[count, ...]`` by name. The rows are asked for some at a time, so that no more
     of their pictures are in memory."""
-    parts = [data.batch(seed, 0, count, slice(k, min(k + ROWS, count)))["cond"] for k in range(0, count, ROWS)]
+    rows = max(ROWS, -(-count // 64))  # each time the order of all of them is looked up
+    parts = [data.batch(seed, 0, count, slice(k, min(k + rows, count)))["cond"] for k in range(0, count, rows)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def paths_for(data: Any, teacher: Denoiser, paths: Paths, folder: str = "", batch: int = 64) -> Trajectories:
     """:func:`trajectories` for conditions of ``data``, whose images are not looked at; for a plan's teacher, which has
     no values, :func:`blank` ones."""
-    cond = conditions(data, paths.seed, paths.count)
     if type(next(teacher.parameters()).detach()) is not Tensor:
-        return blank(teacher, cond, paths)
+        return blank(teacher, conditions(data, paths.seed, 1), paths)
+    cond = conditions(data, paths.seed, paths.count)
     name = weights_hash(teacher.network) if folder else ""  # only what is kept has to be known again
     return trajectories(folder, teacher, cond, paths, name=name, batch=batch)
 
