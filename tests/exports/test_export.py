@@ -257,7 +257,7 @@ def test_the_shipped_masked_student_is_exported(tmp_path: Path, to: str) -> None
     for file in made.facts["files"].values():
         assert file["parity"]["max_abs_error"] < 1e-4
         assert [row["batch"] for row in file["latency"]] == [1, 32]
-    assert made.facts["steps"][-1] == {"left": 1, "after": 0, "guidance": 2.0}
+    assert made.facts["steps"][-1] == {"left": 2, "after": 0, "guidance": 2.0}  # 16 tokens in 12 steps
     assert [made.facts["head"][i]["time"] for i in (0, -1)] == [999, 0]
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
 
