@@ -105,9 +105,12 @@ def block_planned(sources: Sources, page: Page) -> str:
 
 
 def block_count(sources: Sources, page: Page) -> str:
-    total = sum(not entry.get("foundation") for entry in sources.catalogue)
-    proven = sum(bool(sources.results.get(slug)) for slug in sources.implemented)
-    return f"{total} methods in all: {len(sources.implemented)} are here, {proven} of them with measured results."
+    small = [slug for slug in sources.implemented if sources.entry(slug).get("small")]
+    whole = [slug for slug in sources.implemented if slug not in small]
+    total = sum(not (entry.get("foundation") or entry.get("small")) for entry in sources.catalogue)
+    proven = sum(bool(sources.results.get(slug)) for slug in whole)
+    beside = f" Beside them are {len(small)} small ones, to compare with: {', '.join(small)}." if small else ""
+    return f"{total} methods in all: {len(whole)} are here, {proven} of them with measured results.{beside}"
 
 
 def block_wing(sources: Sources, page: Page, wing: str) -> str:
