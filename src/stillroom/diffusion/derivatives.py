@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 How = Literal["exact", "difference"]
@@ -26,9 +27,10 @@ def jvp(
     """
     with torch.autocast(at[0].device.type, enabled=False):
         if how == "exact":
-            with sdpa_kernel(SDPBackend.MATH):
-                both = torch.func.jvp(f, tuple(at), tuple(along))
-            return both[0], both[1]
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # not torch.func.jvp, whose wrapped tensors
+                both = f(*map(forward_ad.make_dual, at, along))  # stay behind in networks that keep what they compute
+                value, slope = forward_ad.unpack_dual(both)
+            return value, torch.zeros_like(value) if slope is None else slope
         ahead = f(*(x + step * d for x, d in zip(at, along, strict=True)))
         behind = f(*(x - step * d for x, d in zip(at, along, strict=True)))
         return f(*at), (ahead - behind) / (2 * step)
