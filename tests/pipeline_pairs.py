@@ -21,8 +21,8 @@ from tiny_pipelines import SIDE, WIDER, make_pipeline
 
 METHODS = (
     *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
-    *("kd", "progressive", "boot", "sana-sprint", "twinflow", "hyper-sd"),
-    *("scm", "ect", "tcm", "meanflow", "ayf"),
+    *("boot", "twinflow", "kd", "progressive", "hyper-sd", "sana-sprint"),
+    *("ect", "scm", "tcm", "meanflow", "ayf"),
 )
 STEPS = 2
 OPTIONS = {
