@@ -177,7 +177,6 @@ PARTS = {
     ("methods/sana-sprint.md", "student.draw("): "reads the student of a run",
     ("methods/sana-sprint.md", "SanaSprintPipeline.from_pretrained"): "reads the student of a run",
     ("methods/hyper-sd.md", "load_lora_weights"): "the test of the unified adapter runs them on a tiny pipeline",
-    ("methods/hyper-sd.md", "def bright"): "a function of this kind is read by tests/losses/test_rewards.py",
     ("README.md", 'sr.distill("dmd2"'): "a training",
     ("README.md", 'sr.load("scenes-sd3")'): "loads a teacher, and goes on from the block above it",
     ("architecture.md", "def critic("): "methods of a class that is not shown",

@@ -103,7 +103,7 @@ class AGD(Method):
             own = self.clone(student or teacher, "student")
             known = isinstance(own, AttachedDenoiser) and isinstance(given, ExtraInputs)
             self.student: AttachedDenoiser = own if known else with_inputs(own, SCALE, width=o.width)
-        elif student is None:
+        elif student is None or student is teacher:  # tasks hand the teacher over where no student is named
             self.student = AttachedDenoiser(
                 self.teacher, guidance_adapters(teacher, o.adapter, o.modules, o.width, o.scale_factor)
             )

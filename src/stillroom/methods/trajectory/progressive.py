@@ -62,7 +62,7 @@ class Progressive(Method):
         self.last = self.clone(teacher, "last").requires_grad_(False)
 
     def rounds(self) -> list[int]:
-        """Steps of the student in each round."""
+        """How many steps the student has in each round."""
         steps, o = [], self.options
         while (steps[-1] if steps else o.begin) // 2 >= o.end:
             steps.append((steps[-1] if steps else o.begin) // 2)
