@@ -428,3 +428,9 @@ def test_what_cannot_be_learnt_is_refused_with_a_cure(sana: PipelineGenerator) -
     method = SanaSprint(SanaSprint.Options(**SMALL), lora={"student": {"rank": 2, "targets": ("to_q", "to_v")}})
     with pytest.raises(UserError, match="no input for the guidance scale"):
         method.build(point_teacher())
+
+
+def test_distillation_is_warmed_up_after_retiming() -> None:
+    stages = SanaSprint(SanaSprint.Options(retime_share=0.25)).stages()
+    assert [stage.kind for stage in stages] == ["retime", "distil"]
+    assert all(stage.own_schedule for stage in stages)

@@ -171,8 +171,8 @@ class SanaSprint(Method):
 
     def stages(self) -> tuple[Stage, ...]:
         share = self.options.retime_share
-        distil = Stage("distil", ("generator", "critic"), 1 - share)
-        return (Stage("retime", ("retime",), share), distil) if share else (distil,)
+        distil = Stage("distil", ("generator", "critic"), 1 - share, own_schedule=True)  # warmed up after retiming
+        return (Stage("retime", ("retime",), share, own_schedule=True), distil) if share else (distil,)
 
     def enter(self, stage: Stage, data: Any, resumed: bool) -> None:
         """The student as it stands after retiming is the teacher of what follows."""
@@ -185,7 +185,7 @@ class SanaSprint(Method):
     def warm(self) -> float:
         """r."""
         o = self.options
-        done = (self.progress - o.retime_share) / (1 - o.retime_share)
+        done = max(0.0, (self.progress - o.retime_share) / (1 - o.retime_share))  # a stage has whole steps
         return min(1.0, done / o.tangent_warmup) if o.tangent_warmup else 1.0
 
     # --- turns ----------------------------------------------------------------------------------------------------
