@@ -20,6 +20,7 @@ from stillroom.losses.flow_map import (
     noise_ratio,
     normalised,
     pulled,
+    reached,
     scm_tangent,
     towards,
 )
@@ -207,10 +208,11 @@ def test_an_exact_consistency_function_is_pulled_to_where_it_is() -> None:
     student, away = Ends(), huber(x, 0 * x)
     for gap in (1e-3, 1e-2):
         r = earlier(RectifiedFlow(), t, gap)
-        target = pulled(student, teacher, x, x, x, t, r, {})
+        target = pulled(student, reached(RectifiedFlow(), teacher, x, x, x, t, r, {}), r, {})
         assert float((huber(student(x, t).x0, target) / away.clamp_min(0.1)).max()) < 30 * gap**2
     none = torch.zeros_like(t)
-    torch.testing.assert_close(pulled(student, None, x, 0 * x, x, t, none, {}), x)  # data themselves at r = 0
+    x_r = reached(RectifiedFlow(), None, x, 0 * x, x, t, none, {})
+    torch.testing.assert_close(pulled(student, x_r, none, {}), x)  # data themselves at r = 0
 
 
 def test_the_distance_is_written_by_hand() -> None:

@@ -18,6 +18,8 @@ from stillroom.diffusion.derivatives import How, jvp
 from stillroom.diffusion.process import Process, expand
 from stillroom.diffusion.sampling import heun_step
 
+FIRST = 1e-4
+"""Of the last time, the least that a network is asked at."""
 Norm = Literal["rms", "l2"]
 """Of a sample's tangent: root of the mean square over its elements, or of their sum of squares."""
 
@@ -113,8 +115,8 @@ def earlier(process: Process, t: Tensor, gap: float, k: float = 8.0, b: float = 
     return torch.where(lower > 0, found, torch.zeros_like(found))
 
 
-def pulled(
-    student: Denoiser,
+def reached(
+    process: Process,
     teacher: Denoiser | None,
     x0: Tensor,
     eps: Tensor,
@@ -124,14 +126,15 @@ def pulled(
     cond: Cond,
     guidance: float = 1.0,
 ) -> Tensor:
-    """What a consistency model is pulled to at ``x_t``: the student's x0-prediction at ``x_r``, or ``x_r`` itself where
-    r is 0. ``x_r`` has the noise of ``x_t`` or, with a teacher, is reached by a Heun step of it. t, r: ``[B]``."""
-    process = student.process
-    above = r.clamp_min(1e-4 * process.t_max)
+    """``x_r``, which has the noise of ``x_t`` or, with a teacher, is reached by a Heun step of it. t, r: ``[B]``."""
     if teacher is None:
-        x_r = process.add_noise(x0, eps, r)
-    else:
-        x_r = heun_step(teacher, x_t, t, above, cond, guidance)
+        return process.add_noise(x0, eps, r)
+    return heun_step(teacher, x_t, t, r.clamp_min(FIRST * process.t_max), cond, guidance)
+
+
+def pulled(student: Denoiser, x_r: Tensor, r: Tensor, cond: Cond) -> Tensor:
+    """What a consistency model is pulled to: the student's x0-prediction at ``x_r``, or ``x_r`` itself where r is 0."""
+    above = r.clamp_min(FIRST * student.process.t_max)
     return torch.where(expand(r > 0, x_r), student(x_r, above, cond).x0, x_r)
 
 

@@ -11,7 +11,7 @@ import torch
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled
+from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled, reached
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 
 
@@ -70,7 +70,7 @@ class ECT(Method):
         x_t = process.add_noise(x0, eps, t)
         with torch.no_grad():
             teacher = self.teacher if o.path == "teacher" else None
-            target = pulled(self.student, teacher, x0, eps, x_t, t, r, cond, o.guidance)
+            target = pulled(self.student, reached(process, teacher, x0, eps, x_t, t, r, cond, o.guidance), r, cond)
         distance = huber(self.student(x_t, t, cond).x0, target, o.c)
         self.note("gap", distance.mean() / x0[0].numel() ** 0.5)
         self.note("nearness", torch.tensor(near))

@@ -251,7 +251,7 @@ class SanaSprint(Method):
         scales = self.options.guidance
         if not scales:
             return dict(cond)
-        which = (self.draw.uniform(len(like)) * len(scales)).long().clamp(max=len(scales) - 1)
+        which = self.draw.integers(len(scales))
         return {**cond, SCALE: torch.tensor(scales, device=which.device)[which].to(like)}
 
     def consistency(self, batch: Batch, told: Cond) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import expand
 from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled
+from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled, reached
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 
 
@@ -103,11 +104,10 @@ class TCM(Method):
         teacher = self.teacher if o.path == "teacher" else None
         held = (noise_ratio(process, r) <= o.cut) & torch.tensor(late, device=x0.device)
         with torch.no_grad():
-            own, old = (
-                pulled(network, teacher, x0, eps, x_t, t, r, cond, o.guidance)
-                for network in ((self.student, self.first) if late else (self.student, self.student))
-            )
-            target = torch.where(held.reshape(-1, *(1,) * (x0.ndim - 1)), old, own)
+            x_r = reached(process, teacher, x0, eps, x_t, t, r, cond, o.guidance)
+            target = pulled(self.student, x_r, r, cond)
+            if late:
+                target = torch.where(expand(held, x0), pulled(self.first, x_r, r, cond), target)
         distance = huber(self.student(x_t, t, cond).x0, target, o.c)
         each = distance / (noise_ratio(process, t) - noise_ratio(process, r))
         self.note("gap", distance.mean() / x0[0].numel() ** 0.5)
