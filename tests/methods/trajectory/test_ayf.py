@@ -8,40 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from gaussians import moved, play
-from stillroom.data.source import ArrayData
+from gaussians import play
+from small_methods import MADE, batch, check_that_it_trains_alone, made
 from stillroom.diffusion.sampling import FlowMapSampler
-from stillroom.engine.config import EngineConfig
-from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.methods.trajectory.ayf import AYF
-from tiny_denoisers import dit_teacher, point_teacher
-
-MADE = {"point": point_teacher, "dit": dit_teacher}
+from tiny_denoisers import point_teacher
 
 
 def built(name: str = "point", **options: Any) -> AYF:
-    torch.manual_seed(0)
-    method = AYF(AYF.Options(**options))
-    method.build(MADE[name]().eval())
-    return method
-
-
-def batch(shape: tuple[int, ...], n: int = 8) -> dict[str, Any]:
-    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
-    return {"x": x, "cond": {"label": torch.arange(n) % 4}}
+    return made(AYF, name, **options)
 
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("path", [{}, {"guidance": 2.0}])
 def test_it_trains_its_own_networks_alone(name: str, path: dict[str, Any], tmp_path: Path) -> None:
     method = built(name, **path)
-    method.progress = 0.5
-    terms = play(method, "align", batch(method.teacher.shape))
-    assert all(torch.isfinite(term) for term in terms.values())
-    assert moved(method) == {"student"}
-    data = ArrayData(torch.randn(16, *method.teacher.shape), {"label": torch.arange(16) % 4})
-    Trainer(method, data, EngineConfig(steps=2, batch=4, check_freezing=True), tmp_path).fit()
+    check_that_it_trains_alone(method, "align", tmp_path)
 
 
 def test_a_copy_of_its_teacher_begins_without_a_change_and_has_one_when_that_has_warmed_up() -> None:

@@ -10,25 +10,15 @@ import pytest
 import torch
 
 from gaussians import moved, play
+from small_methods import MADE, batch, made
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.methods.trajectory.scm import SCM
-from tiny_denoisers import dit_teacher, point_teacher
-
-MADE = {"point": point_teacher, "dit": dit_teacher}
 
 
 def built(name: str = "point", **options: Any) -> SCM:
-    torch.manual_seed(0)
-    method = SCM(SCM.Options(**options))
-    method.build(MADE[name]().eval())
-    return method
-
-
-def batch(shape: tuple[int, ...], n: int = 8) -> dict[str, Any]:
-    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
-    return {"x": x, "cond": {"label": torch.arange(n) % 4}}
+    return made(SCM, name, **options)
 
 
 @pytest.mark.parametrize("name", MADE)
