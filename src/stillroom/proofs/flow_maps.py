@@ -8,7 +8,8 @@ from typing import Any
 from stillroom.proofs.base import Arm, Claim, Proof
 from stillroom.proofs.image import card_sampler, recipe_arm
 
-ONE = {"name": "few-step", "times": (1.0,)}
+TEACHER_1 = Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)})
+"""The teacher's own single step."""
 
 
 def claims(name: str, metric: str) -> tuple[Claim, ...]:
@@ -45,21 +46,20 @@ def proofs(name: str, options: Mapping[str, Any], turn: str) -> tuple[Proof, Pro
     def two(arm: Arm) -> Arm:
         return arm.with_("2 steps", options={"steps": 2}, engine={"steps": 0}, after=arm)
 
-    teacher = Arm("teacher-1", sampler=ONE)
     shuffled = "Control: a teacher that answers for the wrong class ruins the student"
     return (
         Proof(
             name,
             "image",
             "fashion",
-            (image, two(image), teacher, Arm("teacher", sampler=card_sampler("fashion-teacher"))),
+            (image, two(image), TEACHER_1, Arm("teacher", sampler=card_sampler("fashion-teacher"))),
             claims(name, "fd"),
         ),
         Proof(
             name,
             "mechanism",
             "ring",
-            (main, two(main), main.with_("shuffled-teacher", teacher="shuffled"), teacher),
+            (main, two(main), main.with_("shuffled-teacher", teacher="shuffled"), TEACHER_1),
             (
                 *claims(name, "ced"),
                 Claim("control-shuffled", shuffled, "", "ced", "shuffled-teacher", ">=", 2.0, name),
