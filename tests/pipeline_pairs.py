@@ -22,7 +22,7 @@ from tiny_pipelines import SIDE, WIDER, make_pipeline
 METHODS = (
     *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
     *("boot", "twinflow", "kd", "progressive", "hyper-sd", "sana-sprint"),
-    *("ect", "scm", "tcm", "meanflow", "ayf"),
+    *("ect", "scm", "tcm", "meanflow", "ayf", "pdd"),
 )
 STEPS = 2
 OPTIONS = {
@@ -40,7 +40,7 @@ OPTIONS = {
     "sana-sprint": ["options.retime_share=0", "options.gan_width=8"],
     "sana-sprint sana": ["options.retime_share=0.5", "options.gan_width=8"],
     "twinflow": ["options.width=8", "engine.batch=4"],
-    **{method: [] for method in ("scm", "ect", "tcm", "meanflow", "ayf")},
+    **{method: [] for method in ("scm", "ect", "tcm", "meanflow", "ayf", "pdd")},
 }
 """Of methods whose students do not begin at a time of their own, and where a family asks for others."""
 PROMPTS = ("a red cat", "the boat of the dog", "a house")

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import stillroom.networks.extra_inputs
-import stillroom.networks.guidance_adapters  # noqa: F401 - makes the classes known
+import stillroom.networks.guidance_adapters
+import stillroom.networks.parallel_heads  # noqa: F401 - makes the classes known
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError, nearest, reading
 from stillroom.folders.weights import load_weights, save_tensors

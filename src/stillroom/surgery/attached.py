@@ -73,7 +73,8 @@ class AttachedDenoiser(Denoiser):
     it; where none of them is given, it is silent and the answer is that of ``base``, bit for bit.
 
     alone: the attachment's weights are all that is trained. With guidance it is told the same in both branches. A
-    condition ``sign`` (``[B]``, -1 or 1) turns the time that the network is fed as well.
+    condition ``sign`` (``[B]``, -1 or 1) turns the time that the network is fed as well. Beside what is given, the
+    attachment is told that time, as ``t``, a share of t_max, ``[B]`` or one for all.
     """
 
     def __init__(self, base: Denoiser, attachment: Attachment, alone: bool = True) -> None:
@@ -108,6 +109,8 @@ class AttachedDenoiser(Denoiser):
         rest = {name: value for name, value in cond.items() if name not in told}
         if "sign" in told:
             t = t * told["sign"].to(t)
+        if told:
+            told["t"] = t / self.process.t_max
         with self.attachment.speaking(told or None):
             return super().native(x_t, t, rest)
 
@@ -231,12 +234,18 @@ def widths_at(denoiser: Denoiser, paths: Sequence[str]) -> dict[str, Widths]:
     handles = [
         denoiser.network.get_submodule(path).register_forward_hook(seen(path), with_kwargs=True) for path in paths
     ]
-    weight = next(denoiser.network.parameters())
     try:
-        x = weight.new_zeros(1, *denoiser.shape)
-        cond = {name: value[None].to(weight.device) for name, value in some_conditions(denoiser).items()}
-        denoiser(x, x.new_full((1,), denoiser.process.t_max / 2), cond)
+        ask_once(denoiser)
     finally:
         for handle in handles:
             handle.remove()
     return {path: found[path] for path in paths if path in found}
+
+
+@torch.no_grad()
+def ask_once(denoiser: Denoiser) -> None:
+    """Ask about one sample, for what hooks on the network's modules see."""
+    weight = next(denoiser.network.parameters())
+    x = weight.new_zeros(1, *denoiser.shape)
+    cond = {name: value[None].to(weight.device) for name, value in some_conditions(denoiser).items()}
+    denoiser(x, x.new_full((1,), denoiser.process.t_max / 2), cond)
