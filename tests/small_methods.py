@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from gaussians import moved, play
 from stillroom.data.source import ArrayData
+from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import VP
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
+from stillroom.networks.point_mlp import PointMLP
 from tiny_denoisers import dit_teacher, point_teacher
 
 MADE = {"point": point_teacher, "dit": dit_teacher}
@@ -27,6 +32,24 @@ def made(kind: Any, name: str = "point", **options: Any) -> Any:
 def batch(shape: tuple[int, ...], n: int = 8) -> dict[str, Any]:
     x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1))
     return {"x": x, "cond": {"label": torch.arange(n) % 4}}
+
+
+def check_that_it_is_asked_no_later_than_its_teacher_knows(method: Any, turn: str) -> None:
+    """``method``: with times at 1 and :func:`noisy_teacher`. What its network sees there still has the data that the
+    teacher's last time has."""
+    seen: list[Tensor] = []
+    native, data = method.student.native, batch((2,))
+    method.student.native = lambda x, t, cond: seen.append(x.detach()) or native(x, t, cond)  # type: ignore[func-returns-value]
+    play(method, turn, {**data, "x": torch.full_like(data["x"], 1000.0)})
+    process = method.teacher.process
+    left = 1000 * float(process.alpha(torch.tensor(process.t_max)))
+    assert float(seen[-1].mean()) == pytest.approx(left, rel=0.05)
+
+
+def noisy_teacher() -> Denoiser:
+    """Of a process that ends with some of its signal left."""
+    torch.manual_seed(3)
+    return Denoiser(PointMLP(2, 16, 3, 4), VP(), "eps", null={"label": 4}, shape=(2,)).eval()
 
 
 def check_that_it_trains_alone(method: Any, turn: str, folder: Path) -> None:

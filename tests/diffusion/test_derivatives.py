@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
 from stillroom.diffusion.denoiser import Reparametrised
-from stillroom.diffusion.derivatives import jvp
+from stillroom.diffusion.derivatives import jvp, replayed
 from stillroom.diffusion.process import RectifiedFlow, TrigFlow
 from stillroom.engine.precision import return_float32
 from tiny_denoisers import dit_teacher, point_teacher
@@ -75,6 +75,23 @@ def test_networks_with_attention_agree_with_reverse_mode_in_both_ways(make: Any,
     torch.testing.assert_close(exact, backward, rtol=1e-3, atol=1e-4)
     _, near = jvp(ask, (x.detach(), t.detach()), (dx, dt), "difference", step)
     assert float((near - exact).norm() / exact.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("how", ["exact", "difference"])
+def test_dropout_is_the_same_in_all_calls_of_a_replayed_function(how: Any) -> None:
+    torch.manual_seed(0)
+    x, dx = torch.randn(2, 64), torch.randn(2, 64)
+
+    def ask(x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(x, 0.5)
+
+    again = replayed(ask, x)
+    value, slope = jvp(again, (x,), (dx,), how)
+    kept = again(x) != 0
+    assert 0 < int(kept.sum()) < 128
+    torch.testing.assert_close(value, 2 * x * kept)
+    torch.testing.assert_close(slope, 2 * dx * kept, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(ask(x) != 0, kept)  # the next ones are drawn anew
 
 
 @pytest.mark.parametrize("how", ["exact", "difference"])

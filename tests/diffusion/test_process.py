@@ -22,6 +22,7 @@ from stillroom.diffusion.process import (
     RectifiedFlow,
     TrigFlow,
     expand,
+    last_time,
     match_snr,
     process_from_dict,
 )
@@ -258,3 +259,12 @@ def test_a_plan_leaves_no_fake_tables_behind() -> None:
         respaced(process, 7)
     assert type(process.alpha(torch.zeros(3))) is Tensor
     assert all(type(value) is Tensor for value in vars(respaced(process, 7)).values())
+
+
+def test_a_process_s_last_time_as_another_knows_it() -> None:
+    vp = VP()
+    end = torch.tensor(vp.t_max, dtype=torch.float64)
+    ratio = float(vp.sigma(end) / vp.alpha(end))
+    assert last_time(vp, TrigFlow()) == pytest.approx(math.atan(ratio))
+    assert last_time(vp, RectifiedFlow()) == pytest.approx(ratio / (1 + ratio))
+    assert last_time(RectifiedFlow(), TrigFlow()) == pytest.approx(math.pi / 2)

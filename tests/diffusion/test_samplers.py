@@ -15,6 +15,7 @@ from stillroom.diffusion.process import VP, Process, RectifiedFlow, TrigFlow
 from stillroom.diffusion.sampling import (
     AncestralSampler,
     FewStepSampler,
+    FlowMapSampler,
     ODESampler,
     Sampler,
     TCDSampler,
@@ -306,3 +307,17 @@ def test_tcd_without_noise_is_euler_and_with_all_of_it_noises_afresh(name: str) 
     torch.testing.assert_close(fresh, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="0 to 1"):
         TCDSampler(eta=1.5)
+
+
+# --- networks that are told a second time -----------------------------------------------------------------------------
+def test_the_second_time_is_a_flow_s_whatever_the_process() -> None:
+    for name in NAMES:
+        denoiser, told = gaussian(name), []
+        native = denoiser.native
+        denoiser.native = lambda x, t, cond, n=native, told=told: told.append(cond["r"]) or n(x, t, cond)  # type: ignore[method-assign,misc]
+        process, noise = denoiser.process, torch.randn(3, 2, dtype=torch.float64)
+        FlowMapSampler((1.0, 0.5), to="next").sample(denoiser, noise)
+        t = torch.tensor([0.5 * process.t_max, 0.0], dtype=torch.float64)
+        a, s = process.alpha(t), process.sigma(t)
+        for found, r in zip(told, s / (a + s), strict=True):
+            torch.testing.assert_close(found, r.expand(3), rtol=1e-6, atol=1e-9)

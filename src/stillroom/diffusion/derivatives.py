@@ -13,6 +13,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 How = Literal["exact", "difference"]
 
 
+def replayed(f: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
+    """``f`` with the same dropout at each call: the derivative is that of the function which is asked beside it.
+    like: on the device that it draws on."""
+    cuda = like.device.type == "cuda"
+    state, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(like.device) if cuda else None
+
+    def again(*args: Tensor) -> Tensor:
+        torch.set_rng_state(state)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, like.device)
+        return f(*args)
+
+    return again
+
+
 @torch.no_grad()
 def jvp(
     f: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor], how: How = "exact", step: float = 1e-3

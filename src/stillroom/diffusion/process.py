@@ -339,6 +339,12 @@ def process_from_dict(values: dict[str, Any]) -> Process:
         raise UserError(f"process {name!r}: {error}", cure=f"its settings: {known}") from None
 
 
+def last_time(process: Process, view: Process) -> float:
+    """Time of ``view`` with the signal-to-noise ratio of the last time of ``process``, beyond which nothing answers."""
+    last = torch.tensor(process.t_max, dtype=torch.float64)
+    return float(view.time_of(process.alpha(last), process.sigma(last)))
+
+
 def match_snr(t: Tensor, of: Process, to: Process) -> tuple[Tensor, Tensor]:
     """Time ``s`` and scale such that ``scale * x_t`` of process ``of`` is a sample ``x_s`` of process ``to``.
 

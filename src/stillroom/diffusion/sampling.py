@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
-from stillroom.diffusion.process import VP, Process, expand
+from stillroom.diffusion.process import VP, Process, RectifiedFlow, expand
 from stillroom.draws import Draws
 from stillroom.errors import UserError
 
@@ -252,7 +252,8 @@ class FewStepSampler(Sampler):
 class FlowMapSampler(FewStepSampler):
     """A :class:`FewStepSampler` for networks that are told a second time: ``to`` which each call leads. ``end``: to 0,
     and the sample is noised anew to the next time; ``next``: to the next time itself, without new noise; ``here``:
-    nowhere, which makes it an ordinary sampler of the path (with ``renoise: ddim``)."""
+    nowhere, which makes it an ordinary sampler of the path (with ``renoise: ddim``). The second time is a rectified
+    flow's, from 0 to 1, whatever the network's process."""
 
     name: ClassVar[str] = "flow-map"
     to: Literal["end", "next", "here"] = "end"
@@ -269,11 +270,12 @@ class FlowMapSampler(FewStepSampler):
         if self.to == "end":
             own = {"r": noise.new_zeros(len(noise))}
             return super().sample(denoiser, noise, {**(cond or {}), **own}, generator)
-        process, x = denoiser.process, denoiser.process.sigma(noise.new_tensor(self.times[0] * denoiser.process.t_max))
-        x = x * noise
+        process, flow = denoiser.process, RectifiedFlow()
+        x = process.sigma(noise.new_tensor(self.times[0] * process.t_max)) * noise
         for here, following in itertools.pairwise((*self.times, 0.0)):
             t, s = (noise.new_tensor(share * process.t_max) for share in (here, following))
-            r = noise.new_full((len(noise),), following if self.to == "next" else here)
+            told = s if self.to == "next" else t
+            r = flow.time_of(process.alpha(told), process.sigma(told)).expand(len(noise))
             x = ddim_step(denoiser(x, t, {**(cond or {}), "r": r}, self.guidance), process, s)
         return x
 
@@ -377,6 +379,12 @@ def few_step_times(steps: int, t_init: float = 1.0) -> tuple[float, ...]:
     if steps < 1 or not 0 < t_init <= 1:
         raise ValueError(f"few-step times need steps >= 1 and t_init in (0, 1], got {steps} and {t_init}")
     return tuple(t_init * (1 - k / steps) for k in range(steps))
+
+
+def share_at(process: Process, alpha: float, sigma: float) -> float:
+    """The time, as a share of ``t_max``, at which signal and noise are as ``alpha`` to ``sigma``."""
+    parts = (torch.tensor(part, dtype=torch.float64) for part in (alpha, sigma))
+    return float(process.time_of(*parts)) / process.t_max
 
 
 def rollout(

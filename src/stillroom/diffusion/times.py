@@ -43,13 +43,13 @@ class TimeLaw:
         if self.std <= 0 or self.segments < 1 or not 0 <= self.at_max <= 1:
             raise ValueError("a time law needs std > 0, segments >= 1 and at_max in [0, 1]")
 
-    def sample(self, draw: Draws, process: Process) -> Tensor:
-        """Times ``[B]`` for this micro-batch."""
+    def sample(self, draw: Draws, process: Process, below: float = 0.0) -> Tensor:
+        """Times ``[B]`` for this micro-batch. below: share of the law, its smallest times, that is left out."""
         u = draw.uniform(draw.local)
         if self.stratified:
             order = torch.randperm(draw.total, generator=draw.generator, device=u.device)[draw.rows]
             u = (order + u) / draw.total
-        t = self.quantile(u, process)
+        t = self.quantile(below + (1 - below) * u if below else u, process)
         if self.at_max:
             t = torch.where(draw.uniform(draw.local) < self.at_max, torch.full_like(t, self.high * process.t_max), t)
         return t

@@ -7,21 +7,34 @@ Continuous consistency is in TrigFlow's units: ``u = cos(t) x0 + sin(t) eps``, `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser
-from stillroom.diffusion.derivatives import How, jvp
-from stillroom.diffusion.process import Process, expand
+from stillroom.diffusion.derivatives import How, jvp, replayed
+from stillroom.diffusion.process import Process, TrigFlow, expand, last_time
 from stillroom.diffusion.sampling import heun_step
+from stillroom.diffusion.times import TimeLaw
+from stillroom.draws import Draws
+
+TRIG = TrigFlow()
 
 FIRST = 1e-4
 """Of the last time, the least that a network is asked at."""
 Norm = Literal["rms", "l2"]
 """Of a sample's tangent: root of the mean square over its elements, or of their sum of squares."""
+
+
+def trig_times(law: TimeLaw, draw: Draws, std: float, process: Process, like: Tensor) -> Tensor:
+    """TrigFlow's times ``[B]`` whose ``log(std tan t)`` is drawn by ``law`` (arXiv 2410.11081, sec. 3), to the last one
+    that ``process`` knows."""
+    t = replace(law, mean=law.mean - math.log(std)).sample(draw, TRIG).to(like)
+    return t.clamp(max=last_time(process, TRIG))
 
 
 def scm_tangent(own: Tensor, other: Tensor, slope: Tensor, u: Tensor, t: Tensor, warm: float = 1.0) -> Tensor:
@@ -72,6 +85,7 @@ def scm_change(
 ) -> Change:
     """:func:`scm_tangent` of a student. ask: ``(u, t)`` to F; velocity: du/dt of the path, ``[B, ...]``."""
     factor = t.cos() * t.sin()
+    ask = replayed(ask, u)
     _, slope = jvp(ask, (u, t), (expand(factor, u) * velocity, factor), how, step)
     own = ask(u, t)
     return Change(own, scm_tangent(own.detach(), velocity, slope, u, t, warm))
@@ -90,6 +104,7 @@ def map_change(
     """``v - F - q (t - r) dF/dt``, the change of ``x - (t - r) F(x, t, r)`` along the path where q = 1, and 0 for mean
     velocities (arXiv 2505.13447, eq. 6 and 9; 2506.14603, sec. 3.2). ask: ``(x, t, r)`` to F. velocity: v of the path,
     ``[B, ...]``. warm: q."""
+    ask = replayed(ask, x)
     _, slope = jvp(lambda x, t: ask(x, t, r), (x, t), (velocity, torch.ones_like(t)), how, step)
     own = ask(x, t, r)
     return Change(own, velocity - own.detach() - warm * expand(t - r, x) * slope)

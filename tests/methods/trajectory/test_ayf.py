@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from gaussians import play
-from small_methods import MADE, batch, check_that_it_trains_alone, made
+from small_methods import (
+    MADE,
+    batch,
+    check_that_it_is_asked_no_later_than_its_teacher_knows,
+    check_that_it_trains_alone,
+    made,
+    noisy_teacher,
+)
 from stillroom.diffusion.sampling import FlowMapSampler
 from stillroom.errors import UserError
 from stillroom.methods.trajectory.ayf import AYF
@@ -46,6 +53,12 @@ def test_jumps_have_lengths_whose_logit_is_normal_and_lie_between_0_and_1() -> N
     logit = torch.logit(t - s)
     assert float(logit.mean()) == pytest.approx(0.5, abs=0.05)
     assert float(logit.std()) == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_teacher_is_asked_no_later_than_its_last_time() -> None:
+    method = AYF(AYF.Options(length_mean=9.0))
+    method.build(noisy_teacher())
+    check_that_it_is_asked_no_later_than_its_teacher_knows(method, "align")
 
 
 def test_several_steps_go_from_time_to_time_and_one_to_the_end() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from gaussians import exact
+from stillroom.diffusion.process import EDM
 from stillroom.draws import Draws
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
@@ -63,6 +65,18 @@ def test_the_states_are_those_that_the_student_s_steps_visit() -> None:
     x_t, t, _, _ = one.states(rows, 0 * which)
     assert torch.equal(x_t, one.found.noise[rows])
     assert bool((t == 1).all())
+
+
+def test_steps_lie_on_the_path_s_own_times_where_a_grid_is_not_even() -> None:
+    """Two steps of EDM's own grid would be at its first and its least time."""
+    method = KD(KD.Options(paths=4, path_steps=6, steps=2, stored_precision="float32"))
+    method.build(exact(EDM(), "edm", offsets=((0.0, 0.0),) * 5))
+    method.prepare(OnlyConditions())
+    rows, which = torch.tensor([0, 3]), torch.tensor([0, 1])
+    _, t, _, _ = method.states(rows, which)
+    assert method.found.times is not None
+    torch.testing.assert_close(t, method.found.times[rows, 3 * which])
+    assert method.sampler().times == pytest.approx((1.0, float(EDM().grid(6)[3]) / 80))
 
 
 @pytest.mark.parametrize("steps", [1, 2])

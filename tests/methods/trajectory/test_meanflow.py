@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 
 from gaussians import play
-from small_methods import MADE, batch, check_that_it_trains_alone, made
+from small_methods import (
+    MADE,
+    batch,
+    check_that_it_is_asked_no_later_than_its_teacher_knows,
+    check_that_it_trains_alone,
+    made,
+    noisy_teacher,
+)
 from stillroom.diffusion.sampling import FlowMapSampler
+from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.methods.trajectory.meanflow import MeanFlow
 from tiny_denoisers import point_teacher
@@ -33,6 +41,12 @@ def test_rows_whose_times_are_equal_learn_the_teacher_s_velocity_which_a_new_stu
     method = built(apart=1.0)
     play(method, "jump", batch((2,)))
     assert method.notes["residual"] > 1e-2
+
+
+def test_a_teacher_is_asked_no_later_than_its_last_time() -> None:
+    method = MeanFlow(MeanFlow.Options(times=TimeLaw("uniform", 0.9999, 1.0)))
+    method.build(noisy_teacher())
+    check_that_it_is_asked_no_later_than_its_teacher_knows(method, "jump")
 
 
 def test_several_steps_go_from_time_to_time_and_one_to_the_end() -> None:

@@ -204,16 +204,34 @@ def test_two_micro_batches_learn_what_one_batch_does(tmp_path: Path) -> None:
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_misaligned_pairs_are_judged_as_generated() -> None:
-    method = built(point_teacher())
+@pytest.mark.parametrize("misaligned", [True, False])
+def test_the_judge_s_loss_is_eq_10_by_hand(misaligned: bool) -> None:
+    """From what it is shown, one part at a time: real, generated, and real under its neighbour's condition."""
+    method = built(point_teacher(), misaligned=misaligned)
     given = batch()
+    labels = torch.tensor([0, 1, 2, 2, 3, 0, 1, 1])  # of neighbours two have the same
+    given["cond"] = {"label": labels}
     play(method, "generator", given)
-    method.shared["x0"] = given["x"]
-    losses = []
-    for misaligned in (True, False):
-        method.options.misaligned, method.draw = misaligned, draws(8)
-        losses.append(float(method.critic(given)["gan"]))
-    assert losses[0] != losses[1]
+    fake, judged, seen = method.shared["x0"], method.judged, []
+    method.judged = lambda x, s, cond: seen.append((x, s, cond)) or judged(x, s, cond)  # type: ignore[method-assign,func-returns-value]
+    method.draw = draws(8)
+    loss = float(method.critic(given)["gan"].detach())
+    (x, s, cond) = seen[0]
+    of = [given["x"], fake] + [given["x"][[1, 0, 3, 2, 5, 4, 7, 6]]] * misaligned
+    assert torch.equal(s, s[:8].repeat(len(of)))
+    assert torch.equal(cond["label"], labels.repeat(len(of)))
+    noises = [
+        (part - s[:8, None].cos() * clean) / s[:8, None].sin() for part, clean in zip(x.split(8), of, strict=True)
+    ]
+    assert all(float(noise.std()) < 2 for noise in noises)
+    assert not any(torch.allclose(noises[0], noise, atol=0.1) for noise in noises[1:])
+    with torch.no_grad():
+        of_real, *of_fakes = (judged(part, s[:8], {"label": labels}) for part in x.split(8))
+    rows = [(1 - of_real[i]).clamp_min(0).mean() for i in range(8)]
+    worse = [(1 + of_fakes[0][i]).clamp_min(0).mean() for i in range(8)]
+    if misaligned:
+        worse += [(1 + of_fakes[1][i]).clamp_min(0).mean() if i not in (2, 3, 6, 7) else 0 for i in range(8)]
+    assert loss == pytest.approx(float(sum(rows) / 8 + sum(worse) / len(worse)) / 2, rel=1e-5)
 
 
 # --- its inputs -------------------------------------------------------------------------------------------------------

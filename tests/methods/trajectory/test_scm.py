@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from gaussians import moved, play
-from small_methods import MADE, batch, made
+from small_methods import MADE, batch, check_that_it_is_asked_no_later_than_its_teacher_knows, made, noisy_teacher
 from stillroom.data.source import ArrayData
+from stillroom.diffusion.times import TimeLaw
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.methods.trajectory.scm import SCM
@@ -39,6 +40,12 @@ def test_a_copy_of_its_teacher_begins_without_a_tangent_and_has_one_when_that_ha
         method.progress = progress
         play(method, "consistency", batch((2,)))
         assert least <= method.notes["tangent"] <= most
+
+
+def test_a_teacher_is_asked_no_later_than_its_last_time() -> None:
+    method = SCM(SCM.Options(times=TimeLaw("log-normal", 0.0007, 0.9993, mean=9.0, std=0.1)))
+    method.build(noisy_teacher())
+    check_that_it_is_asked_no_later_than_its_teacher_knows(method, "consistency")
 
 
 def test_the_second_step_is_at_the_time_that_is_said() -> None:

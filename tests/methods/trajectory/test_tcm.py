@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from gaussians import draws, play
 from small_methods import MADE, batch, check_that_it_trains_alone, made
 from stillroom.diffusion.times import TimeLaw
+from stillroom.errors import UserError
 from stillroom.losses.flow_map import noise_ratio
 from stillroom.method import Stage
 from stillroom.methods.trajectory.tcm import TCM
@@ -44,6 +46,20 @@ def test_in_the_second_stage_small_times_are_left_to_the_first_model() -> None:
     assert float((ratio_r <= 1).float().mean()) > method.options.held * 0.9
     early = method.drawn_times(torch.zeros(4000, 2), late=False)[0]
     assert early.min() < 0.1
+
+
+def test_late_times_are_the_part_of_their_law_above_the_cut() -> None:
+    method = built(cut=1.0, held=0.0)
+    method.stage, method.progress, method.draw = Stage("truncated"), 1.0, draws(4000)
+    t, _ = method.drawn_times(torch.zeros(4000, 2), late=True)
+    logs = noise_ratio(method.teacher.process, t).log()
+    law = NormalDist(method.options.late_times.mean, method.options.late_times.std)
+    below = law.cdf(0.0)
+    for share in (0.1, 0.5, 0.9):
+        assert float(logs.quantile(share)) == pytest.approx(law.inv_cdf(below + share * (1 - below)), abs=0.1)
+    assert float((logs < 1e-3).float().mean()) < 0.01
+    with pytest.raises(UserError, match="late_times is uniform"):
+        built(late_times=TimeLaw("uniform"))
 
 
 def test_rows_that_the_first_model_holds_are_pulled_to_it() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import RectifiedFlow
+from stillroom.diffusion.process import RectifiedFlow, last_time
 from stillroom.diffusion.sampling import FlowMapSampler, few_step_times
 from stillroom.errors import UserError
 from stillroom.losses.flow_map import Norm, map_change, normalised, towards
@@ -59,7 +59,7 @@ class AYF(Method):
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         if self.lora:
             raise UserError("ayf trains all weights, with an input that the network has not", cure="leave lora away")
-        self.teacher = frozen(teacher)
+        self.teacher, self.end = frozen(teacher), last_time(teacher.process, FLOW)
         self.student = with_inputs(self.clone(student or teacher, "student"), "r", width=self.options.width)
 
     @turn(trains="student", optim=Optim(lr=1e-4))
@@ -68,7 +68,7 @@ class AYF(Method):
         o, x0, cond = self.options, batch["x"], batch["cond"]
         length = torch.sigmoid(o.length_mean + o.length_std * self.draw.normal(len(x0))).to(x0)
         s = self.draw.uniform(len(x0)).to(x0) * (1 - length)
-        t = s + length
+        t = (s + length).clamp(max=self.end)
         x_t = FLOW.add_noise(x0, self.draw.normal_like(x0), t)
         teacher, student = Reparametrised(self.teacher, FLOW), Reparametrised(self.student, FLOW)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.diffusion.sampling import FewStepSampler, share_at
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled, reached
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
@@ -33,7 +33,8 @@ class ECT(Method):
         L = mean[ (sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c) / (s - r) ]                          sec. 3.2
 
     f(x, 0) = x. The two share data and noise (tuning), or x_r is reached from x_t by a Heun step of the guided teacher
-    (distillation, arXiv 2303.01469, alg. 2), the default here. Departures: no dropout; any process, by its ratio.
+    (distillation, arXiv 2303.01469, alg. 2), the default here. Departures: the network's own dropout; any process, by
+    its ratio.
     """
 
     health = {
@@ -77,6 +78,5 @@ class ECT(Method):
         return {"agree": (distance / (noise_ratio(process, t) - noise_ratio(process, r))).mean()}
 
     def sampler(self) -> FewStepSampler:
-        process, ratio = self.teacher.process, torch.tensor(self.options.middle, dtype=torch.float64)
-        middle = float(process.time_of(torch.ones_like(ratio), ratio)) / process.t_max
+        middle = share_at(self.teacher.process, 1.0, self.options.middle)
         return FewStepSampler((1.0, middle)[: self.options.steps])

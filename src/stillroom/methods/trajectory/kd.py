@@ -70,10 +70,15 @@ class KD(Method):
         )  # fmt: skip
         self.found: Trajectories = paths_for(data, self.teacher, paths, o.stored)
 
+    def times(self) -> Tensor:
+        """Of the student's steps, decreasing, float64: those of a path that they lie on."""
+        o = self.options
+        return self.teacher.process.grid(o.path_steps)[:-1][:: o.path_steps // o.steps]
+
     def states(self, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Cond, Tensor]:
         """``x_t``, ``t``, conditions and ends of paths ``rows [B]``, at the student's steps ``which [B]``."""
         found, device, process = self.found, device_of(self.teacher), self.teacher.process
-        t = process.grid(self.options.steps)[which].to(device, found.scale.dtype)
+        t = self.times()[which].to(device, found.scale.dtype)
         if self.options.steps == 1:
             x_t = process.sigma(t[0]) * found.noise[rows].float().to(device)
         else:
@@ -92,6 +97,4 @@ class KD(Method):
         return {"regression": loss}
 
     def sampler(self) -> FewStepSampler:
-        process = self.teacher.process
-        shares = process.grid(self.options.steps)[:-1] / process.t_max
-        return FewStepSampler(tuple(shares.tolist()), renoise="ddim")
+        return FewStepSampler(tuple((self.times() / self.teacher.process.t_max).tolist()), renoise="ddim")

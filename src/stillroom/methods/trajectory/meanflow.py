@@ -9,7 +9,7 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import RectifiedFlow
+from stillroom.diffusion.process import RectifiedFlow, last_time
 from stillroom.diffusion.sampling import FlowMapSampler, few_step_times
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
@@ -62,7 +62,7 @@ class MeanFlow(Method):
             raise UserError(
                 "meanflow trains all weights, with an input that the network has not", cure="leave lora away"
             )
-        self.teacher = frozen(teacher)
+        self.teacher, self.end = frozen(teacher), last_time(teacher.process, FLOW)
         self.student = with_inputs(self.clone(student or teacher, "student"), "r", width=self.options.width)
 
     @turn(trains="student", optim=Optim(lr=1e-4, betas=(0.9, 0.95)))
@@ -70,7 +70,7 @@ class MeanFlow(Method):
         """``L``."""
         o, x0, cond = self.options, batch["x"], batch["cond"]
         one, two = (o.times.sample(self.draw, FLOW).to(x0) for _ in "tr")
-        t, r = torch.maximum(one, two), torch.minimum(one, two)
+        t, r = (time.clamp(max=self.end) for time in (torch.maximum(one, two), torch.minimum(one, two)))
         r = torch.where(self.draw.uniform(len(x0)).to(x0) < o.apart, r, t)
         eps = self.draw.normal_like(x0)
         x_t = FLOW.add_noise(x0, eps, t)

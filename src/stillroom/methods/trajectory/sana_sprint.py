@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import Process, RectifiedFlow, TrigFlow, expand, match_snr
-from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler
+from stillroom.diffusion.process import Process, RectifiedFlow, TrigFlow, expand, last_time, match_snr
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, share_at
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.folders.sana_sprint import is_sana, reads_scale, sprint_denoiser
 from stillroom.losses.adversarial import hinge_generator, hinge_told
-from stillroom.losses.flow_map import Norm, normalised, scm_change, towards
+from stillroom.losses.flow_map import Norm, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 from stillroom.networks.discriminators import LatentDiscriminator
 from stillroom.networks.extra_inputs import with_inputs
@@ -50,15 +50,17 @@ class SanaSprint(Method):
     """A student that jumps from any noise level to data, so that the same weights serve one, two and four steps; the
     guidance scale is one of its inputs. Any teacher is read as TrigFlow's without training (sec. 3.1), ``u = cos(t) x0
     + sin(t) eps``, and ``F`` is its velocity there. With ``f(u, t) = cos(t) u - sin(t) F(u, t)``, J the derivative of F
-    along ``cos t sin t (du/dt, 1)``, du/dt the guided teacher's F, and sd the data's scale in the paper's own units:
+    along ``cos t sin t (du/dt, 1)``, du/dt the guided teacher's F:
 
         g     = -cos^2(t) (F - du/dt) - r (cos t sin t u + J),     g <- g / (|g| + c / sd)            alg. 1
         L_sCM = mean[ exp(-w(t)) / (sd tan t) |F - sg(F) - sg(g)|^2 + w(t) ]                           eq. 8
         L_G   = -mean D(F_pre's features of f(u, t), noised)       t = pi/2 with probability p         eq. 11, sec. 3.3
         L_D   = (mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2                                  eq. 10
 
-    r grows from 0 to 1 (tangent warm-up). D has a head on each of several blocks of the frozen teacher (LADD). Fake are
-    the student's samples, and real ones under another one's condition.
+    The paper measures noise on data that it scales to a standard deviation of sd; here data keep their own, and sd is
+    of the law of times, of the weight and of c alone. r grows from 0 to 1 (tangent warm-up). D has a head on each of
+    several blocks of the frozen teacher (LADD). Fake are the student's samples, and real ones under another one's
+    condition.
 
     Before that the teacher itself may learn to read times in [0, 1] (``retime_share``; sec. 3.2): the derivative by
     time of one that reads them in [0, 1000] is a thousand times as large. A student of a Sana is Sana-Sprint's network,
@@ -71,8 +73,8 @@ class SanaSprint(Method):
     health = {
         "tangent": "root mean square of the elements of g before it is normalised: how far the student is from "
         "consistency along the teacher's path, and how steep its function of time is",
-        "consistency": "mean of |F - sg(F) - g|^2 over elements, g normalised: near 1 where all tangents are long, and "
-        "lower where they are short beside c",
+        "consistency": "mean of |F - sg(F) - g|^2 over elements, g normalised: with tangent_norm rms near 1 where all "
+        "tangents are long, and lower where they are short beside c; with l2 at most 1 over the number of elements",
         "logvar": "mean of w over the batch: the logarithm of the loss that the weighting expects",
         "retime_error": "mean squared difference between the retimed copy's velocity and the teacher's",
         "real_logit": "mean output of the discriminator's heads on noised real data; the hinge loss is content above 1",
@@ -160,14 +162,11 @@ class SanaSprint(Method):
     @property
     def end(self) -> float:
         """TrigFlow's time of the teacher's purest noise: pi/2, where it has no signal left."""
-        process = self.teacher.process
-        last = torch.tensor(process.t_max, dtype=torch.float64)
-        return float(TRIG.time_of(process.alpha(last), process.sigma(last)))
+        return last_time(self.teacher.process, TRIG)
 
     def angles(self, law: TimeLaw, like: Tensor) -> Tensor:
         """``t = arctan(e^n / sd)`` ``[B]``."""
-        law = dataclasses.replace(law, mean=law.mean - math.log(self.options.data_std))
-        return law.sample(self.draw, TRIG).to(like).clamp(max=self.end)
+        return trig_times(law, self.draw, self.options.data_std, self.teacher.process, like)
 
     def stages(self) -> tuple[Stage, ...]:
         share = self.options.retime_share
@@ -298,9 +297,7 @@ class SanaSprint(Method):
 
 def taking(steps: int, options: SanaSprint.Options, process: Process) -> FewStepSampler:
     """A sampler of so many steps."""
-    t = torch.tensor(ANGLES[steps], dtype=torch.float64)
-    later = [float(x) / process.t_max for x in process.time_of(t.cos(), t.sin())][1:]
-    times = (1.0, *later)
+    times = (1.0, *(share_at(process, math.cos(t), math.sin(t)) for t in ANGLES[steps][1:]))
     return ScaleFewStepSampler(times, scale=options.scale) if options.guidance else FewStepSampler(times)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,9 +11,9 @@ import torch
 from stillroom.diffusion.denoiser import Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
 from stillroom.diffusion.process import TrigFlow
-from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.diffusion.sampling import FewStepSampler, share_at
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.flow_map import Norm, normalised, scm_change, towards
+from stillroom.losses.flow_map import Norm, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.scalars import LogVariance
 
@@ -68,8 +67,7 @@ class SCM(Method):
     def consistency(self, batch: Batch) -> Terms:
         """``L``."""
         o, x0, cond = self.options, batch["x"], batch["cond"]
-        law = dataclasses.replace(o.times, mean=o.times.mean - math.log(o.data_std))
-        t, z = law.sample(self.draw, TRIG).to(x0), self.draw.normal_like(x0)
+        t, z = trig_times(o.times, self.draw, o.data_std, self.teacher.process, x0), self.draw.normal_like(x0)
         u = TRIG.add_noise(x0, z, t)
         teacher, student = Reparametrised(self.teacher, TRIG), Reparametrised(self.student, TRIG)
         with torch.no_grad():
@@ -82,6 +80,5 @@ class SCM(Method):
         return {"consistency": towards(own, step, 1 / (o.data_std * t.tan()), self.variance(t))}
 
     def sampler(self) -> FewStepSampler:
-        process, t = self.teacher.process, torch.tensor(self.options.middle, dtype=torch.float64)
-        middle = float(process.time_of(t.cos(), t.sin())) / process.t_max
+        middle = share_at(self.teacher.process, math.cos(self.options.middle), math.sin(self.options.middle))
         return FewStepSampler((1.0, middle)[: self.options.steps])

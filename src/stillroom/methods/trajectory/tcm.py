@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import expand
-from stillroom.diffusion.sampling import FewStepSampler
+from stillroom.diffusion.sampling import FewStepSampler, share_at
 from stillroom.diffusion.times import TimeLaw
+from stillroom.errors import UserError
 from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled, reached
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 
@@ -36,8 +38,9 @@ class TCM(Method):
         L   = mean_C[ d(f(x_s, s), sg f(x_r, r)) / (s - r) ] + b mean_B[ d(f(x_s, s), f_0(x_r, r)) / (s - r) ]   eq. 9
         C: r > s',   B: r <= s' <= s
 
-    A share of the rows has its s just above s', so that B is not empty. Departures: s is log-normal in both stages,
-    above s' in the second (the paper's tail there is heavier); any process, by its ratio; no dropout.
+    A share of the rows has its s just above s', so that B is not empty. Departures: s is log-normal in both stages, of
+    which the second takes what is above s' (the paper's tail there is heavier, and the share is at s' itself); any
+    process, by its ratio; the network's own dropout.
     """
 
     health = {
@@ -64,6 +67,8 @@ class TCM(Method):
     options: Options
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
+        if (law := self.options.late_times.law) != "log-normal":
+            raise UserError(f"options.late_times is {law}", cure="a log-normal law, which is cut at options.cut")
         self.teacher = frozen(teacher)
         self.student = self.clone(student or teacher, "student")
         self.first = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -86,7 +91,8 @@ class TCM(Method):
             t = o.times.sample(self.draw, process).to(like)
             return t, earlier(process, t, near)
         cut = process.time_of(like.new_ones(1), like.new_full((1,), o.cut))
-        t = o.late_times.sample(self.draw, process).to(like).maximum(cut)
+        below = NormalDist(o.late_times.mean, o.late_times.std).cdf(math.log(o.cut))
+        t = o.late_times.sample(self.draw, process, below).to(like).maximum(cut)
         width = near * (1 + 8 / (1 + math.exp(o.cut)))  # of s - r, as a share of s
         ratio = o.cut * (1 + self.draw.uniform(len(like)).to(like) * width)
         just = process.time_of(torch.ones_like(ratio), ratio)
@@ -115,6 +121,5 @@ class TCM(Method):
         return {"agree": (torch.where(held, o.boundary, 1.0).to(each) * each).mean()}
 
     def sampler(self) -> FewStepSampler:
-        process, ratio = self.teacher.process, torch.tensor(self.options.middle, dtype=torch.float64)
-        middle = float(process.time_of(torch.ones_like(ratio), ratio)) / process.t_max
+        middle = share_at(self.teacher.process, 1.0, self.options.middle)
         return FewStepSampler((1.0, middle)[: self.options.steps])
