@@ -91,6 +91,12 @@ def test_null_values_may_be_tensors_and_keep_the_type_of_the_condition() -> None
     torch.testing.assert_close(null["text"][3], torch.arange(6.0).double().reshape(2, 3))
 
 
+def test_chosen_rows_are_told_nothing() -> None:
+    denoiser = exact(RectifiedFlow(), offsets=((0.0, 0.0),) * 5)
+    cond = {"label": torch.arange(4)}
+    assert torch.equal(denoiser.without(cond, cond["label"] > 1)["label"], torch.tensor([0, 1, 4, 4]))
+
+
 def test_guidance_without_conditions_is_the_plain_answer(affine: Denoiser) -> None:
     x = torch.randn(2, 2)
     assert torch.equal(affine(x, 0.5, {}, 4.0).value, x)

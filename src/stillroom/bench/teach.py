@@ -16,7 +16,7 @@ from torch import Tensor
 from stillroom.bench import Bench, benches
 from stillroom.bench.base import read_card
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.process import expand, process_from_dict
+from stillroom.diffusion.process import process_from_dict
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler, Sampler
 from stillroom.diffusion.times import TimeLaw
 from stillroom.engine.config import EngineConfig
@@ -84,9 +84,7 @@ class Denoising(Method):
         t, eps = self.options.times.sample(self.draw, process).to(x0), self.draw.normal_like(x0)
         drop = self.draw.uniform(len(x0)).to(x0.device) < self.options.label_drop
         given = {name: batch["cond"][name] for name in self.student.null}
-        null = self.student.null_cond(given)
-        cond = {k: torch.where(expand(drop, v), null[k], v) for k, v in given.items()}
-        prediction = self.student(process.add_noise(x0, eps, t), t, cond)
+        prediction = self.student(process.add_noise(x0, eps, t), t, self.student.without(given, drop))
         return {self.options.loss: fake_score_loss(prediction, x0, eps, self.options.loss)}
 
 

@@ -162,6 +162,11 @@ class Denoiser(nn.Module):
             raise UserError(f"guidance needs an unconditional value for: {', '.join(missing)}", cure=NAME_NULL)
         return {k: self._null(k, v).expand_as(v).contiguous() for k, v in cond.items()}
 
+    def without(self, cond: Cond, rows: Tensor) -> dict[str, Tensor]:
+        """``cond``, "unconditional" in the chosen ``rows``, boolean ``[B]``."""
+        null = self.null_cond(cond)
+        return {k: torch.where(expand(rows.to(v.device), v), null[k], v) for k, v in cond.items()}
+
     def _null(self, name: str, like: Tensor) -> Tensor:
         """The unconditional value where ``like`` lies, in its type; kept, so that it goes there once."""
         value, key = self.null[name], (name, like.dtype, like.device)

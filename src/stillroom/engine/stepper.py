@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -376,7 +377,9 @@ class Stepper:
 
     def to_device(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            return {key: self.to_device(value) for key, value in batch.items()}
+            found = copy.copy(batch) if isinstance(batch, dict) else {}  # one without pictures says so
+            found.update((key, self.to_device(value)) for key, value in batch.items())
+            return found
         return batch.to(self.world.device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
     def focus(self, player: Player) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import card_sampler, recipe_arm
+from stillroom.proofs.flow_maps import TEACHER, TEACHER_1, beats_one_step
+from stillroom.proofs.image import recipe_arm
+from stillroom.proofs.points import shuffled_claim
 
 ENDS = "last/end_gap"  # not the mean over a part of the training, which would count the way there
 MEASURED = {"held_out": 1000, "held_out_steps": 50, "measure_every": 100}
@@ -41,7 +43,7 @@ MECHANISM = Proof(
         MAIN.with_("no-boundary", options={"beta": 0.0}),
         MAIN.with_("untouched", engine={"steps": 0}),
         MAIN.with_("shuffled-teacher", teacher="shuffled"),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
+        TEACHER_1,
     ),
     claims=(
         Claim(
@@ -95,16 +97,7 @@ MECHANISM = Proof(
             "<=",
             bound=0.2,
         ),
-        Claim(
-            "learns",
-            "The student beats its teacher's own single step",
-            "",
-            "ced",
-            "boot",
-            "<=",
-            0.5,
-            "teacher-1",
-        ),
+        beats_one_step("boot", "ced", "The student beats its teacher's own single step"),
         Claim(
             "pairs",
             "Beside it: it is at most twice as far as regression on stored pairs that cost the teacher as many calls",
@@ -135,16 +128,7 @@ MECHANISM = Proof(
             0.5,
             "untouched",
         ),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            5.0,
-            "boot",
-        ),
+        shuffled_claim("boot"),
     ),
 )
 
@@ -159,8 +143,8 @@ IMAGE = Proof(
         BOOT.with_("progressive", options={"progressive": True}),
         BOOT.with_("stored-pairs", options={"pairs": 1000 * 32 * CALLS // PAIR_STEPS, "pair_steps": PAIR_STEPS}),
         BOOT.with_("untouched", engine={"steps": 0}),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
-        Arm("teacher", sampler=card_sampler("fashion-teacher")),
+        TEACHER_1,
+        TEACHER,
     ),
     claims=(
         Claim(
@@ -202,16 +186,7 @@ IMAGE = Proof(
             0.5,
             "untouched",
         ),
-        Claim(
-            "learns",
-            "The one-step student beats its teacher's own single step",
-            "abstract",
-            "fd",
-            "boot",
-            "<=",
-            0.5,
-            "teacher-1",
-        ),
+        beats_one_step("boot", "fd", "The one-step student beats its teacher's own single step", "abstract"),
         Claim(
             "pairs",
             "Beside it: it is at most twice as far from real pictures as regression on stored pairs that cost the "

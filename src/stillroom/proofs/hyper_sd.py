@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import card_sampler, recipe_arm
+from stillroom.proofs.flow_maps import TEACHER, TEACHER_1, beats_one_step
+from stillroom.proofs.image import recipe_arm
 from stillroom.proofs.points import control_claims
 
 STEPS = 1200
@@ -160,8 +161,8 @@ IMAGE = Proof(
         CONSISTENT.with_("feedback", options=REWARDED, engine={"steps": MAIN.engine["steps"] * 11 // 10}),
         MAIN.with_("teacher as real score", options={"real": "teacher", "real_guidance": 1.5}),
         MAIN.with_("untouched", engine={"steps": 0}),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
-        Arm("teacher", sampler=card_sampler("fashion-teacher")),
+        TEACHER_1,
+        TEACHER,
     ),
     claims=(
         Claim(
@@ -228,7 +229,7 @@ IMAGE = Proof(
         Claim(
             "learns", "One step beats the untouched copy of the teacher", "", "fd", "hyper-sd", "<=", 0.5, "untouched"
         ),
-        Claim("teacher-1", "And the teacher's own one step", "", "fd", "hyper-sd", "<=", 0.5, "teacher-1"),
+        beats_one_step("hyper-sd", "fd", "And the teacher's own one step", claim="teacher-1"),
     ),
 )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import card_sampler, recipe_arm
+from stillroom.proofs.flow_maps import TEACHER, TEACHER_1, beats_one_step
+from stillroom.proofs.image import recipe_arm
+from stillroom.proofs.points import shuffled_claim
 
 MAIN = Arm(
     "kd",
@@ -24,15 +26,12 @@ MAIN = Arm(
 
 def claims(metric: str) -> tuple[Claim, ...]:
     """What both levels say."""
-    one = Claim(
-        "one-step",
+    one = beats_one_step(
+        "kd",
+        metric,
         "A student that learnt where paths end beats its teacher's own single step",
         "section 4",
-        metric,
-        "kd",
-        "<=",
-        0.5,
-        "teacher-1",
+        claim="one-step",
     )
     two = Claim(
         "two-steps",
@@ -55,20 +54,11 @@ MECHANISM = Proof(
         MAIN,
         MAIN.with_("kd, 2 steps", options={"steps": 2}),
         MAIN.with_("shuffled-teacher", teacher="shuffled"),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
+        TEACHER_1,
     ),
     claims=(
         *claims("ced"),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            5.0,
-            "kd",
-        ),
+        shuffled_claim("kd"),
     ),
 )
 KD = recipe_arm("kd")
@@ -79,8 +69,8 @@ IMAGE = Proof(
     arms=(
         KD,
         KD.with_("kd, 2 steps", options={"steps": 2}),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
-        Arm("teacher", sampler=card_sampler("fashion-teacher")),
+        TEACHER_1,
+        TEACHER,
     ),
     claims=claims("fd"),
 )

@@ -26,9 +26,14 @@ def engine(steps: int, **optim: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def shuffled_claim(name: str, factor: float = 5.0) -> Claim:
+    """On the control by a teacher that answers for the wrong class."""
+    statement = "Control: a teacher that answers for the wrong class ruins the student"
+    return Claim("control-shuffled", statement, "", "ced", "shuffled-teacher", ">=", factor, name)
+
+
 def control_claims(name: str, learns: float = 0.5) -> tuple[Claim, ...]:
     """The student against the untouched copy, and the shuffled teacher that must ruin it."""
-    shuffled = "Control: a teacher that answers for the wrong class ruins the student"
     return (
         Claim(
             "learns",
@@ -40,7 +45,7 @@ def control_claims(name: str, learns: float = 0.5) -> tuple[Claim, ...]:
             learns,
             "untouched",
         ),
-        Claim("control-shuffled", shuffled, "", "ced", "shuffled-teacher", ">=", 5.0, name),
+        shuffled_claim(name),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import card_sampler, recipe_arm
+from stillroom.proofs.flow_maps import TEACHER, TEACHER_1, beats_one_step
+from stillroom.proofs.image import recipe_arm
+from stillroom.proofs.points import shuffled_claim
 
 MAIN = Arm(
     "progressive",
@@ -32,16 +34,7 @@ def claims(metric: str) -> tuple[Claim, ...]:
         0.8,
         "last halving alone",
     )
-    learns = Claim(
-        "learns",
-        "The student beats its teacher's own single step",
-        "Figure 4",
-        metric,
-        "progressive",
-        "<=",
-        0.5,
-        "teacher-1",
-    )
+    learns = beats_one_step("progressive", metric, "The student beats its teacher's own single step", "Figure 4")
     return rounds, learns
 
 
@@ -53,20 +46,11 @@ MECHANISM = Proof(
         MAIN,
         MAIN.with_("last halving alone", options={"begin": 2}),
         MAIN.with_("shuffled-teacher", teacher="shuffled"),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
+        TEACHER_1,
     ),
     claims=(
         *claims("ced"),
-        Claim(
-            "control-shuffled",
-            "Control: a teacher that answers for the wrong class ruins the student",
-            "",
-            "ced",
-            "shuffled-teacher",
-            ">=",
-            3.0,
-            "progressive",
-        ),
+        shuffled_claim("progressive", 3.0),
     ),
 )
 PROGRESSIVE = recipe_arm("progressive")
@@ -77,8 +61,8 @@ IMAGE = Proof(
     arms=(
         PROGRESSIVE,
         PROGRESSIVE.with_("last halving alone", options={"begin": 2}),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
-        Arm("teacher", sampler=card_sampler("fashion-teacher")),
+        TEACHER_1,
+        TEACHER,
     ),
     claims=claims("fd"),
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.flow_maps import TEACHER_1
-from stillroom.proofs.image import card_sampler, recipe_arm
+from stillroom.proofs.flow_maps import TEACHER, TEACHER_1, beats_one_step
+from stillroom.proofs.image import recipe_arm
 
 DENSE = {"retime_share": 0.25, "time_scale": 100.0}  # this network multiplies what it is fed by a thousandth, and
 # reads waves of up to 100 radians per unit of that: a tenth of the teacher's own times is dense
@@ -184,16 +184,7 @@ MECHANISM = Proof(
             1.1,
             "sana-sprint",
         ),
-        Claim(
-            "learns",
-            "The student beats its teacher's own single step",
-            "",
-            "ced",
-            "sana-sprint",
-            "<=",
-            0.5,
-            "teacher-1",
-        ),
+        beats_one_step("sana-sprint", "ced", "The student beats its teacher's own single step"),
         Claim(
             "control-shuffled",
             "Control: a teacher that answers for the wrong class ruins the student, though it sees real data",
@@ -220,7 +211,7 @@ IMAGE = Proof(
         several(SPRINT, 2),
         several(SPRINT, 4),
         TEACHER_1,
-        Arm("teacher", sampler=card_sampler("fashion-teacher")),
+        TEACHER,
     ),
     claims=(
         Claim(
@@ -273,16 +264,7 @@ IMAGE = Proof(
             1.0,
             "sana-sprint",
         ),
-        Claim(
-            "learns",
-            "The one-step student beats its teacher's own single step",
-            "",
-            "fd",
-            "sana-sprint",
-            "<=",
-            0.5,
-            "teacher-1",
-        ),
+        beats_one_step("sana-sprint", "fd", "The one-step student beats its teacher's own single step"),
     ),
     note="The arms without the last time (p = 0) and with larger times are of the proof on points alone: each would be "
     "one more training on pictures.",

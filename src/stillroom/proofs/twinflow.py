@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from stillroom.proofs.base import Arm, Claim, Proof
-from stillroom.proofs.image import card_sampler, recipe_arm
+from stillroom.proofs.flow_maps import TEACHER, TEACHER_1, beats_one_step
+from stillroom.proofs.image import recipe_arm
 
 ALONE: dict[str, Any] = {"fake_parts": 0, "rectification": 0.0}
 TWO = {"sample_times": (0.999, 0.6)}
@@ -161,8 +162,8 @@ IMAGE = Proof(
         at_two_steps(ALONE_HERE),
         TWINFLOW.with_("no images", options={"image_free": True}),
         TWINFLOW.with_("untouched", engine={"steps": 0}),
-        Arm("teacher-1", sampler={"name": "few-step", "times": (1.0,)}),
-        Arm("teacher", sampler=card_sampler("fashion-teacher")),
+        TEACHER_1,
+        TEACHER,
     ),
     claims=(
         *claims("fd", 0.9),
@@ -176,16 +177,7 @@ IMAGE = Proof(
             0.5,
             "untouched",
         ),
-        Claim(
-            "learns",
-            "The one-step student beats its teacher's own single step",
-            "abstract",
-            "fd",
-            "twinflow",
-            "<=",
-            0.5,
-            "teacher-1",
-        ),
+        beats_one_step("twinflow", "fd", "The one-step student beats its teacher's own single step", "abstract"),
     ),
 )
 

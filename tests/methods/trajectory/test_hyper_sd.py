@@ -338,7 +338,7 @@ def test_what_cannot_be_is_refused_with_a_cure(change: dict[str, Any], named: st
 
 
 def test_data_without_pictures_have_no_agreement() -> None:
-    from stillroom.tasks.pipelines.data import NoPictures
+    from stillroom.data.conditions import NoPictures
 
     class Prompts:
         def batch(self, *where: Any) -> Any:

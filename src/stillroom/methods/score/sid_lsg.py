@@ -114,8 +114,7 @@ class SiDLSG(Method):
         """Some conditions become null while a guided fake score trains."""
         if not self.options.condition_drop or not cond or (self.k_train == 1 and self.k_fake == 1):
             return cond
-        drop, null = self.draw.uniform(self.draw.local) < self.options.condition_drop, self.fake.null_cond(cond)
-        return {k: v.where(~drop.to(v.device).reshape(-1, *[1] * (v.ndim - 1)), null[k]) for k, v in cond.items()}
+        return self.fake.without(cond, self.draw.uniform(self.draw.local) < self.options.condition_drop)
 
     def ask_fake(self, x_t: Tensor, t: Tensor, cond: Cond, full: Cond, guidance: float) -> tuple[Prediction, Tensor]:
         """The fake score under ``cond`` and ``guidance``, and its logits under the ``full`` condition (kept under

@@ -195,12 +195,7 @@ class SanaSprint(Method):
         x0, cond, process = batch["x"], dict(batch["cond"]), self.teacher.process
         t = TimeLaw("uniform", shift=1.0).sample(self.draw, process).to(x0)
         if self.teacher.null and cond:
-            kept = self.draw.uniform(len(x0)).to(x0) >= 0.1
-            null = self.teacher.null_cond(cond)
-            cond = {
-                name: torch.where(kept.reshape(-1, *(1,) * (value.ndim - 1)), value, null[name])
-                for name, value in cond.items()
-            }
+            cond = self.teacher.without(cond, self.draw.uniform(len(x0)) < 0.1)
         x_t = process.add_noise(x0, self.draw.normal_like(x0), t)
         with torch.no_grad():
             target = self.teacher(x_t, t, cond).v

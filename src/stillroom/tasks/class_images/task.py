@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stillroom.data.conditions import LABELS_ALONE, LabelsAlone
 from stillroom.data.labels import numbered, places
 from stillroom.data.source import IMAGE_SETS, ArrayData, load_data
 from stillroom.diffusion.denoiser import Denoiser
@@ -28,21 +29,25 @@ class ClassImages(Task):
     teacher."""
 
     model = ImageGenerator
-    data_names = IMAGE_SETS
+    data_names = (*IMAGE_SETS, LABELS_ALONE)
     objects = {"teacher": DENOISERS, "student": DENOISERS, "data": (ArrayData,)}
     data: ArrayData
 
     def load(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
-        self.data = given["data"] if "data" in given else load_data(recipe.data, "train")
-        self.origin = self.data.origin
+        alone = "data" not in given and recipe.data == LABELS_ALONE
+        if not alone:
+            self.data = given["data"] if "data" in given else load_data(recipe.data, "train")
         self.teacher = as_generator(given["teacher"]) if "teacher" in given else load_denoiser(recipe.teacher)
+        if alone:
+            self.data = labels_of(self.teacher, recipe)
+        self.origin = self.data.origin
         if "teacher" not in given:
             self.folders["teacher"] = model_home(recipe.teacher)
         check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
         if label_count(self.teacher.denoiser.network) and not self.teacher.denoiser.null:
             names = self.teacher.classes or self._by_number(self.teacher.denoiser.network, recipe)
             self.teacher = ImageGenerator(self.teacher.denoiser, self.teacher.sampler, names)
-        elif takes_nothing(self.teacher.denoiser):
+        elif takes_nothing(self.teacher.denoiser) and self.data.cond:
             self.data = ArrayData(self.data.array, name=self.data.name, origin=self.data.origin, ids=self.data.ids)
         self.data = self._by_names(self.data, self.teacher, f"the classes of teacher {recipe.teacher!r}")
         self.start = self.teacher.denoiser
@@ -114,6 +119,15 @@ class ClassImages(Task):
         use = f"images = student.sample({asked}, seed=0)  # [N, C, H, W] in [-1, 1]"
         makes = f"A student of {made_from(recipe.teacher)} that makes an image in {calls(result)}"
         return Card(makes, [use], hub_library="diffusers", kind="image-generation")
+
+
+def labels_of(model: ImageGenerator, recipe: Recipe) -> LabelsAlone:
+    """The classes that ``model`` draws. Raises UserError where something is to be compared with pictures."""
+    if recipe.evaluate.n:
+        raise UserError(
+            f"data {LABELS_ALONE!r} hold no images to compare with", cure="evaluate.n=0, or data with a test split"
+        )
+    return LabelsAlone(class_count(model.denoiser), model.classes, model.denoiser.shape)
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stillroom.data.conditions import NoPictures
 from stillroom.data.prompt_sources import PromptSource, fitted
 from stillroom.data.source import ArrayData
 from stillroom.errors import UserError
@@ -84,18 +85,6 @@ class PromptedData:
     def __getstate__(self) -> dict[str, Any]:
         """A copy opens its shards itself."""
         return self.__dict__ | {"_slices": {}}
-
-
-class NoPictures(dict):
-    """A batch of prompts alone."""
-
-    def __missing__(self, key: str) -> Any:
-        if key == "x":
-            raise UserError(
-                "this method reads real images, but the data are prompts alone",
-                cure="give images with captions, or switch the part off that needs them (options.gan_weight=0)",
-            )
-        raise KeyError(key)
 
 
 def encode_prompts(
