@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,26 @@ def test_results_are_put_together_from_measured_arms_only(tmp_path: Path) -> Non
     assert judged[0]["arms"]["sim"]["mean"] == pytest.approx(0.01)
     assert "unmeasured" not in judged[0]
     assert json.loads((tmp_path / "sim.json").read_text()) == result
+
+
+def test_arms_of_some_seeds_are_told_apart_and_judge_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillroom.proofs.runner.get_bench", lambda name: SimpleNamespace(floor=dict))
+    image, mechanism = get_proofs("sim")
+    for proof in (image, mechanism):
+        file = arm_file(tmp_path, proof, proof.arms[0], 1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scores = dict.fromkeys((score.key for score in benches()[proof.bench].scores), 0.5)
+        facts = {"cost": {"seconds": 2.0}, "health": {"health/sample_std": [1.0, 2.0]}, "commit": "c", "machine": "m"}
+        file.write_text(json.dumps({"scores": scores, "seed": 1, **facts}))
+    result = write_result("sim", (0, 1), tmp_path)
+    assert {claim["verdict"] for claim in result["claims"]} == {"not measured"}
+    assert list(result["partly"]) == ["fashion"]
+    arm = result["partly"]["fashion"][image.arms[0].name]
+    assert arm["seeds"] == [1]
+    assert arm["fd"]["mean"] == 0.5
+    assert arm["fd"]["cost"] == {"seconds": 2.0}
+    assert result["health"] == {"health/sample_std": [1.0, 2.0]}
+    assert result["commit"] == ["c"]
 
 
 def test_a_claim_without_its_arms_is_listed_as_not_measured(tmp_path: Path) -> None:

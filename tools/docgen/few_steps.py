@@ -68,18 +68,22 @@ def facts(sources: Sources, wing: str) -> dict[str, list[str]]:
 
 def own_arms(sources: Sources, slug: str) -> list[str]:
     """The arms on the bench that are the method itself: those that bear its name, and those of several steps."""
-    names = {
-        name: None
-        for claim in sources.claims(slug)
-        if claim["world"] == BENCH and claim["metric"] == DISTANCE
-        for name in claim["arms"]
-    }
-    return [name for name in names if name.startswith(slug) or re.search(r"\b\d+-steps?$", name)]
+    return [name for name in arms(sources, slug) if name.startswith(slug) or re.search(r"\b\d+[- ]steps?$", name)]
 
 
 def known(sources: Sources, slug: str, name: str) -> dict[str, Any] | None:
+    return arms(sources, slug).get(name)
+
+
+def arms(sources: Sources, slug: str) -> dict[str, dict[str, Any]]:
+    """What was measured of a method's arms on the bench, by name; of those that were not run at every seed, after all
+    others, with the ``seeds`` that there are."""
     claims = [c for c in sources.claims(slug) if c["world"] == BENCH and c["metric"] == DISTANCE]
-    return next((claim["arms"][name] for claim in claims if name in claim["arms"]), None)
+    found = {name: arm for claim in claims for name, arm in claim["arms"].items()}
+    for result in sources.results.get(slug, []):
+        for name, arm in result.get("partly", {}).get(BENCH, {}).items():
+            found.setdefault(name, arm[DISTANCE] | {"seeds": arm["seeds"]})
+    return found
 
 
 def measured(arm: dict[str, Any] | None, of_teacher: dict[str, Any] | None) -> list[str]:
@@ -89,4 +93,6 @@ def measured(arm: dict[str, Any] | None, of_teacher: dict[str, Any] | None) -> l
     ratio = arm["mean"] / of_teacher["mean"] if arm["mean"] and of_teacher and of_teacher["mean"] else None
     trained = cost.get("seconds") if cost.get("steps") else None
     shown = [f"{ratio:.2g}" if ratio else "–", number(cost.get("nfe")), number(trained), number(cost.get("latency_ms"))]
-    return [spread(arm), *shown]
+    seeds = [str(seed) for seed in arm.get("seeds", ())]
+    only = f", seed{'s' * (len(seeds) > 1)} {' and '.join(seeds)} alone" if seeds else ""
+    return [spread(arm) + only, *shown]

@@ -209,25 +209,35 @@ def prove(
 
 def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> dict[str, Any]:
     """Put together ``results/<slug>.json`` from the measured arms. A claim whose arms were not all run, at every
-    seed, has the verdict ``not measured`` and names them."""
+    seed, has the verdict ``not measured`` and names them. What arms were at some of the seeds alone stands apart, under
+    ``partly``: for tables, not for verdicts."""
     claims, floors, hashes, health, notes = [], {}, [], {}, {}
+    partly: dict[str, dict[str, Any]] = {}
     commits, machines = set(), set()
     for proof in get_proofs(slug):
         measured: dict[str, list[dict[str, Any]]] = {}
+        some: dict[str, list[dict[str, Any]]] = {}
         for arm in proof.arms:
             files = [arm_file(results, proof, arm, seed) for seed in seeds]
             hashes += [f.stem for f in files]
-            if all(f.exists() for f in files):
-                measured[arm.name] = [read_arm(f, bench_class(proof.bench).scores) for f in files]
+            if found := [read_arm(f, bench_class(proof.bench).scores) for f in files if f.exists()]:
+                (measured if len(found) == len(files) else some)[arm.name] = found
+        if some and proof.level != "mechanism":
+            partly[proof.bench] = {
+                name: {"seeds": [run["seed"] for run in runs]}
+                | {key: _summary(runs, key) for key in (score.key for score in bench_class(proof.bench).scores)}
+                for name, runs in some.items()
+            }
         claims += [_judge(claim, proof, measured) for claim in proof.claims]
         notes[proof.bench] = proof.note
-        if not measured:
+        seen = measured | (some if proof.level != "mechanism" else {})
+        if not seen:
             continue
         floors[proof.bench] = get_bench(proof.bench).floor()
-        commits |= {run["commit"] for runs in measured.values() for run in runs}
-        machines |= {run["machine"] for runs in measured.values() for run in runs}
-        if proof.level != "mechanism" and not health and proof.arms[0].name in measured:
-            health = _bands(measured[proof.arms[0].name])
+        commits |= {run["commit"] for runs in seen.values() for run in runs}
+        machines |= {run["machine"] for runs in seen.values() for run in runs}
+        if proof.level != "mechanism" and not health and proof.arms[0].name in seen:
+            health = _bands(seen[proof.arms[0].name])
     result = {
         "method": slug,
         "bench": sorted(notes),
@@ -239,7 +249,7 @@ def write_result(slug: str, seeds: Sequence[int], results: Path = RESULTS) -> di
         "notes": notes,
         "health": health,
         "claims": claims,
-    }
+    } | ({"partly": partly} if partly else {})
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{slug}.json").write_text(to_json(result))
     return result

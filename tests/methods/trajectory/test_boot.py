@@ -299,6 +299,47 @@ def test_beside_a_teacher_of_noise_the_network_says_the_signal_itself() -> None:
         torch.testing.assert_close(method.said(eps, t, cond), method.student.native(top * eps, t, cond))
 
 
+def noise_teacher() -> Denoiser:
+    plain = point_teacher()
+    return Denoiser(plain.network, VP(), "eps", null=plain.null, shape=(2,)).eval()
+
+
+@pytest.mark.parametrize("predicts", ["signal", "state"])
+def test_beside_a_teacher_of_noise_it_begins_by_what_the_first_step_says_at_all_times(predicts: Any) -> None:
+    method = built(noise_teacher(), predicts=predicts, begin_share=0.25)
+    assert [(stage.turns, stage.share) for stage in method.stages()] == [(("begin",), 0.25), (("bootstrap",), 0.75)]
+    eps, cond = torch.randn(64, 2), {"label": torch.arange(64) % 4}
+    process = method.teacher.process
+    t = torch.linspace(0.01, 0.99, 64) * process.t_max
+    top = torch.full((64,), 0.99 * process.t_max)
+    with torch.no_grad():
+        first = method.teacher(process.sigma(top)[:, None] * eps, top, cond).x0
+        state = process.alpha(t)[:, None] * first + process.sigma(t)[:, None] * eps
+        wanted = first if predicts == "signal" else state
+        method.said = lambda *_: wanted  # type: ignore[method-assign]
+        assert float(method.distance_to_first(eps, t, cond)) < 1e-10
+        method.said = lambda *_: wanted + 0.5  # type: ignore[method-assign]
+        assert float(method.begin({"cond": cond})["begin"]) > 0
+        assert float(method.distance_to_first(eps, t, cond)) == pytest.approx(0.25)
+
+
+def test_the_first_part_brings_it_near_the_first_step_and_a_flow_s_student_has_none(tmp_path: Path) -> None:
+    def gap(steps: int) -> float:
+        method = BOOT(BOOT.Options(begin_share=0.99))
+        method.build(noise_teacher())
+        optim = {"all": {"lr": 1e-2}}
+        Trainer(method, OnlyConditions(), EngineConfig(steps=steps, batch=64, optim=optim), tmp_path / str(steps)).fit()
+        eps, cond = torch.randn(256, 2), {"label": torch.arange(256) % 4}
+        with torch.no_grad():
+            return float(method.distance_to_first(eps, method.top(eps), cond))
+
+    assert gap(100) < 0.5 * gap(1)
+    assert [stage.name for stage in built(point_teacher().eval()).stages()] == ["train"]
+    assert [stage.name for stage in built(noise_teacher(), pairs=4).stages()] == ["train"]
+    assert {turn.name for turn in built(noise_teacher()).turns()} == {"begin", "bootstrap"}
+    assert {turn.name for turn in built(point_teacher()).turns()} == {"bootstrap"}
+
+
 def test_what_does_not_fit_is_refused_with_a_cure() -> None:
     with pytest.raises(UserError, match="leave no times"):
         BOOT(BOOT.Options(delta=0.99)).build(point_teacher())

@@ -14,7 +14,7 @@ from stillroom.diffusion.process import expand
 from stillroom.diffusion.sampling import FewStepSampler, SignalSampler, signal
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
-from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
+from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 from stillroom.surgery.modules import device_of, evaluating
 
 ADAM = Optim(lr=1e-4, name="adam", betas=(0.9, 0.999), clip_norm=1.0)
@@ -49,7 +49,8 @@ class BOOT(Method):
     those of another implementation, and the weight of the boundary, 1, is ours (0.1 there, on velocities); the distance
     is the squared one, not LPIPS. The student reads its output as the teacher does at T, whatever its time is told, so
     that at T it begins as the teacher's own first step; where the teacher predicts noise, which a small alpha_T would
-    divide, the output is the signal itself, and the student begins far off: the boundary has to bring it there.
+    divide, the output is the signal itself, and the student first learns to say that step, whatever the time
+    (``begin_share``).
     """
 
     health = {
@@ -68,6 +69,8 @@ class BOOT(Method):
         beta: float = field(default=1.0, metadata={"min": 0})  # of the boundary, on signals
         most: float = field(default=1000.0, metadata={"above": 0})  # of 1 / k^2
         guidance: float = 1.0  # on the teacher
+        # of the steps, beside a teacher of noise: what the student learns before it bootstraps
+        begin_share: float = field(default=0.05, metadata={"min": 0, "below": 1, "later": True})
         clip: float = field(default=0.0, metadata={"min": 0})  # of the teacher's x0 to +-this; 0: none
         solver: Literal["euler", "heun"] = "euler"  # heun: the mean of the teacher's x0 at both ends of a step
         # Times are told backwards, low as high: the finished student is asked at ``high``, as a pipeline of diffusers
@@ -107,8 +110,16 @@ class BOOT(Method):
             raise UserError("options.flipped is of students of the signal", cure="options.predicts=signal")
         self.teacher = frozen(teacher)
         self.student = self.clone(student or teacher, "student")
+        self.begun = 0.0
         if self.student.prediction == "eps":
             self.student.prediction = "x0"
+            self.begun = o.begin_share if o.bootstraps else 0.0
+
+    def stages(self) -> tuple[Stage, ...]:
+        if not self.begun:
+            return (Stage("train"),)
+        first = Stage("begin", ("begin",), self.begun, own_schedule=True)
+        return first, Stage("train", ("bootstrap",), 1 - self.begun, own_schedule=True)
 
     def prepare(self, data: Any) -> None:
         """Pairs for the ablation, and paths to measure on, for conditions of the data."""
@@ -150,13 +161,22 @@ class BOOT(Method):
         return self.draw.normal(self.draw.local, *self.teacher.shape).to(device_of(self.teacher))
 
     # --- the losses -------------------------------------------------------------------------------------------------
+    @turn(trains="student", optim=ADAM, when="begun")
+    def begin(self, batch: Batch) -> Terms:
+        """A new output that says the teacher's first step, at all times."""
+        o, cond, eps = self.options, batch["cond"], self.noise()
+        t = self.at(o.low + (o.high - o.low) * self.draw.uniform(len(eps)).to(eps))
+        self.measure()
+        return {"begin": self.distance_to_first(eps, t, cond)}
+
     @turn(trains="student", optim=ADAM, when="bootstraps")
     def bootstrap(self, batch: Batch) -> Terms:
         """``L_BS + beta L_BC``."""
         o, cond, eps = self.options, batch["cond"], self.noise()
         u = self.draw.uniform(len(eps)).to(eps)
         room = o.high - o.low - o.delta
-        reach = min(self.progress / o.progressive_share + o.delta, 1.0) if o.progressive else 1.0
+        done = max(0.0, self.progress - self.begun) / (1 - self.begun)
+        reach = min(done / o.progressive_share + o.delta, 1.0) if o.progressive else 1.0
         t, s = self.at(o.high - room * reach * u), self.at(o.high - room * reach * u - o.delta)
         with torch.no_grad():
             target, k = self.target(eps, t, s, cond)
@@ -189,12 +209,15 @@ class BOOT(Method):
 
     def boundary(self, eps: Tensor, cond: Cond) -> Tensor:
         """``L_BC``, at T."""
-        top = self.top(eps)
-        alpha, sigma = self.rates(top, eps)
+        return self.distance_to_first(eps, self.top(eps), cond)
+
+    def distance_to_first(self, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Of what the student says at ``t`` from the signal, or the state, of the teacher's first step."""
+        alpha, sigma = self.rates(t, eps)
         with torch.no_grad():
             f = self.first_step(eps, cond)
             wanted = f if self.options.predicts == "signal" else alpha * f + sigma * eps
-        return denoising_loss(self.said(eps, top, cond), wanted)
+        return denoising_loss(self.said(eps, t, cond), wanted)
 
     def first_step(self, eps: Tensor, cond: Cond) -> Tensor:
         """The teacher's x0 of noise alone."""
