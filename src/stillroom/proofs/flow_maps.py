@@ -15,8 +15,8 @@ TEACHER = Arm("teacher", sampler=card_sampler("fashion-teacher"))
 """Its best many, on pictures."""
 RATE = {"lr": 1e-3}
 TUNED = (
-    "Rates and betas were chosen in two rounds at seed 100. An earlier recording, untuned, at a rate of 1e-3 with betas "
-    "of 0.9 and 0.999, was discarded: "
+    "Rates and betas were chosen in two rounds at seed 100. An earlier recording, untuned, at a rate of 1e-3 with "
+    "betas of 0.9 and 0.999, was discarded: "
 )
 
 
