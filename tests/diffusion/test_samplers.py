@@ -317,7 +317,7 @@ def test_the_second_time_is_a_flow_s_whatever_the_process() -> None:
         denoiser.native = lambda x, t, cond, n=native, told=told: told.append(cond["r"]) or n(x, t, cond)  # type: ignore[method-assign,misc]
         process, noise = denoiser.process, torch.randn(3, 2, dtype=torch.float64)
         FlowMapSampler((1.0, 0.5), to="next").sample(denoiser, noise)
-        t = torch.tensor([0.5 * process.t_max, 0.0], dtype=torch.float64)
+        t = torch.tensor(0.5 * process.t_max, dtype=torch.float64)
         a, s = process.alpha(t), process.sigma(t)
-        for found, r in zip(told, s / (a + s), strict=True):
+        for found, r in zip(told, (s / (a + s), 0 * s), strict=True):  # the last call leads to clean data
             torch.testing.assert_close(found, r.expand(3), rtol=1e-6, atol=1e-9)

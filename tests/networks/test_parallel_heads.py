@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow
-from stillroom.diffusion.sampling import FlowMapSampler
+from stillroom.diffusion.sampling import FewStepSampler, FlowMapSampler
 from stillroom.errors import UserError
 from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.networks.parallel_heads import fused, last_layer, with_heads
@@ -69,11 +69,11 @@ def test_heads_change_nothing_until_they_are_trained_and_a_span_says_their_mean(
     torch.testing.assert_close(ask(headed, cond | SPAN), before, rtol=0, atol=1e-6)
     torch.testing.assert_close(ask(headed, cond | SPAN, guidance=2.0), guided, rtol=0, atol=1e-5)
     learnt(headed)
-    times, flow = headed.attachment.times, headed.attachment.flow
-    single = [ask(headed, cond | {"since": times[k].expand(2), "r": times[k + 1].expand(2)}) for k in range(4)]
+    flow = headed.attachment.flow
+    single = [ask(headed, cond | {"since": flow[k].expand(2), "r": flow[k + 1].expand(2)}) for k in range(4)]
     assert all(not torch.allclose(one, other, atol=1e-4) for one, other in zip(single, single[1:], strict=False))
     spans = [(0, 3), (1, 2)]
-    long = ask(headed, cond | {"since": times[[0, 1]], "r": times[[3, 2]]})
+    long = ask(headed, cond | {"since": flow[[0, 1]], "r": flow[[3, 2]]})
     for row, (a, b) in enumerate(spans):
         steps = (flow[a:b] - flow[a + 1 : b + 1]) / (flow[a] - flow[b])
         mean = sum(step * single[k][row] for k, step in zip(range(a, b), steps, strict=True))
@@ -86,12 +86,11 @@ def test_intervals_are_the_sampler_s_and_their_shares_are_lengths_in_the_flow_s_
     kind: Any = "edm" if isinstance(process, EDM) else "v"
     heads: Any = with_heads(Denoiser(point_teacher().network, process, kind, shape=(2,)), 4).attachment
     grid = process.grid(4).float()
-    torch.testing.assert_close(heads.times * process.t_max, grid)
     u = process.sigma(grid) / (process.alpha(grid) + process.sigma(grid))
     torch.testing.assert_close(heads.flow[:-1], u[:-1])
     assert float(heads.flow[-1]) == 0
-    between = (heads.times[1] + heads.times[2]) / 2  # half of an interval, and all of the next
-    (d,) = heads.shares(between[None], heads.times[3][None])
+    between = (heads.flow[1] + heads.flow[2]) / 2  # half of an interval, and all of the next
+    (d,) = heads.shares(between[None], heads.flow[3][None])
     half, whole = (heads.flow[1] - heads.flow[2]) / 2, heads.flow[2] - heads.flow[3]
     torch.testing.assert_close(d, torch.stack([0 * half, half, whole, 0 * half]) / (half + whole))
     assert torch.equal(heads.shares(between[None], between[None]), torch.zeros(1, 4))
@@ -117,6 +116,9 @@ def test_one_span_is_a_plain_network(name: str) -> None:
     told = cond | {"since": torch.full((2,), 0.75), "r": torch.zeros(2)}
     torch.testing.assert_close(ask(other, cond), ask(headed, told), rtol=1e-4, atol=1e-5)
     assert set(other.network.state_dict()) == set(plain.network.state_dict())
+    noise = torch.randn(2, *plain.shape)
+    whole = FlowMapSampler((1.0,)).sample(headed, noise, cond)
+    torch.testing.assert_close(FewStepSampler((1.0,)).sample(fused(headed), noise, cond), whole, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", MADE)

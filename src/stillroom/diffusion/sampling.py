@@ -275,8 +275,10 @@ class FlowMapSampler(FewStepSampler):
         for here, following in itertools.pairwise((*self.times, 0.0)):
             t, s = (noise.new_tensor(share * process.t_max) for share in (here, following))
             told = s if self.to == "next" else t
-            r = flow.time_of(process.alpha(told), process.sigma(told)).expand(len(noise))
-            x = ddim_step(denoiser(x, t, {**(cond or {}), "r": r}, self.guidance), process, s)
+            r = flow.time_of(process.alpha(told), process.sigma(told))
+            r = r if following or self.to == "here" else 0 * r  # clean data, also where time 0 has noise left
+            p = denoiser(x, t, {**(cond or {}), "r": r.expand(len(noise))}, self.guidance)
+            x = ddim_step(p, process, s) if following else p.x0
         return x
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import RectifiedFlow
 from stillroom.errors import UserError
 from stillroom.surgery.attached import AttachedDenoiser, Attachment, ask_once, hidden_of
 
@@ -21,13 +22,14 @@ class ParallelHeads(Attachment):
     ``u = sigma / (alpha + sigma)``. The network then says the mean velocity of that span from the state that it is
     given; a span of one interval asks one head.
 
-    Conditions, as shares of t_max: ``r``, where the span ends, and ``since``, where it begins; without it at the time
-    that the network is asked at, and at 1 where that is not known (a pipeline's one step).
+    Conditions, as times u: ``r``, where the span ends, and ``since``, where it begins; without it at the time that the
+    network is asked at, and with the noise that a path begins with where that is not known (a pipeline's one step).
 
     path: of the last layer, linear or a convolution, whose weight has the shape ``weight``. count: of heads.
     """
 
     reads = ("r", "since")
+    timed = True
 
     def __init__(
         self, path: str, count: int, weight: Sequence[int], bias: bool = True, padding: Sequence[int] = ()
@@ -37,29 +39,20 @@ class ParallelHeads(Attachment):
         self.padding = tuple(padding)
         self.weight = nn.Parameter(torch.zeros(count, *weight))
         self.bias = nn.Parameter(torch.zeros(count, weight[0])) if bias else None
-        self.register_buffer("times", torch.linspace(1, 0, count + 1))  # of the intervals' ends, as shares of t_max
-        self.register_buffer("flow", torch.linspace(1, 0, count + 1))  # the same, as u
-
-    def position(self, share: Tensor) -> Tensor:
-        """``u`` at times ``[B]`` that are shares of t_max: straight lines between the intervals' ends."""
-        times, flow = self.times.flip(0), self.flow.flip(0)
-        at = torch.searchsorted(times, share.contiguous()).clamp(1, len(times) - 1)
-        along = (share - times[at - 1]) / (times[at] - times[at - 1])
-        return torch.lerp(flow[at - 1], flow[at], along)
+        self.register_buffer("flow", torch.linspace(1, 0, count + 1))  # u at the intervals' ends
 
     def shares(self, since: Tensor, r: Tensor) -> Tensor:
         """``d [B, N]`` of spans from ``since`` down to ``r``; 0 for a span without length."""
-        top, low = (self.position(time)[:, None] for time in (since, r))
-        covered = (torch.minimum(top, self.flow[:-1]) - torch.maximum(low, self.flow[1:])).clamp_min(0)
+        top, low = torch.minimum(since[:, None], self.flow[:-1]), torch.maximum(r[:, None], self.flow[1:])
+        covered = (top - low).clamp_min(0)
         return covered / covered.sum(1, keepdim=True).clamp_min(torch.finfo(covered.dtype).tiny)
 
     def answer(self, path: str, inputs: Mapping[Any, Any], output: Any) -> Any:
         told = self.told or {}
         if "r" not in told:
             return None
-        r = self.of_rows(told["r"]).to(self.times)
-        since = told.get("since", told.get("t"))
-        since = torch.ones_like(r) if since is None else since.to(r)
+        r = self.of_rows(told["r"]).to(self.flow)
+        since = told.get("since", told.get("u", self.flow[0])).to(r)
         d = self.shares(since.expand_as(r) if since.ndim == 0 else self.of_rows(since), r)
         return output + self.mean(d, hidden_of(inputs)).to(output)
 
@@ -112,9 +105,8 @@ def with_heads(denoiser: Denoiser, count: int) -> AttachedDenoiser:
             raise UserError(f"{path} is no plain convolution, which heads must be", cure="give another network")
     heads = ParallelHeads(path, count, layer.weight.shape, layer.bias is not None, padding)
     grid = process.grid(count)
-    flow = process.sigma(grid) / (process.alpha(grid) + process.sigma(grid))
+    flow = RectifiedFlow().time_of(process.alpha(grid), process.sigma(grid))
     flow[-1] = 0  # the last step of a sampler ends in clean data
-    heads.times.copy_(grid / process.t_max)
     heads.flow.copy_(flow)
     return AttachedDenoiser(denoiser, heads.to(layer.weight.device), alone=False)
 
@@ -125,7 +117,7 @@ def fused(denoiser: AttachedDenoiser, since: float = 1.0, r: float = 0.0) -> Den
     3.5). Nothing is attached to it, and it costs what it cost before."""
     heads = denoiser.attachment
     assert isinstance(heads, ParallelHeads)
-    d = heads.shares(heads.times.new_tensor([since]), heads.times.new_tensor([r]))[0]
+    d = heads.shares(heads.flow.new_tensor([since]), heads.flow.new_tensor([r]))[0]
     plain = copy.deepcopy(denoiser).base()
     layer: Any = plain.network.get_submodule(heads.paths[0])
     layer._forward_hooks.clear()

@@ -14,18 +14,22 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction, asked_rows, asking_for
+from stillroom.diffusion.process import RectifiedFlow
 from stillroom.errors import UserError
 from stillroom.folders.diffusers_networks import some_conditions
 
+FLOW = RectifiedFlow()
 _TIME = re.compile(r"(.*\.)?([a-z_]*time[a-z_]*|t_embedder|embed_t|distilled_guidance_layer)")
 _OF_TEXTS = re.compile(r"[a-z_]*(context|text)[a-z_]*\..*")
 
 
 class Attachment(nn.Module):
     """Base. paths: of the modules whose outputs it may change. reads: names of the conditions that are told to it and
-    not to the network. ``config``: what its class makes it from again, as JSON can hold it."""
+    not to the network. timed: whether it is told the network's time as well. ``config``: what its class makes it from
+    again, as JSON can hold it."""
 
     reads: ClassVar[tuple[str, ...]]
+    timed: ClassVar[bool] = False
     ATTACHMENTS: ClassVar[dict[str, type[Attachment]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -73,8 +77,8 @@ class AttachedDenoiser(Denoiser):
     it; where none of them is given, it is silent and the answer is that of ``base``, bit for bit.
 
     alone: the attachment's weights are all that is trained. With guidance it is told the same in both branches. A
-    condition ``sign`` (``[B]``, -1 or 1) turns the time that the network is fed as well. Beside what is given, the
-    attachment is told that time, as ``t``, a share of t_max, ``[B]`` or one for all.
+    condition ``sign`` (``[B]``, -1 or 1) turns the time that the network is fed as well. An
+    attachment that is ``timed`` is told that time as well: as ``u``, the flow's, ``[B]`` or one for all.
     """
 
     def __init__(self, base: Denoiser, attachment: Attachment, alone: bool = True) -> None:
@@ -109,8 +113,8 @@ class AttachedDenoiser(Denoiser):
         rest = {name: value for name, value in cond.items() if name not in told}
         if "sign" in told:
             t = t * told["sign"].to(t)
-        if told:
-            told["t"] = t / self.process.t_max
+        if told and self.attachment.timed:
+            told["u"] = FLOW.time_of(self.process.alpha(t), self.process.sigma(t))
         with self.attachment.speaking(told or None):
             return super().native(x_t, t, rest)
 

@@ -61,15 +61,11 @@ class PDD(Method):
         o = self.options
         if self.lora:
             raise UserError("pdd trains all weights, with heads that the network has not", cure="leave lora away")
-        if o.heads % o.shortest or o.longest % o.shortest or o.longest > o.heads:
+        lengths = range(o.shortest, min(o.longest, o.heads) + 1, o.shortest)
+        if o.heads % o.shortest or o.heads / o.steps not in lengths:
             raise UserError(
-                f"{o.heads} heads are not made of steps of {o.shortest} to {o.longest}",
-                cure="make options.longest and options.heads multiples of options.shortest, longest at most heads",
-            )
-        if o.steps not in steps_of(o):
-            raise UserError(
-                f"{o.steps} steps do not share {o.heads} heads in steps of {o.shortest} to {o.longest}",
-                cure=f"options.steps is one of {', '.join(map(str, steps_of(o)))}",
+                f"{o.heads} heads do not make {o.steps} steps of {o.shortest} to {o.longest} heads",
+                cure="make heads and heads / steps multiples of options.shortest, the latter at most options.longest",
             )
         self.teacher = frozen(teacher)
         self.student = with_heads(self.clone(student or teacher, "student"), o.heads)
@@ -83,8 +79,8 @@ class PDD(Method):
     def velocity(self, x: Tensor, n: Tensor, spans: tuple[Tensor, Tensor], cond: Cond) -> Tensor:
         """The student's mean velocity of ``spans`` from one interval's beginning to another's, ``[B]`` each, at states
         ``x`` at the beginnings of intervals ``n``."""
-        since, r = (self.heads.times[end] for end in spans)
-        return Reparametrised(self.student, FLOW)(x, self.heads.flow[n], {**cond, "since": since, "r": r}).v
+        flow, (since, r) = self.heads.flow, spans
+        return Reparametrised(self.student, FLOW)(x, flow[n], {**cond, "since": flow[since], "r": flow[r]}).v
 
     @torch.no_grad()
     def decode(self, x: Tensor, n: Tensor, k: Tensor, cond: Cond) -> Tensor:
@@ -131,9 +127,3 @@ class PDD(Method):
         steps, process = self.options.steps, self.teacher.process
         shares = process.grid(self.options.heads)[: -1 : self.options.heads // steps] / process.t_max
         return FlowMapSampler(tuple(shares.tolist()), to="end" if steps == 1 else "next")
-
-
-def steps_of(o: PDD.Options) -> list[int]:
-    """The numbers of equal steps that the student learns to take."""
-    lengths = range(o.shortest, o.longest + 1, o.shortest)
-    return [o.heads // length for length in reversed(lengths) if o.heads % length == 0]
