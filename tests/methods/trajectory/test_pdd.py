@@ -11,15 +11,19 @@ from torch import Tensor, nn
 
 from gaussians import KINDS, PROCESSES, draws, exact, play
 from small_methods import MADE, batch, check_that_it_trains_alone, made
+from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.diffusion.sampling import FlowMapSampler
+from stillroom.engine.config import EngineConfig
+from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.methods.trajectory.pdd import PDD
 from stillroom.planning import plan
 from stillroom.recipe import Recipe
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny_denoisers import point_teacher
+from workers.toy import Stop, stop_after
 
 SMALL = {"heads": 4, "shortest": 1, "longest": 4}
 STD = 0.5
@@ -147,6 +151,29 @@ def test_it_trains_its_own_networks_alone_and_is_kept(name: str, how: dict[str, 
     model.save(tmp_path / "student")
     again = ImageGenerator.load(tmp_path / "student")
     assert torch.equal(again.sample([0, 1], seed=1), model.sample([0, 1], seed=1))
+
+
+def trained(folder: Path, stop: int = 0, resume: bool = False) -> PDD:
+    method = built()
+    data = ArrayData(torch.zeros(16, 2), {"label": torch.arange(16) % 4})
+    config = EngineConfig(steps=4, batch=8, checkpoint_every=2, optim={"all": {"lr": 1e-2}})
+    trainer = Trainer(method, data, config, folder, resume)
+    if stop:
+        trainer.callbacks.append(stop_after(stop))
+        with pytest.raises(Stop):
+            trainer.fit()
+    else:
+        trainer.fit()
+    return method
+
+
+def test_an_interrupted_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+    straight = trained(tmp_path / "a")
+    trained(tmp_path / "b", stop=3)
+    again = trained(tmp_path / "b", resume=True)
+    assert bool(straight.heads.weight.any())
+    for (name, p), q in zip(straight.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_numbers_of_steps_that_its_heads_do_not_make_are_refused() -> None:
