@@ -5,7 +5,8 @@
 
 Plans alone: networks are made from their configs, without weights, and nothing is trained or measured. A device is
 taken to hold what leaves a tenth of its memory free, for what no plan knows. The changes are tried one upon the other,
-those first that leave the trained weights as they are, until it fits. Writes results/benchmarks/paper-plans.json.
+those first that leave the trained weights as they are, until it fits; those that cannot be enough, by what is there
+all the time, together with the next ones. Writes results/benchmarks/paper-plans.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +57,47 @@ def planned(recipe: Recipe) -> Plan | None:
         return None
 
 
+def least(found: Plan, changes: Sequence[tuple[str, ...]]) -> float:
+    """Bytes that the plan takes at least with these changes: what is there all the time and, at the update, the
+    gradients. Adapters change all of it."""
+    most = 0.0
+    for turn in found.turns:
+        kept: list[float] = [turn.weights, turn.optimizer, turn.averages]
+        gradients = min(turn.gradients, turn.total - sum(kept))
+        for argument in (argument for change in changes for argument in change):
+            if argument.startswith("lora."):
+                return 0.0
+            if argument.startswith("engine.offload"):
+                kept[0] -= min(kept[0], 4 * turn.frozen)
+            elif argument.endswith("adamw8bit"):
+                kept[1] /= 4
+            elif argument.startswith("engine.ema"):
+                kept[2] = 0.0
+        most = max(most, sum(kept) + gradients)
+    return most
+
+
 def fitted(recipe: Recipe, first: Plan) -> dict[str, dict[str, Any]]:
-    """For each device the arguments with which it holds the plan, and the plan's bytes; ``fits``: whether it does."""
+    """For each device the arguments with which it holds the plan, and the plan's bytes; ``fits``: whether it does.
+    Changes that cannot be enough by themselves are made together with the next ones."""
     found: dict[str, dict[str, Any]] = {}
-    at, arguments, total = recipe, list[str](), first.total
-    todo = steps(recipe)
+    at, best, arguments = recipe, first, list[str]()
+    todo, alone = steps(recipe), 0
     for name, size in sorted(DEVICES.items(), key=lambda item: -item[1]):
-        while total > ROOM * size and todo:
-            change = todo.pop(0)
-            tried = at.changed(*change)
+        while best.total > ROOM * size and todo:
+            together = [todo.pop(0)]
+            while todo and not alone and least(best, together) > ROOM * size:
+                together.append(todo.pop(0))
+            alone = max(0, alone - 1)
+            told = [argument for change in together for argument in change]
+            tried = at.changed(*told)
             made = planned(tried)
-            if made is not None and made.total < total:
-                at, total = tried, made.total
-                arguments += change
-        found[name] = {"arguments": list(arguments), "total": total, "fits": total <= ROOM * size}
+            if made is not None and made.total < best.total:
+                at, best = tried, made
+                arguments += told
+            elif len(together) > 1:  # one of them cannot be made here, or takes more
+                todo, alone = together + todo, len(together)
+        found[name] = {"arguments": list(arguments), "total": best.total, "fits": best.total <= ROOM * size}
     return found
 
 

@@ -36,6 +36,7 @@ from stillroom.method import Batch, Method, Terms, turn
 from stillroom.networks.mae import make_encoder
 from stillroom.planning import bytes_of, plan
 from stillroom.recipe import Recipe
+from stillroom.surgery import skeleton
 from stillroom.surgery.skeleton import emptied, weights_unread
 
 CLASSES = ["a", "b", "c"]
@@ -202,6 +203,29 @@ def test_a_plan_is_within_15_per_cent_of_what_is_taken(tmp_path: Path, slug: str
     for cost in costs:
         assert cost.total == pytest.approx(max(real[stage, cost.turn] for stage in cost.stages), rel=0.15)
         assert cost.flops > 0
+
+
+SHORT = {  # where calls repeat: steps of a sampler, guidance, adapters, micro-batches, stages
+    "dmd2": ({"critic_turns": 2, "student_steps": 3, "guidance": 2.0}, {"accumulate": 4, "precision": "bf16"}),
+    "sid-lsg": ({"student_steps": 2}, {"offload": True, "activation_checkpointing": True}),
+    "swiftbrush": (WORLDS["swiftbrush"][2], {"ema": [{"of": "student", "decay": 0.9}]}),
+    "hyper-sd": (SEGMENTS, {}),
+    "meal-v2": ({}, {"accumulate": 2}),
+    "dmae": (WORLDS["dmae"][2], {"activation_checkpointing": False}),
+}
+
+
+@pytest.mark.parametrize("slug", SHORT)
+def test_calls_that_are_alike_cost_what_going_through_each_gives(
+    tmp_path: Path, slug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks, data, _ = WORLDS[slug]
+    options, engine = SHORT[slug]
+    make = maker(slug, options, networks(tmp_path))
+    found = rehearsed(make, data(), **engine)
+    monkeypatch.setattr(skeleton, "repeated", lambda function, args, kwargs: function(*args, **kwargs))
+    monkeypatch.setattr(rehearsal._Known, "_key", lambda *_: None)
+    assert found == rehearsed(make, data(), **engine)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

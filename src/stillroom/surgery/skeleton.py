@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillroom.folders.transformers_layout import auto_config
+from stillroom.surgery.repeats import repeated
 
 NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What is raised where a fake tensor's values would be needed."""
@@ -88,10 +89,16 @@ class Answered(TorchDispatchMode):
     """Answers for the values that fake tensors lack, where the answer is clear: checks are passed, a seed is 0, and a
     mask is true everywhere, so that as many words are counted as there is room for."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which takes longer than most of what is done here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
             return args[0].answer
-        made = func(*args, **(kwargs or {}))
+        made = repeated(func, args, kwargs or {})
         if func in _ANSWERS and isinstance(made, FakeTensor):
             made.answer = _ANSWERS[func]  # type: ignore[attr-defined]
         elif func is torch.ops.aten.sum.dim_IntList and isinstance(made, FakeTensor) and args[0].dtype == torch.bool:
@@ -102,6 +109,7 @@ class Answered(TorchDispatchMode):
         return made
 
 
+_DEVICE = torch.ops.prim.device.default
 _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.all.default: True,
     torch.ops.aten.any.default: False,
