@@ -2,6 +2,7 @@
 the scenes world, its samplers scored, the best one made its own.
 
     python tools/ship_student.py runs/lightgen lightgen [--n 600] [--guidance 1 2 3 4.5] [--steps 8] [--head-steps 12]
+        [--temperature 0.9]
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.5])
     parser.add_argument("--steps", type=int, help="passes through the network, where not as in the run")
     parser.add_argument("--head-steps", type=int, help="steps of the head, where not as in the run")
+    parser.add_argument("--temperature", type=float, help="of the head's noise, where not as in the run")
     chosen = parser.parse_args()
     student: Any = load_generator(chosen.run)
     bench, own = ScenesBench(), student.sampler
     assert isinstance(own, MaskedSampler)
-    own = dataclasses.replace(own, steps=chosen.steps or own.steps, head_steps=chosen.head_steps or own.head_steps)
+    asked = {"steps": chosen.steps, "head_steps": chosen.head_steps, "temperature": chosen.temperature}
+    own = dataclasses.replace(own, **{key: value for key, value in asked.items() if value is not None})
     captions = bench.captions(chosen.n)
     texts, rows = [caption.text for caption in captions], []
     for guidance in chosen.guidance:

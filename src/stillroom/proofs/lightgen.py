@@ -242,6 +242,7 @@ PRETRAINED = recipe_arm("lightgen").with_(
         "text_drop": 0.1,
         "steps": 4,
         "guidance": 2.0,
+        "temperature": 1.0,
         "head_steps": 25,
     },
     engine={"steps": 0, "optim": {"masked": {"lr": 1e-3}}},
