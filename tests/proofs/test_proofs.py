@@ -17,7 +17,7 @@ from stillroom.bench import benches, get_bench
 from stillroom.bench.classes import shuffle
 from stillroom.errors import UserError
 from stillroom.method import get_method
-from stillroom.proofs import get_proofs, proofs
+from stillroom.proofs import get_proofs, proofs, runner
 from stillroom.proofs.base import Arm, Claim, Proof, merge
 from stillroom.proofs.runner import (
     arm_file,
@@ -257,6 +257,19 @@ def test_an_arm_starts_from_what_another_ended_with(
     assert longer.key("ring", 1) != short.key("ring", 1)
     renamed = short.with_("longer", after=short.with_("another name"))
     assert renamed.key("ring", 1) == longer.key("ring", 1)
+
+
+def test_an_arm_that_others_start_from_keeps_its_weights(
+    short: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path))
+    bench, trained = get_bench("ring", 1), list[str]()
+    train = runner.train
+    monkeypatch.setattr(runner, "train", lambda trainer: trained.append("") or train(trainer))
+    first = run_arm(short, bench, keep=True)
+    still = run_arm(short.with_("still", engine={"steps": 0}, after=short), bench)
+    assert len(trained) == 1
+    assert still["scores"] == first["scores"]
 
 
 def test_a_bench_with_one_set_of_data_refuses_others(short: Arm) -> None:

@@ -44,8 +44,9 @@ CONTROLS = ("bench", "shuffled", "untrained")
 """What an arm's teacher may be beside the name of another one of the bench."""
 
 
-def run_arm(arm: Arm, bench: Bench) -> dict[str, Any]:
-    """Train (if there is anything to train) and score one arm, at the bench's seed.
+def run_arm(arm: Arm, bench: Bench, keep: bool = False) -> dict[str, Any]:
+    """Train (if there is anything to train) and score one arm, at the bench's seed. keep: its weights, for other arms
+    that start from them.
 
     A training that diverges is a result too: its scores are the worst that there are and ``diverged`` says where.
     """
@@ -55,6 +56,8 @@ def run_arm(arm: Arm, bench: Bench) -> dict[str, Any]:
         steps = int(arm.engine.get("steps", 0))
         worst = {score.key: score.lost for score in bench.scores}
         return {"scores": worst, "diverged": str(error), "cost": {"steps": steps}, "health": {}}
+    if keep:
+        finished_weights(arm, bench, network)
     model = bench.model(network.eval(), sampler)
     scores = bench.score(model, bench.seed)
     speed = latency(lambda _: bench.draw(model, 1), batches=(1,))[0]
@@ -120,10 +123,15 @@ def forget(method: Method, seed: int) -> None:
         teacher.load_state_dict({**teacher.state_dict(), **drawn})
 
 
-def finished_weights(arm: Arm, bench: Bench) -> dict[str, Tensor]:
-    """The weights that ``arm`` ends with: trained once, kept in the cache for the arms that start from them."""
+def finished_weights(arm: Arm, bench: Bench, network: nn.Module | None = None) -> dict[str, Tensor]:
+    """The weights that ``arm`` ends with, those of ``network`` where it has just ended: trained once, kept in the cache
+    for the arms that start from them."""
     code, parts = [get_method(arm.method), Trainer, type(bench)], [arm.key(bench.name, bench.seed)]
-    return kept(f"proofs/{bench.name}", lambda: train_arm(arm, bench)[0].state_dict(), code=code, parts=parts)
+
+    def make() -> dict[str, Tensor]:
+        return (network or train_arm(arm, bench)[0]).state_dict()
+
+    return kept(f"proofs/{bench.name}", make, code=code, parts=parts)
 
 
 def health_means(path: Path) -> dict[str, float]:
@@ -151,11 +159,13 @@ def _second_half(path: Path) -> dict[str, list[float]]:
     return {name: values for name, values in curves.items() if values}
 
 
-def _work(arm: Arm, bench: type[Bench], method: type[Method] | None, seed: int, out: Path) -> tuple[str, int, float]:
+def _work(
+    arm: Arm, bench: type[Bench], method: type[Method] | None, seed: int, keep: bool, out: Path
+) -> tuple[str, int, float]:
     """Run in a process of its own, to which the classes bring the modules that make bench and method known."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    result = run_arm(arm, bench(seed))
+    result = run_arm(arm, bench(seed), keep)
     result |= {"arm": arm.name, "world": bench.name, "seed": seed, "commit": commit(), "machine": machine()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, to_json(result))
@@ -189,14 +199,15 @@ def prove(
     make_folder(results)
     chosen = [p for slug in slugs for p in get_proofs(slug) if level in ("all", p.level)]
     wanted = set(arms) if arms is not None else None
-    todo: dict[Path, tuple[Arm, type[Bench], type[Method] | None, int]] = {}
+    todo: dict[Path, tuple[Arm, type[Bench], type[Method] | None, int, bool]] = {}
     for proof in chosen:
+        starts = [arm.after for arm in proof.arms if arm.after is not None]
         for seed in seeds:
-            for arm in proof.arms:
+            for arm in sorted(proof.arms, key=lambda arm: arm.after is not None):  # what they start from first
                 out = arm_file(results, proof, arm, seed)
                 if not out.exists() and (wanted is None or arm.name in wanted):
                     method = get_method(arm.method) if arm.method else None
-                    todo.setdefault(out, (arm, bench_class(proof.bench), method, seed))
+                    todo.setdefault(out, (arm, bench_class(proof.bench), method, seed, arm in starts))
     if todo:
         report(f"{len(todo)} trainings to run, {jobs} at a time")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
