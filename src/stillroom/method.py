@@ -268,7 +268,13 @@ class Method(nn.Module):
         self.notes[name] = value.detach()
 
     def clone(self, teacher: Denoiser, role: str) -> Denoiser:
-        """A trainable copy of ``teacher``; a LoRA adapter on the teacher's weights where the recipe asks for one."""
+        """A trainable copy of ``teacher``; a LoRA adapter on the teacher's weights where the recipe asks for one.
+        Raises UserError for adapters beside a frozen model, which are silent unless they are told a scale."""
+        if getattr(teacher, "alone", False):
+            raise UserError(
+                f"{self.slug} trains all weights of its {role}, and this model is adapters beside a frozen one (agd's)",
+                cure="give the model that they stand beside",
+            )
         if role in self.lora:
             from stillroom.surgery.lora import lora_role
 

@@ -13,7 +13,7 @@ from typing import Any
 from stillroom import ending
 from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer
-from stillroom.errors import UserError
+from stillroom.errors import TrainingDiverged, UserError
 from stillroom.files import held, in_use, stay_inside, write, writing
 from stillroom.folders.pipelines import sized
 from stillroom.method import Method, get_method
@@ -22,6 +22,9 @@ from stillroom.report.log import RESULT, is_finished
 from stillroom.surgery.modules import parameter_count
 from stillroom.task import Model, Task, make_task
 from stillroom.training import build_method, train
+
+EMPTY = {"recipe.yaml", ".lock"}
+"""What is in a run's folder before its first step."""
 
 
 @dataclass
@@ -86,7 +89,13 @@ def _run_here(recipe: Recipe, run_dir: Path, resume: bool, given: Mapping[str, A
                     shutil.rmtree(run_dir, ignore_errors=True)  # it was empty: the next try may have it
                 raise
         # what was given as an object stays as it is; all else is ours alone
-        student = _train(trainer, task, share="teacher" not in given and "student" not in given)
+        try:
+            student = _train(trainer, task, share="teacher" not in given and "student" not in given)
+        except UserError as error:
+            waits = resume or isinstance(error, TrainingDiverged) or error.message.startswith("no space left")
+            if not waits and {path.name for path in run_dir.iterdir()} <= EMPTY:
+                shutil.rmtree(run_dir, ignore_errors=True)  # refused at its first step: as if it had been before it
+            raise
         del trainer, method
         gc.collect()  # optimizers and the method's other networks are done with
         return finish(recipe, run_dir, task, student)

@@ -58,6 +58,7 @@ def test_who_needs_pictures_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_teacher(tmp_path / "teacher")
     with pytest.raises(UserError, match="labels alone"):
         run(Recipe.load("ect", [*FAST, "engine.steps=2"], teacher="teacher", data="labels"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # the next try may have the name
     with pytest.raises(UserError, match="no images to compare with"):
         plan(Recipe.load("boot", teacher="teacher", data="labels"))
     assert plan(Recipe.load("boot", ["evaluate.n=0"], teacher="teacher", data="labels")).turns

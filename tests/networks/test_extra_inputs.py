@@ -17,6 +17,7 @@ from stillroom.folders.attachments import ATTACHED, attach
 from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.losses.score import square
 from stillroom.networks.extra_inputs import INPUTS, with_inputs
+from stillroom.networks.parallel_heads import with_heads
 from stillroom.networks.scalars import LogVariance, ScalarFeatures
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny_denoisers import dit_teacher, point_teacher
@@ -163,3 +164,20 @@ def test_what_does_not_fit_is_refused_with_a_cure(tmp_path: Path) -> None:
     (tmp_path / ATTACHED / "attachment.safetensors").unlink()
     with pytest.raises(UserError, match="are missing"):
         attach(point_teacher(), tmp_path / ATTACHED)
+
+
+def test_inputs_that_are_there_stay_and_others_are_refused() -> None:
+    """A second attachment would leave the first one's weights silent, and what was learnt with them lost."""
+    asked = with_inputs(point_teacher(), "r", "sign", width=8)
+    assert with_inputs(asked, "r") is asked
+    assert with_inputs(asked, "r", "sign") is asked
+    with pytest.raises(UserError, match="has r, sign attached, and is to have r, guidance_scale"):
+        with_inputs(asked, "r", "guidance_scale")
+    with pytest.raises(UserError, match="has ParallelHeads attached, and is to have r"):
+        with_inputs(with_heads(point_teacher(), 4), "r")
+    with pytest.raises(UserError, match="has ExtraInputs attached, and is to have 4 heads"):
+        with_heads(asked, 4)
+    headed = with_heads(point_teacher(), 4)
+    assert with_heads(headed, 4) is headed
+    with pytest.raises(UserError, match="has 4 heads attached, and is to have 8"):
+        with_heads(headed, 8)

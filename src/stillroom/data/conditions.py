@@ -58,6 +58,6 @@ class LabelsAlone(ArrayData):
 def refuse(what: str) -> NoReturn:
     raise UserError(
         f"this method reads real images, but the data are {what} alone",
-        cure="give images, with the conditions that they have, or switch the part off that needs them "
-        "(options.gan_weight=0)",
+        cure="give images, with the conditions that they have; without any learn for example boot, kd and pdd, dmd2 "
+        "with options.gan_weight=0 and twinflow with options.image_free=true",
     )

@@ -260,7 +260,10 @@ class FlowMapSampler(FewStepSampler):
 
     def conditions(self, rows: int) -> Cond:
         if self.to != "end":
-            raise UserError("a pipeline tells its network one second time for all steps", cure="options.to=end")
+            raise UserError(
+                "a pipeline tells its network one second time for all steps",
+                cure="one step (options.steps=1; of twinflow options.to=end)",
+            )
         return {"r": torch.zeros(rows)}
 
     @torch.no_grad()

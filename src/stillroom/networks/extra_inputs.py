@@ -54,6 +54,16 @@ class ExtraInputs(Attachment):
 
 def with_inputs(denoiser: Denoiser, *inputs: str, width: int = 64) -> AttachedDenoiser:
     """``denoiser`` with more ``inputs``, read from conditions of these names; the same function until it is trained.
-    Raises UserError for a network whose embedding of the time is not known."""
+    One that has them already is given back. Raises UserError for a network whose embedding of the time is not known,
+    and for one that has something else attached, which would fall silent."""
+    if isinstance(denoiser, AttachedDenoiser):
+        had = denoiser.attachment.config.get("inputs", ())
+        if set(inputs) <= set(had):
+            return denoiser
+        raise UserError(
+            f"this network has {', '.join(had) or type(denoiser.attachment).__name__} attached, and is to have "
+            f"{', '.join(inputs)}",
+            cure="begin with a student of the same method, or with one that has nothing attached",
+        )
     widths = {path: found.output for path, found in widths_at(denoiser, time_paths(denoiser.network)).items()}
     return AttachedDenoiser(denoiser, ExtraInputs(widths, inputs, width), alone=False)

@@ -95,7 +95,17 @@ def last_layer(denoiser: Denoiser) -> str:
 
 def with_heads(denoiser: Denoiser, count: int) -> AttachedDenoiser:
     """``denoiser`` with ``count`` heads, one for each interval of its process's grid; the same function until they are
-    trained, whatever span it is asked about. Raises UserError for a network whose last layer has strides or groups."""
+    trained, whatever span it is asked about. One that has as many already is given back. Raises UserError for a
+    network whose last layer has strides or groups, and for one that has something else attached."""
+    if isinstance(denoiser, AttachedDenoiser):
+        had = denoiser.attachment
+        if isinstance(had, ParallelHeads) and len(had.flow) == count + 1:
+            return denoiser
+        what = f"{len(had.flow) - 1} heads" if isinstance(had, ParallelHeads) else type(had).__name__
+        raise UserError(
+            f"this network has {what} attached, and is to have {count} heads",
+            cure="begin with a student of as many heads, or with one that has nothing attached",
+        )
     path, process = last_layer(denoiser), denoiser.process
     layer: Any = denoiser.network.get_submodule(path)
     padding: Sequence[int] = ()

@@ -24,6 +24,7 @@ from stillroom.errors import UserError
 from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.denoisers import load_denoiser
 from stillroom.methods.trajectory.agd import AGD, SCALE
+from stillroom.methods.trajectory.kd import KD
 from stillroom.networks.guidance_adapters import CrossAttention, GuidanceAdapters, Offset, guidance_adapters
 from stillroom.surgery.attached import AttachedDenoiser, Widths
 from stillroom.tasks.class_images.model import ImageGenerator
@@ -272,6 +273,16 @@ def test_the_ablations_train(change: dict[str, Any], tmp_path: Path) -> None:
     Trainer(method, points, EngineConfig(steps=2, batch=8, check_freezing=True), tmp_path).fit()
     moved = {name.split(".")[0] for name, p in method.student.named_parameters() if not torch.equal(p, before[name])}
     assert moved == ({"attachment", "network"} if change == {"tune": "all"} else {"attachment"})
+
+
+def test_other_methods_do_not_train_adapters_beside_a_frozen_model() -> None:
+    """They would be silent, and have no gradient."""
+    teacher = point_teacher()
+    student = AttachedDenoiser(point_teacher(), guidance_adapters(point_teacher(), "auto", (), 2, 1.0))
+    with pytest.raises(UserError, match="adapters beside a frozen one"):
+        KD(KD.Options()).build(student)
+    with pytest.raises(UserError, match="kd trains all weights of its student"):
+        KD(KD.Options()).build(teacher, student)
 
 
 def test_what_cannot_be_learnt_is_refused_with_a_cure() -> None:

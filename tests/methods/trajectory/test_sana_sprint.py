@@ -27,6 +27,7 @@ from stillroom.method import Stage
 from stillroom.methods.trajectory.sana_sprint import SanaSprint, beside, differing
 from stillroom.tasks.class_images.model import ImageGenerator
 from stillroom.tasks.pipelines.model import PipelineGenerator
+from stillroom.tasks.pipelines.task import facts
 from tiny_denoisers import dit_teacher, point_teacher
 from tiny_pipelines import save_pipeline
 
@@ -402,6 +403,7 @@ def test_a_student_of_sana_is_loaded_and_drawn_by_diffusers_and_is_ours(
     student.save(tmp_path)
     side = json.loads((tmp_path / "stillroom.json").read_text())
     assert side["arguments"]["guidance_scale"] == 4.0
+    assert facts(sana, student)["timesteps"] == pytest.approx([math.pi / 2, 1.3][:steps], abs=1e-3)
     pipeline = diffusers.SanaSprintPipeline.from_pretrained(str(tmp_path), local_files_only=True)
     assert pipeline.transformer.config.guidance_embeds
     pipeline.set_progress_bar_config(disable=True)

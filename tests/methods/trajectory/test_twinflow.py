@@ -324,6 +324,10 @@ def test_the_sampler_s_jumps_are_exact_where_the_network_is() -> None:
     [
         ({"end_parts": 0, "near_parts": 0, "any_parts": 0, "rectification": 0.0}, "no part of a batch learns to jump"),
         ({"end_parts": 0}, "the part that jumps to the end"),
+        ({"sample_times": ()}, "from 1 down, not \\[\\]"),
+        ({"sample_times": (0.2, 0.9)}, "from 1 down"),
+        ({"sample_times": (1.5, 0.9)}, "from 1 down"),
+        ({"sample_times": (1.0, 0.0)}, "from 1 down"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:

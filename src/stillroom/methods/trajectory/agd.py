@@ -15,7 +15,7 @@ from stillroom.diffusion.sampling import ODESampler, ScaleSampler
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
-from stillroom.networks.extra_inputs import SCALE, ExtraInputs, with_inputs
+from stillroom.networks.extra_inputs import SCALE, with_inputs
 from stillroom.networks.guidance_adapters import GuidanceAdapters, Kind, guidance_adapters
 from stillroom.surgery.attached import AttachedDenoiser
 from stillroom.surgery.modules import device_of, evaluating
@@ -101,8 +101,7 @@ class AGD(Method):
         given = student.attachment if isinstance(student, AttachedDenoiser) else None
         if o.tune == "all":
             own = self.clone(student or teacher, "student")
-            known = isinstance(own, AttachedDenoiser) and isinstance(given, ExtraInputs)
-            self.student: AttachedDenoiser = own if known else with_inputs(own, SCALE, width=o.width)
+            self.student: AttachedDenoiser = with_inputs(own, SCALE, width=o.width)
         elif student is None or student is teacher:  # tasks hand the teacher over where no student is named
             self.student = AttachedDenoiser(
                 self.teacher, guidance_adapters(teacher, o.adapter, o.modules, o.width, o.scale_factor)

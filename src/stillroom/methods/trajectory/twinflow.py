@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,7 @@ from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.losses.jumps import barron, jump_residual
 from stillroom.method import Batch, Method, Optim, Paper, Target, Terms, frozen, register, turn
-from stillroom.networks.extra_inputs import ExtraInputs, with_inputs
-from stillroom.surgery.attached import AttachedDenoiser
+from stillroom.networks.extra_inputs import with_inputs
 from stillroom.surgery.modules import device_of
 
 PARTS = ("end", "near", "any", "fake")
@@ -109,6 +109,12 @@ class TwinFlow(Method):
             )
         if self.lora:
             raise UserError("twinflow trains all weights, with inputs that the network has not", cure="leave lora away")
+        falling = all(a > b for a, b in pairwise((*o.sample_times, 0.0)))
+        if not o.sample_times or o.sample_times[0] > 1 or not falling:
+            raise UserError(
+                f"options.sample_times are shares of the last time, from 1 down, not {list(o.sample_times)}",
+                cure="for example options.sample_times=[0.999,0.6]",
+            )
         self.pattern = [name for name in PARTS for _ in range(getattr(o, f"{name}_parts"))]
         if not set(self.pattern) - {"fake"}:
             raise UserError("no part of a batch learns to jump", cure="options.end_parts=1")
@@ -117,8 +123,7 @@ class TwinFlow(Method):
                 "the rectification is of the part that jumps to the end", cure="options.end_parts=1, or rectification=0"
             )
         own = self.clone(student or teacher, "student")
-        known = isinstance(own, AttachedDenoiser) and isinstance(own.attachment, ExtraInputs)
-        self.student: Denoiser = own if known else with_inputs(own, "r", "sign", width=o.width)
+        self.student: Denoiser = with_inputs(own, "r", "sign", width=o.width)
         self.teacher = frozen(teacher) if o.image_free else None
         follows = o.average and not o.image_free
         self.target = frozen(copy.deepcopy(self.student)) if follows else None

@@ -105,6 +105,7 @@ class Pipelines(Task):
             return
         if not isinstance(sampler, FewStepSampler):
             raise UserError(f"a student sampled by {sampler.name!r} cannot be a pipeline", cure="use a few-step method")
+        sampler.conditions(1)  # what a pipeline cannot tell its network is refused
         family, student = self.teacher.family, getattr(method, "student", denoiser)
         if type(with_network(self.teacher.pipeline, student.network)) is not type(self.teacher.pipeline):
             family = FAMILIES["sana-sprint"]
@@ -243,13 +244,15 @@ def facts(teacher: PipelineGenerator, student: PipelineGenerator) -> dict[str, A
 
 
 def timesteps(generator: PipelineGenerator) -> list[float]:
-    """At which times a pipeline's scheduler asks its network when nothing but the number of steps is said."""
+    """At which times a pipeline's scheduler asks its network when it is given the student's own arguments."""
     scheduler, n = generator.pipeline.scheduler, generator.steps
     if "Flow" in type(scheduler).__name__:
         scheduler.set_timesteps(sigmas=[1 - k / n for k in range(n)])
+    elif "intermediate_timesteps" in (asked := generator.arguments):  # an SCMScheduler's, whose last time is no call
+        scheduler.set_timesteps(n, intermediate_timesteps=asked["intermediate_timesteps"])
     else:
         scheduler.set_timesteps(n)
-    return [round(float(t), 3) for t in scheduler.timesteps]
+    return [round(float(t), 3) for t in scheduler.timesteps[:n]]
 
 
 def licence(folder: Path | None) -> str:
