@@ -25,8 +25,10 @@ from stillroom.diffusion.sampling import (
     jump,
     rollout,
     sampler_from_dict,
+    share_at,
 )
 from stillroom.draws import Draws
+from stillroom.errors import UserError
 
 MEAN, STD = torch.tensor([0.4, -0.8], dtype=torch.float64), 0.5
 NAMES = list(PROCESSES)
@@ -200,6 +202,18 @@ def test_few_step_sampling_predicts_noises_again_and_predicts(process: Process, 
 def test_few_step_times_must_decrease(times: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="decrease"):
         FewStepSampler(times)
+
+
+def test_a_share_is_the_time_of_its_ratio_and_lies_between_the_ends() -> None:
+    assert share_at(RectifiedFlow(), 1.0, 3.0) == pytest.approx(0.75)
+    assert share_at(TrigFlow(), math.cos(0.5), math.sin(0.5)) == pytest.approx(0.5 / (math.pi / 2))
+    for process, alpha, sigma in (
+        (RectifiedFlow(), math.cos(3), math.sin(3)),
+        (VP(), 1.0, 1e9),
+        (RectifiedFlow(), 1, 0),
+    ):
+        with pytest.raises(UserError, match="which the second step is to have"):
+            share_at(process, alpha, sigma)
 
 
 def test_few_step_times_are_evenly_spaced() -> None:

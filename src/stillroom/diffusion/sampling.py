@@ -387,9 +387,17 @@ def few_step_times(steps: int, t_init: float = 1.0) -> tuple[float, ...]:
 
 
 def share_at(process: Process, alpha: float, sigma: float) -> float:
-    """The time, as a share of ``t_max``, at which signal and noise are as ``alpha`` to ``sigma``."""
+    """The time, as a share of ``t_max``, at which signal and noise are as ``alpha`` to ``sigma``. Raises UserError
+    where the process has none between its ends."""
     parts = (torch.tensor(part, dtype=torch.float64) for part in (alpha, sigma))
-    return float(process.time_of(*parts)) / process.t_max
+    share = float(process.time_of(*parts)) / process.t_max
+    if not 0 < share < 1:
+        raise UserError(
+            f"no time of the {process.name} process has noise and signal as {sigma:.4g} to {alpha:.4g}, "
+            "which the second step is to have",
+            cure="leave options.middle away, or make it smaller",
+        )
+    return share
 
 
 def rollout(

@@ -58,8 +58,8 @@ class DMD2(Method):
 
     @dataclass
     class Options:
-        student_steps: int = 1  # N network calls at inference
-        t_init: float = 1.0  # time of the first call, as a fraction of t_max (one-step SDXL uses 0.4)
+        student_steps: int = field(default=1, metadata={"min": 1})  # N network calls at inference
+        t_init: float = field(default=1.0, metadata={"above": 0, "max": 1})  # of the first call; one-step SDXL: 0.4
         guidance: float = 1.0  # on the teacher only
         critic_turns: int = 5  # R: critic updates per student update (TTUR); 1 is the ablation
         distribution_matching: float = 1.0  # weight of L_DM; 0 is the "GAN without distribution matching" ablation

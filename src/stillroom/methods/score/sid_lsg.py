@@ -68,8 +68,8 @@ class SiDLSG(Method):
 
     @dataclass
     class Options:
-        student_steps: int = 1  # K
-        t_init: float = 0.625
+        student_steps: int = field(default=1, metadata={"min": 1})  # K
+        t_init: float = field(default=0.625, metadata={"above": 0, "max": 1})
         alpha: float = 1.0  # 0.5: exact Fisher gradient; 1: score identity alone; 1.2: over-corrected
         guidance: Literal["none", "lsg", "long", "short", "zero-cfg", "anti-cfg"] = "none"
         guidance_scale: float = 1.5  # kappa of lsg, long (> 1) and short (< 1)

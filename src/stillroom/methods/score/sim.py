@@ -74,7 +74,7 @@ class SIM(Method):
         score_space: bool = False  # True: the distance is one of scores, as in the raw theorem, not of x0-predictions
         fgm: float = 0.0  # > 0 adds the sampling-law term that SIM leaves out; with 1/2 the gradient is the exact one
         guidance: float = 1.0  # on the teacher
-        t_init: float = 0.714  # sigma_init 2.5: sigma / (alpha + sigma) = 2.5 / 3.5 on a rectified flow
+        t_init: float = field(default=0.714, metadata={"above": 0, "max": 1})  # sigma_init 2.5: 2.5 / 3.5 on a flow
         generator_times: TimeLaw = TimeLaw("karras", 0.0, 0.8)
         critic_times: TimeLaw = TimeLaw("log-normal", mean=-1.2, std=1.2)
         fake_loss: FakeLoss = "snr"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -62,7 +62,7 @@ class SwiftBrush(Method):
         score: Literal["vsd", "sds"] = "vsd"  # "sds": the fake score is replaced by the noise that was added
         reparametrise: bool = True  # False: the network's raw output is taken as x0 (the paper's ablation)
         condition_drop: float = 0.1  # LoRA turn only, one coin per batch
-        t_init: float = 1.0
+        t_init: float = field(default=1.0, metadata={"above": 0, "max": 1})
         student_times: TimeLaw = TimeLaw("uniform", 0.02, 0.98)
         fake_times: TimeLaw = TimeLaw("uniform", 0.001, 1.0)  # 0 itself has no eps to predict
 

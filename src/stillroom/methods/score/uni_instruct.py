@@ -77,7 +77,7 @@ class UniInstruct(Method):
         gan_head: Literal["mean", "mlp"] = "mean"
         gan_block: str = ""
         guidance: float = 1.0
-        t_init: float = 0.714  # sigma_init 2.5 on a rectified flow
+        t_init: float = field(default=0.714, metadata={"above": 0, "max": 1})  # sigma_init 2.5 on a rectified flow
         critic_share: float = 0.02  # of the steps: the student waits while the critics learn
         warmup_share: float = 0.1  # of the steps: reverse_kl without GAN, before r can be trusted
         generator_times: TimeLaw = TimeLaw("karras", 0.0, 0.8)

@@ -104,7 +104,8 @@ class BOOT(Method):
             )
         if o.low + o.delta >= o.high:
             raise UserError(
-                f"options.low={o.low:g}, delta={o.delta:g} and high={o.high:g} leave no times", cure="a smaller delta"
+                f"options.low={o.low:g}, delta={o.delta:g} and high={o.high:g} leave no times",
+                cure="a smaller delta, or low and high farther apart",
             )
         if o.flipped and o.predicts == "state":
             raise UserError("options.flipped is of students of the signal", cure="options.predicts=signal")

@@ -112,7 +112,7 @@ class HyperSD(Method):
         critic_times: TimeLaw = TimeLaw("uniform", 0.001, 1.0)
         fake_loss: FakeLoss = "v"
         student_steps: int = field(default=1, metadata={"min": 1})  # of the finished student's sampler
-        t_init: float = 1.0  # time of its first call and of the one-step part; 0.8 in the dedicated one-step U-Net
+        t_init: float = field(default=1.0, metadata={"above": 0, "max": 1})  # of the first call; one-step U-Net: 0.8
         scheduler: Literal["tcd", "ddim"] = "tcd"  # tcd for all numbers of steps, ddim as in the papers' 2, 4 and 8
         eta: float = field(default=0.0, metadata={"min": 0, "max": 1})  # of tcd: noise added afresh between steps
         measured: int = field(default=0, metadata={"min": 0})  # batches that are measured in the last step
