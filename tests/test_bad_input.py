@@ -149,7 +149,7 @@ def test_a_wrong_command_is_refused(
         (["engine.optim.critic.name=adamm"], "adam"),
         (["engine.device=tpu"], "engine.device"),
         (["options.critic_turns=0"], "critic_turns"),
-        (["options.student_steps=0"], "times need"),
+        (["options.student_steps=0"], "student_steps"),
         (["options.gan_block=transformer_blocks.99"], "transformer_blocks.99"),
         (["lora.fake.targets=[to_x]"], "to_x"),
         (["lora.fake.rang=8"], "rang"),

@@ -178,6 +178,8 @@ def test_every_impossible_value_of_the_engine_is_refused_by_name(key: str) -> No
     ("override", "words"),
     [
         ("lora.fake.rank=0", "'lora.fake.rank' must be a whole number, at least 1, got 0"),
+        ("options.t_init=1.5", "'options.t_init' must be a number, above 0 and at most 1, got 1.5"),
+        ("options.student_steps=0", "'options.student_steps' must be a whole number, at least 1, got 0"),
         ("lora.fake.alpha=0", "'lora.fake.alpha' must be a number or null, above 0, got 0"),
         ("lora.fake.targets=[]", "'lora.fake.targets' must be a list (each text), with at least one value, got []"),
         ("lora.fake.targets=to_q", "'lora.fake.targets' must be a list"),
