@@ -43,7 +43,7 @@ CHECKPOINTING = "engine.activation_checkpointing=true"
 OFFLOAD = "engine.offload=true"
 DDP, FSDP = "engine.parallel=ddp", "engine.parallel=fsdp"
 LIGHTGEN = ("options.synthesis.pairs=64", "options.head_steps=2")
-UNTRAINED = {"dmae": ("mae-nano", "mae-micro")}
+UNTRAINED = {"dmae": {"student": "mae-nano", "teacher": "mae-micro"}}
 """Networks in place of those that would be trained first; memory does not depend on the weights."""
 CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("dmd2", 1, ("engine.batch=8",)),
@@ -152,8 +152,8 @@ def peers(world: int) -> Iterable[None]:  # type: ignore[misc]
 
 def measured(recipe: Recipe, world: int) -> dict[tuple[str, str], int]:
     task = make_task(get_method(recipe.method).task, recipe.teacher)
-    untrained = UNTRAINED.get(recipe.method)
-    task.load(recipe, [make_encoder(name, 1, 28) for name in untrained] if untrained else None)
+    names = UNTRAINED.get(recipe.method, {})
+    task.load(recipe, {role: make_encoder(name, 1, 28) for role, name in names.items()})
     with peers(world):
         return Measured(build_method(recipe, task.given, task.check), task.data, recipe.engine, show=False).measure()
 

@@ -25,6 +25,7 @@ import tiny_text
 from given import maker
 from stillroom import cli, planning
 from stillroom.data.source import ArrayData
+from stillroom.diffusion.derivatives import jvp
 from stillroom.engine import rehearsal
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.rehearsal import Rehearsal, TurnCost, storage_bytes
@@ -226,6 +227,29 @@ def test_calls_that_are_alike_cost_what_going_through_each_gives(
     monkeypatch.setattr(skeleton, "repeated", lambda function, args, kwargs: function(*args, **kwargs))
     monkeypatch.setattr(rehearsal._Known, "_key", lambda *_: None)
     assert found == rehearsed(make, data(), **engine)
+
+
+def test_a_derivative_along_a_direction_is_planned_through_norms() -> None:
+    """Whose rules ask torch for tensors on the device "meta", where it says that fake ones lie."""
+
+    class Sloped(Regression):
+        def build(self, *teachers: Any) -> None:
+            self.student = nn.Sequential(
+                nn.Linear(4, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.SiLU(), nn.Linear(8, 3)
+            )
+
+        @turn(trains="student")
+        def fit(self, batch: Batch) -> Terms:
+            value, slope = jvp(self.student, (batch["x"],), (torch.ones_like(batch["x"]),))
+            return {"error": (self.student(batch["x"]) - value - slope).square().mean()}
+
+    def make() -> Method:
+        method = Sloped()
+        method.build()
+        return method
+
+    (cost,) = rehearsed(make, POINTS)
+    assert cost.flops > 3 * 2 * 8 * (4 * 8 + 8 * 3)  # more than the passes without a derivative take
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ class Rehearsal(Stepper):
         m.step, m.progress, m.stage = span.start, span.start / self.config.steps, stage
         self._try(functools.partial(self._enter_stage, span))
         players = [p for p in self.players.values() if stage.turns is None or p.turn.name in stage.turns]
-        with self.mode:
+        with self.mode, Answered():
             for player in players:
                 _begin(player)
         for tensor in self._resident():

@@ -98,7 +98,10 @@ class Answered(TorchDispatchMode):
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
             return args[0].answer
-        made = repeated(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if kwargs.get("device") == _META:  # what torch's rules for derivatives along a direction take a fake one's for
+            kwargs = {**kwargs, "device": _CPU}
+        made = repeated(func, args, kwargs)
         if func in _ANSWERS and isinstance(made, FakeTensor):
             made.answer = _ANSWERS[func]  # type: ignore[attr-defined]
         elif func is torch.ops.aten.sum.dim_IntList and isinstance(made, FakeTensor) and args[0].dtype == torch.bool:
@@ -110,6 +113,7 @@ class Answered(TorchDispatchMode):
 
 
 _DEVICE = torch.ops.prim.device.default
+_META, _CPU = torch.device("meta"), torch.device("cpu")
 _ANSWERS: dict[Any, Any] = {
     torch.ops.aten.all.default: True,
     torch.ops.aten.any.default: False,
