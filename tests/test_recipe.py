@@ -255,3 +255,12 @@ def test_reading_the_recipe_module_does_not_import_torch() -> None:
 def test_a_renamed_key_is_told_its_new_name(override: str, now: str) -> None:
     with pytest.raises(UserError, match=f"did you mean '{now}'"):
         Recipe.load("lightgen", [override])
+
+
+def test_a_turn_that_is_switched_off_keeps_its_settings() -> None:
+    """The shipped recipe sets the critic's optimizer: without a critic it is as good as before."""
+    recipe = Recipe.load("sana-sprint", ["options.gan_weight=0"])
+    assert "critic" in recipe.engine.optim
+    assert "discriminator" not in recipe.trained()
+    with pytest.raises(UserError, match=r"did you mean 'engine\.optim\.critic'"):
+        Recipe.load("sana-sprint", ["options.gan_weight=0", "engine.optim.critc.lr=1"])

@@ -302,15 +302,21 @@ class Method(nn.Module):
         self.build(**{name: given[name] for name in wanted if name in given})
 
     @classmethod
-    def turns_for(cls, options: Any) -> tuple[Turn, ...]:
-        """The turns that there may be under these options, in definition order, base classes first, one per name; what
-        depends on the networks is taken for true."""
+    def declared_turns(cls) -> dict[str, Turn]:
+        """All turns by name, whatever the options, in definition order, base classes first."""
         found: dict[str, Turn] = {}
         for base in reversed(cls.__mro__):
             for value in vars(base).values():
                 if isinstance(marked := getattr(value, "turn", None), Turn):
                     found[marked.name] = marked
-        return tuple(t for t in found.values() if all(getattr(options, name, True) for name in t.when))
+        return found
+
+    @classmethod
+    def turns_for(cls, options: Any) -> tuple[Turn, ...]:
+        """The turns that there may be under these options, in definition order, one per name; what depends on the
+        networks is taken for true."""
+        turns = cls.declared_turns().values()
+        return tuple(t for t in turns if all(getattr(options, name, True) for name in t.when))
 
     def turns(self) -> tuple[Turn, ...]:
         """The turns that there are, each with the networks that there are."""

@@ -120,6 +120,7 @@ class Recipe:
             )
         recipe.name = recipe.name or recipe.method
         names_of(recipe.track)
+        recipe.engine.check_turns(list(method.declared_turns()))  # those that are switched off may have settings too
         recipe._check_turns(method.turns_for(options))
         return recipe
 
@@ -131,7 +132,6 @@ class Recipe:
         return _trained(method.turns_for(construct(method.Options, self.options, "options.")))
 
     def _check_turns(self, turns: Sequence[Turn]) -> None:
-        self.engine.check_turns([turn.name for turn in turns])
         trained = _trained(turns)
         self._check_lora(trained)
         averages = ["student"]

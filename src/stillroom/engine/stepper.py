@@ -117,7 +117,7 @@ class Stepper:
     def _make_players(self) -> None:
         m, c = self.method, self.config
         turns = {turn.name: turn for turn in m.turns()}
-        c.check_turns(list(turns))
+        c.check_turns(list(m.declared_turns()))
         if c.steps and not turns:
             raise UserError(f"{m.slug!r} has no turns: its steps would do nothing", cure="set engine.steps to 0")
         self.spans = lay_out(m.stages(), c.steps, self.data, m.slug)

@@ -104,7 +104,10 @@ class Pipelines(Task):
         if isinstance(sampler, ScaleSampler):  # run by the pipeline's own scheduler
             return
         if not isinstance(sampler, FewStepSampler):
-            raise UserError(f"a student sampled by {sampler.name!r} cannot be a pipeline", cure="use a few-step method")
+            raise UserError(
+                f"a student sampled by {sampler.name!r} cannot be a pipeline",
+                cure="options.flipped=true" if hasattr(sampler, "predicts") else "use a few-step method",
+            )
         sampler.conditions(1)  # what a pipeline cannot tell its network is refused
         family, student = self.teacher.family, getattr(method, "student", denoiser)
         if type(with_network(self.teacher.pipeline, student.network)) is not type(self.teacher.pipeline):
@@ -118,9 +121,10 @@ class Pipelines(Task):
         few_step_scheduler(sampler, denoiser.process, denoiser.prediction, family.trigflow, family.consistency)
         judge = getattr(method, "discriminator", None)
         if judge is not None and not isinstance(judge, nn.Identity) and not self.data.pictures:
+            switch = ", or options.gan_weight=0" if hasattr(method.options, "gan_weight") else ""
             raise UserError(
                 f"{method.slug!r} shows its discriminator real images, but the data are prompts alone",
-                cure="give images with captions, or options.gan_weight=0",
+                cure=f"give images with captions{switch}",
             )
 
     def given(self) -> Mapping[str, Any]:
