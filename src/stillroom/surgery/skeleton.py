@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillroom.folders.transformers_layout import auto_config
@@ -99,7 +100,8 @@ class Answered(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and hasattr(args[0], "answer"):
             return args[0].answer
         kwargs = kwargs or {}
-        if kwargs.get("device") == _META:  # what torch's rules for derivatives along a direction take a fake one's for
+        if kwargs.get("device") == _META and forward_ad._current_level >= 0:
+            # what torch's rules for derivatives along a direction take a fake tensor's device for
             kwargs = {**kwargs, "device": _CPU}
         made = repeated(func, args, kwargs)
         if func in _ANSWERS and isinstance(made, FakeTensor):
