@@ -139,3 +139,18 @@ def test_trigflow_s_view_of_a_flow_is_the_paper_s_formula_and_exact_at_both_ends
         expected = ((1 - 2 * tau_) * lam * u + (1 - 2 * tau_ + 2 * tau_**2) * v) / lam
         torch.testing.assert_close(view(u, t, cond).v, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(view(u, t, cond).x0[0], u[0], rtol=0, atol=0)
+
+
+def test_a_group_norm_takes_pixels_with_their_channels_last() -> None:
+    """Attention over pixels leaves them so, in U-Nets."""
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 1)).double()
+    generator = torch.Generator().manual_seed(0)
+    x, d = (torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def turned(x: Tensor) -> Tensor:
+        return network(x.to(memory_format=torch.channels_last))
+
+    value, slope = jvp(turned, (x,), (d,))
+    _, near = jvp(turned, (x,), (d,), "difference", 1e-5)
+    torch.testing.assert_close(value, network(x))
+    torch.testing.assert_close(slope, near, rtol=1e-6, atol=1e-8)

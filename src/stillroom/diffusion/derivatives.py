@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 How = Literal["exact", "difference"]
 
@@ -28,6 +30,16 @@ def replayed(f: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
     return again
 
 
+class _NormsInOrder(TorchFunctionMode):
+    """Lays the inputs of group norms out in order: torch's rule for their derivative takes no others, such as attention
+    over pixels leaves behind in a U-Net."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def jvp(
     f: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor], how: How = "exact", step: float = 1e-3
@@ -42,8 +54,9 @@ def jvp(
     """
     with torch.autocast(at[0].device.type, enabled=False):
         if how == "exact":
-            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # not torch.func.jvp, whose wrapped tensors
-                both = f(*map(forward_ad.make_dual, at, along))  # stay behind in networks that keep what they compute
+            # not torch.func.jvp, whose wrapped tensors stay behind in networks that keep what they compute
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _NormsInOrder():
+                both = f(*map(forward_ad.make_dual, at, along))
                 value, slope = forward_ad.unpack_dual(both)
             return value, torch.zeros_like(value) if slope is None else slope
         ahead = f(*(x + step * d for x, d in zip(at, along, strict=True)))
