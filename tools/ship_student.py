@@ -58,9 +58,11 @@ def main() -> None:
     folder, result = ASSETS / chosen.name, read_json(chosen.run / "result.json")
     folder.mkdir(exist_ok=True)
     student.save(folder, "../scenes-space", torch.float16, method="lightgen")
+    recipe = yaml.safe_load((chosen.run / "recipe.yaml").read_text())
+    recipe.pop("folder", None)  # where it was run, on somebody's machine
     card: dict[str, Any] = {
         "space": student.space.name,
-        "recipe": yaml.safe_load((chosen.run / "recipe.yaml").read_text()),
+        "recipe": recipe,
         "cost": result["cost"],
         "parameters": parameter_count(student.network),
         "macs": macs(lambda: student.sample(texts[:1])),
