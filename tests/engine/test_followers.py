@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
 from stillroom.method import Method, Optim, Target, turn, unfrozen
-from workers.toy import Stop, stop_after
+from workers.toy import fitted
 
 
 class Chased(Method):
@@ -49,12 +49,7 @@ def run(folder: Path, resume: bool = False, stop: int = 0, **options: Any) -> li
     method.build()
     config = EngineConfig(steps=6, batch=2, checkpoint_every=2, check_freezing=True)
     trainer = Trainer(method, Nothing(), config, folder, resume)
-    if stop:
-        trainer.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            trainer.fit()
-    else:
-        trainer.fit()
+    fitted(trainer, stop)
     return [*method.seen, method.target.weight.item()]
 
 

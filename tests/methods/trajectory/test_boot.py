@@ -214,19 +214,14 @@ def test_what_is_measured_is_the_distance_of_one_step_from_many_and_its_share_of
 
 
 def run(folder: Path, resume: bool = False, stop: int = 0, **engine: Any) -> BOOT:
-    from workers.toy import Stop, stop_after
+    from workers.toy import fitted
 
     method = BOOT(BOOT.Options(held_out=4, held_out_steps=2, measure_every=1))
     method.build(point_teacher().eval())
     optim = {"all": {"name": "sgd", "lr": 1e-3}}
     config = EngineConfig(**{"steps": 5, "batch": 8, "checkpoint_every": 2, "optim": optim, **engine})
     trainer = Trainer(method, OnlyConditions(), config, folder, resume)
-    if stop:
-        trainer.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            trainer.fit()
-    else:
-        trainer.fit()
+    fitted(trainer, stop)
     return method
 
 

@@ -23,7 +23,7 @@ from stillroom.planning import plan
 from stillroom.recipe import Recipe
 from stillroom.tasks.class_images.model import ImageGenerator
 from tiny_denoisers import point_teacher
-from workers.toy import Stop, stop_after
+from workers.toy import fitted
 
 SMALL = {"heads": 4, "shortest": 1, "longest": 4}
 STD = 0.5
@@ -158,12 +158,7 @@ def trained(folder: Path, stop: int = 0, resume: bool = False) -> PDD:
     data = ArrayData(torch.zeros(16, 2), {"label": torch.arange(16) % 4})
     config = EngineConfig(steps=4, batch=8, checkpoint_every=2, optim={"all": {"lr": 1e-2}})
     trainer = Trainer(method, data, config, folder, resume)
-    if stop:
-        trainer.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            trainer.fit()
-    else:
-        trainer.fit()
+    fitted(trainer, stop)
     return method
 
 

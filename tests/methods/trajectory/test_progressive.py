@@ -18,7 +18,7 @@ from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.methods.trajectory.progressive import Progressive
 from tiny_denoisers import point_teacher
-from workers.toy import Stop, stop_after
+from workers.toy import fitted
 
 POINTS = ArrayData(torch.randn(32, 2, generator=torch.Generator().manual_seed(0)), {"label": torch.arange(32) % 4})
 
@@ -62,12 +62,7 @@ def trained(folder: Path, stop: int = 0, resume: bool = False) -> Progressive:
     method.build(point_teacher().eval())
     config = EngineConfig(steps=6, batch=8, checkpoint_every=2, check_freezing=True, optim={"all": {"lr": 1e-2}})
     trainer = Trainer(method, POINTS, config, folder, resume)
-    if stop:
-        trainer.callbacks.append(stop_after(stop))
-        with pytest.raises(Stop):
-            trainer.fit()
-    else:
-        trainer.fit()
+    fitted(trainer, stop)
     return method
 
 
