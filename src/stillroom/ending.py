@@ -23,7 +23,7 @@ from stillroom.bench import find_bench
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.engine.progress import showing
-from stillroom.errors import UserError
+from stillroom.errors import DiskFull, UserError
 from stillroom.files import refusal, write
 from stillroom.folders.weights import weights_unwritten
 from stillroom.method import get_method
@@ -268,7 +268,7 @@ def _tried(what: str, act: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as problem:  # of whatever networks and folders come, nothing may be lost to it later
-        if (refused := refusal(problem, Path())) is not None and refused.message.startswith("no space left"):
+        if isinstance(refusal(problem, Path()), DiskFull):
             raise  # the run waits for room, and is resumed
         first = next(iter(str(problem).strip().splitlines()), "")[:200]
         raise UserError(

@@ -21,6 +21,10 @@ class TrainingDiverged(UserError):
     """A loss or weight became NaN/inf or grew without bound. The last good checkpoint is intact."""
 
 
+class DiskFull(UserError):
+    """No space is left to write. What was finished before is intact, and a run goes on when there is room."""
+
+
 @contextlib.contextmanager
 def reading(place: str | Path) -> Iterator[None]:
     """Around code that builds something from a file or folder of the user's: whatever goes wrong there is the input's

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillroom.errors import UserError
+from stillroom.errors import DiskFull, UserError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -37,7 +37,7 @@ def refusal(error: Exception, place: str | Path = "") -> UserError | None:
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     where = place or getattr(error, "filename", None) or "a file"
     if number in _NO_ROOM:
-        return UserError(
+        return DiskFull(
             f"no space left on the disk while writing {where}; what was finished before is intact",
             cure="free some space, then resume",
         )
@@ -60,7 +60,7 @@ def writing(place: Path, *, full_disk_only: bool = False) -> Iterator[None]:
         refused = refusal(error, place)
         if refused is None and isinstance(error, OSError):
             refused = UserError(f"cannot write {place}: {error.strerror or error}", cure="choose a folder of your own")
-        if refused is None or (full_disk_only and not refused.message.startswith("no space left")):
+        if refused is None or (full_disk_only and not isinstance(refused, DiskFull)):
             raise
         raise refused from error
 

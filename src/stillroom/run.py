@@ -13,7 +13,7 @@ from typing import Any
 from stillroom import ending
 from stillroom.engine.track import check_installed, names_of
 from stillroom.engine.trainer import Trainer
-from stillroom.errors import TrainingDiverged, UserError
+from stillroom.errors import DiskFull, TrainingDiverged, UserError
 from stillroom.files import held, in_use, stay_inside, write, writing
 from stillroom.folders.pipelines import sized
 from stillroom.method import Method, get_method
@@ -92,7 +92,7 @@ def _run_here(recipe: Recipe, run_dir: Path, resume: bool, given: Mapping[str, A
         try:
             student = _train(trainer, task, share="teacher" not in given and "student" not in given)
         except UserError as error:
-            waits = resume or isinstance(error, TrainingDiverged) or error.message.startswith("no space left")
+            waits = resume or isinstance(error, TrainingDiverged | DiskFull)
             if not waits and {path.name for path in run_dir.iterdir()} <= EMPTY:
                 shutil.rmtree(run_dir, ignore_errors=True)  # refused at its first step: as if it had been before it
             raise
