@@ -28,8 +28,8 @@ from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from stillroom.engine.counting import storage_bytes
 from stillroom.engine.offload import untrained
-from stillroom.engine.rehearsal import storage_bytes
 from stillroom.engine.trainer import Trainer
 from stillroom.method import get_method
 from stillroom.networks.mae import make_encoder

@@ -28,7 +28,8 @@ from stillroom.data.source import ArrayData
 from stillroom.diffusion.derivatives import jvp
 from stillroom.engine import rehearsal
 from stillroom.engine.config import EngineConfig
-from stillroom.engine.rehearsal import Rehearsal, TurnCost, storage_bytes
+from stillroom.engine.counting import KnownCalls, storage_bytes
+from stillroom.engine.rehearsal import Rehearsal, TurnCost
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import load_denoiser
@@ -225,7 +226,7 @@ def test_calls_that_are_alike_cost_what_going_through_each_gives(
     make = maker(slug, options, networks(tmp_path))
     found = rehearsed(make, data(), **engine)
     monkeypatch.setattr(skeleton, "repeated", lambda function, args, kwargs: function(*args, **kwargs))
-    monkeypatch.setattr(rehearsal._Known, "_key", lambda *_: None)
+    monkeypatch.setattr(KnownCalls, "_key", lambda *_: None)
     assert found == rehearsed(make, data(), **engine)
 
 

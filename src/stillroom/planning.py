@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stillroom.data.blank import by_sizes
-from stillroom.engine.rehearsal import Counted, Rehearsal, TurnCost, storage_bytes
+from stillroom.engine.counting import Counted, storage_bytes
+from stillroom.engine.rehearsal import Rehearsal, TurnCost
 from stillroom.errors import UserError
 from stillroom.method import get_method
 from stillroom.pictures import PictureGenerator

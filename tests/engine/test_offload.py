@@ -18,9 +18,10 @@ from given import given as by_name
 from stillroom import planning
 from stillroom.data.source import ArrayData
 from stillroom.engine.config import EngineConfig
+from stillroom.engine.counting import Counted, storage_bytes
 from stillroom.engine.distributed import host_units
 from stillroom.engine.offload import Offload, untrained
-from stillroom.engine.rehearsal import Counted, Rehearsal, storage_bytes
+from stillroom.engine.rehearsal import Rehearsal
 from stillroom.engine.trainer import Trainer
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import load_denoiser
