@@ -60,3 +60,16 @@ def check_that_it_trains_alone(method: Any, turn: str, folder: Path) -> None:
     assert moved(method) == {"student"}
     data = ArrayData(torch.randn(16, *method.teacher.shape), {"label": torch.arange(16) % 4})
     Trainer(method, data, EngineConfig(steps=2, batch=4, check_freezing=True), folder).fit()
+
+
+def check_that_it_also_draws_in(method: Any, *steps: int) -> None:
+    """Beside its own number of steps the finished student draws in these, finite and named by them."""
+    also = type(method).also(method.options, method.student.process)
+    names = [f"{n} step{'s' if n > 1 else ''}" for n in steps]
+    assert {name: sampler.nfe for name, sampler in also.items()} == dict(zip(names, steps, strict=True))
+    assert method.sampler().nfe not in steps
+    noise, cond = torch.randn(4, *method.student.shape), {"label": torch.arange(4)}
+    for sampler in also.values():
+        drawn = sampler.sample(method.student, noise, cond)
+        assert drawn.shape == noise.shape
+        assert torch.isfinite(drawn).all()

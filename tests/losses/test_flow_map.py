@@ -11,10 +11,11 @@ from torch import Tensor
 
 from stillroom.bench.mixture import GaussianMixture, MixtureDenoiser
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
-from stillroom.diffusion.process import EDM, Process, RectifiedFlow
+from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow, TrigFlow
 from stillroom.losses.flow_map import (
     adaptive,
     earlier,
+    evened,
     huber,
     map_change,
     noise_ratio,
@@ -114,6 +115,24 @@ def test_the_loss_moves_the_answer_along_the_step_with_its_weight() -> None:
     torch.testing.assert_close(answer.grad, -2 * (weight * torch.exp(-logvar.detach()))[:, None] * step / 12)
     torch.testing.assert_close(logvar.grad, (1 - weight * torch.exp(-logvar.detach()) * size) / 4)
     torch.testing.assert_close(towards(answer, step), step.square().mean())
+    answer.grad = logvar.grad = None
+    even = torch.rand(4, **DOUBLE)
+    towards(answer, step, weight, logvar, even).backward()
+    torch.testing.assert_close(answer.grad, -2 * (even * weight * torch.exp(-logvar.detach()))[:, None] * step / 12)
+    torch.testing.assert_close(logvar.grad, even * (1 - weight * torch.exp(-logvar.detach()) * size) / 4)
+
+
+@pytest.mark.parametrize("process", [TrigFlow(), RectifiedFlow(), VP()])
+@pytest.mark.parametrize("kind", ["x0", "eps", "v"])
+def test_an_evened_loss_moves_velocities_alike_whatever_the_network_says(process: Process, kind: str) -> None:
+    """By autograd: ``|dv/dout|^2`` times the factor is 1, so that a step down the gradient moves v as it moves that of
+    a network whose output v is."""
+    x, t = torch.randn(5, 2, **DOUBLE), torch.linspace(0.1, 0.9, 5, **DOUBLE) * process.t_max
+    out = torch.randn(5, 2, **DOUBLE, requires_grad=True)
+    (slope,) = torch.autograd.grad(Prediction(process, kind, out, x, t).v.sum(), out)
+    torch.testing.assert_close(slope[:, 0].square() * evened(process, kind, t), torch.ones_like(t))
+    if not isinstance(process, VP):  # which has noise at 0 too
+        assert evened(process, "x0", torch.zeros(2, **DOUBLE)).abs().max() == 0
 
 
 # --- jumps between any two times --------------------------------------------------------------------------------------

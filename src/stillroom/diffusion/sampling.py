@@ -7,7 +7,7 @@ sigma)``: regular at both ends for every process, and there Euler is exactly DDI
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -285,6 +285,11 @@ class FlowMapSampler(FewStepSampler):
         return x
 
 
+def flow_map_steps(steps: int) -> FlowMapSampler:
+    """So many even steps, each to the next time; a single one to the end."""
+    return FlowMapSampler(few_step_times(steps), to="end" if steps == 1 else "next")
+
+
 def signal(denoiser: Denoiser, eps: Tensor, t: Tensor, cond: Cond, start: float) -> Tensor:
     """What a network says of the noise ``eps [B, ...]`` that a path begins with and of times ``t [B]`` on it: fed pure
     noise whatever the time, its output read as at the first time, ``start`` of ``t_max`` (arXiv 2306.05544)."""
@@ -384,6 +389,11 @@ def few_step_times(steps: int, t_init: float = 1.0) -> tuple[float, ...]:
     if steps < 1 or not 0 < t_init <= 1:
         raise ValueError(f"few-step times need steps >= 1 and t_init in (0, 1], got {steps} and {t_init}")
     return tuple(t_init * (1 - k / steps) for k in range(steps))
+
+
+def by_steps(own: int, steps: Iterable[int], sampler: Callable[[int], Sampler]) -> dict[str, Sampler]:
+    """The samplers of other numbers of steps than ``own``, by name: "2 steps"."""
+    return {f"{n} step{'s' if n > 1 else ''}": sampler(n) for n in steps if n != own}
 
 
 def share_at(process: Process, alpha: float, sigma: float) -> float:

@@ -57,14 +57,36 @@ def normalised(tangent: Tensor, c: float = 0.1, norm: Norm = "rms") -> Tensor:
     return tangent / (expand(length, tangent) + c)
 
 
-def towards(answer: Tensor, step: Tensor, weight: Tensor | float = 1.0, logvar: Tensor | None = None) -> Tensor:
-    """``exp(-w) weight |answer - sg(answer) - step|^2 + w``, the mean over elements and batch: its gradient by
-    ``answer [B, ...]`` is that of ``-2 weight exp(-w) <step, answer>``. logvar: w ``[B]``, learnt beside the network
-    (arXiv 2410.11081, eq. 8); none: 0. step: without a graph."""
+def towards(
+    answer: Tensor,
+    step: Tensor,
+    weight: Tensor | float = 1.0,
+    logvar: Tensor | None = None,
+    even: Tensor | float = 1.0,
+) -> Tensor:
+    """``even (exp(-w) weight |answer - sg(answer) - step|^2 + w)``, the mean over elements and batch: its gradient by
+    ``answer [B, ...]`` is that of ``-2 even weight exp(-w) <step, answer>``. logvar: w ``[B]``, learnt beside the
+    network (arXiv 2410.11081, eq. 8); none: 0. step: without a graph. even: ``[B]``, that of :func:`evened`; w, which
+    evens out all that stands beside the error, does not see it."""
     error = (answer - answer.detach() - step.detach()).square().flatten(1).mean(1)
     if logvar is None:
-        return (weight * error).mean()
-    return (weight * torch.exp(-logvar) * error + logvar).mean()
+        return (even * weight * error).mean()
+    return (even * (weight * torch.exp(-logvar) * error + logvar)).mean()
+
+
+def evened(process: Process, prediction: str, t: Tensor) -> Tensor:
+    """``(d out / d v)^2 [B]``: what a loss of velocities at ``t [B]`` is multiplied by where a network's output is not
+    the velocity, so that a step moves v as far as that of one which predicts it; 1 for such a one.
+
+    Where the output is x0, v is ``1 / sigma`` times as sensitive (TrigFlow: ``F = (cos(t) u - x0) / sin(t)``), and
+    the smallest times would have nearly all of the gradient; where it is eps, ``1 / alpha`` times, and the last would.
+    """
+    (p, q), alpha, sigma = process.velocity_weights(t), process.alpha(t), process.sigma(t)
+    if prediction == "x0":
+        return (sigma / (p * sigma - q * alpha)).square()
+    if prediction == "eps":
+        return (alpha / (q * alpha - p * sigma)).square()
+    return torch.ones_like(t)
 
 
 class Change(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gaussians import draws, play
-from small_methods import MADE, batch, check_that_it_trains_alone, made
+from small_methods import MADE, batch, check_that_it_also_draws_in, check_that_it_trains_alone, made
 from stillroom.methods.trajectory.ect import ECT
 
 
@@ -49,3 +49,8 @@ def test_the_second_step_is_at_the_ratio_that_is_said() -> None:
     first, second = built(steps=2, middle=0.821).sampler().times
     assert first == 1.0
     assert second / (1 - second) == pytest.approx(0.821)
+
+
+def test_a_report_shows_its_other_numbers_of_steps_too() -> None:
+    check_that_it_also_draws_in(built(), 2)
+    check_that_it_also_draws_in(built(steps=2), 1)

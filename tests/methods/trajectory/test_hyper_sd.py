@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussians import central, draws, exact, play
+from small_methods import check_that_it_also_draws_in
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.process import VP, Process, RectifiedFlow
@@ -318,6 +319,8 @@ def to_the_right(images: Tensor, cond: Any) -> Tensor:
 def test_what_is_drawn_for_the_report_is_the_sampler_s(tmp_path: Path) -> None:
     assert built(student_steps=2, eta=0.5).sampler() == TCDSampler((1.0, 0.5), eta=0.5)
     assert built(student_steps=4, scheduler="ddim").sampler() == FewStepSampler((1.0, 0.75, 0.5, 0.25), "ddim")
+    check_that_it_also_draws_in(built(), 2, 4, 8)
+    assert HyperSD.also(HyperSD.Options(scheduler="ddim"), VP()) == {}
     assert even_grid(VP(), 4).tolist() == [0, 249.75, 499.5, 749.25, 999]
 
 

@@ -11,6 +11,7 @@ from gaussians import play
 from small_methods import (
     MADE,
     batch,
+    check_that_it_also_draws_in,
     check_that_it_is_asked_no_later_than_its_teacher_knows,
     check_that_it_trains_alone,
     made,
@@ -54,3 +55,8 @@ def test_several_steps_go_from_time_to_time_and_one_to_the_end() -> None:
     assert built(steps=2).sampler() == FlowMapSampler((1.0, 0.5), to="next")
     with pytest.raises(UserError, match="leave lora away"):
         MeanFlow(MeanFlow.Options(), lora={"student": {"rank": 2}}).build(point_teacher())
+
+
+def test_a_report_shows_its_other_numbers_of_steps_too() -> None:
+    check_that_it_also_draws_in(built(), 2, 4)
+    check_that_it_also_draws_in(built(steps=3), 1, 2, 4)

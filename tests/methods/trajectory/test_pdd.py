@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gaussians import KINDS, PROCESSES, draws, exact, play
-from small_methods import MADE, batch, check_that_it_trains_alone, made
+from small_methods import MADE, batch, check_that_it_also_draws_in, check_that_it_trains_alone, made
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
@@ -185,3 +185,8 @@ def test_numbers_of_steps_that_its_heads_do_not_make_are_refused() -> None:
 
 def test_its_recipe_is_planned() -> None:
     assert [turn.turn for turn in plan(Recipe.load("pdd")).turns] == ["regress"]
+
+
+def test_a_report_shows_its_other_numbers_of_steps_too() -> None:
+    check_that_it_also_draws_in(built(), 2, 4)
+    check_that_it_also_draws_in(built(longest=2, steps=2), 4)

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from gaussians import moved, play
-from small_methods import MADE, batch, check_that_it_is_asked_no_later_than_its_teacher_knows, made, noisy_teacher
+from small_methods import (
+    MADE,
+    batch,
+    check_that_it_also_draws_in,
+    check_that_it_is_asked_no_later_than_its_teacher_knows,
+    made,
+    noisy_teacher,
+)
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.times import TimeLaw
 from stillroom.engine.config import EngineConfig
@@ -54,3 +61,8 @@ def test_the_second_step_is_at_the_time_that_is_said() -> None:
     assert first == 1.0
     assert math.atan2(second, 1 - second) == pytest.approx(1.1)
     assert built().sampler().times == (1.0,)
+
+
+def test_a_report_shows_its_other_numbers_of_steps_too() -> None:
+    check_that_it_also_draws_in(built(), 2)
+    check_that_it_also_draws_in(built(steps=2), 1)

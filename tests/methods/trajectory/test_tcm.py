@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gaussians import draws, play
-from small_methods import MADE, batch, check_that_it_trains_alone, made
+from small_methods import MADE, batch, check_that_it_also_draws_in, check_that_it_trains_alone, made
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.losses.flow_map import noise_ratio
@@ -79,3 +79,7 @@ def test_the_second_step_is_at_the_ratio_that_is_said() -> None:
     first, second = built(steps=2, middle=1.5).sampler().times
     assert first == 1.0
     assert second / (1 - second) == pytest.approx(1.5)
+
+
+def test_a_report_shows_its_other_numbers_of_steps_too() -> None:
+    check_that_it_also_draws_in(built(), 2)

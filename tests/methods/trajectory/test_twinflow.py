@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gaussian_flow import mean_velocity, velocity
 from only_conditions import OnlyConditions
+from small_methods import check_that_it_also_draws_in
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser, Prediction
 from stillroom.diffusion.process import VP, RectifiedFlow
@@ -341,3 +342,8 @@ def test_other_processes_and_adapters_are_refused() -> None:
         TwinFlow(TwinFlow.Options()).build(Denoiser(plain.network, VP(), "v", null=plain.null, shape=(2,)))
     with pytest.raises(UserError, match="trains all weights"):
         TwinFlow(TwinFlow.Options(), lora={"student": {"rank": 2}}).build(plain)
+
+
+def test_a_report_shows_its_other_numbers_of_steps_too() -> None:
+    check_that_it_also_draws_in(built(), 2)
+    check_that_it_also_draws_in(built(sample_times=(0.999, 0.6)), 1)

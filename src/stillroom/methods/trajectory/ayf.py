@@ -9,10 +9,10 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import RectifiedFlow, last_time
-from stillroom.diffusion.sampling import FlowMapSampler, few_step_times
+from stillroom.diffusion.process import Process, RectifiedFlow, last_time
+from stillroom.diffusion.sampling import FlowMapSampler, Sampler, by_steps, flow_map_steps
 from stillroom.errors import UserError
-from stillroom.losses.flow_map import Norm, map_change, normalised, towards
+from stillroom.losses.flow_map import Norm, evened, map_change, normalised, towards
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.extra_inputs import with_inputs
 
@@ -76,8 +76,12 @@ class AYF(Method):
         warm = min(1.0, self.progress / o.tangent_warmup) if o.tangent_warmup else 1.0
         own, change = map_change(lambda x, t, r: student(x, t, {**cond, "r": r}).v, v, x_t, t, s, warm, o.derivative)
         self.note("residual", change.square().mean().sqrt())
-        return {"align": 0.5 * towards(own, normalised(change, o.tangent_c, o.tangent_norm))}
+        step = normalised(change, o.tangent_c, o.tangent_norm)
+        return {"align": 0.5 * towards(own, step, even=evened(FLOW, self.student.prediction, t))}
 
     def sampler(self) -> FlowMapSampler:
-        steps = self.options.steps
-        return FlowMapSampler(few_step_times(steps), to="end" if steps == 1 else "next")
+        return flow_map_steps(self.options.steps)
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        return by_steps(options.steps, (1, 2, 4), flow_map_steps)

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import FewStepSampler, share_at
+from stillroom.diffusion.process import Process
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, by_steps, share_at
 from stillroom.diffusion.times import TimeLaw
 from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled, reached
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
@@ -78,5 +79,13 @@ class ECT(Method):
         return {"agree": (distance / (noise_ratio(process, t) - noise_ratio(process, r))).mean()}
 
     def sampler(self) -> FewStepSampler:
-        middle = share_at(self.teacher.process, 1.0, self.options.middle)
-        return FewStepSampler((1.0, middle)[: self.options.steps])
+        return self.taking(self.options.steps, self.options, self.teacher.process)
+
+    @staticmethod
+    def taking(steps: int, options: Options, process: Process) -> FewStepSampler:
+        """A sampler of so many steps."""
+        return FewStepSampler((1.0, share_at(process, 1.0, options.middle))[:steps])
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        return by_steps(options.steps, (1, 2), lambda steps: cls.taking(steps, options, process))

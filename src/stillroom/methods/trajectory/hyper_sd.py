@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.process import EDM, Process
-from stillroom.diffusion.sampling import FewStepSampler, ODESampler, TCDSampler, ddim_step, few_step_times, jump
+from stillroom.diffusion.sampling import (
+    FewStepSampler,
+    ODESampler,
+    Sampler,
+    TCDSampler,
+    by_steps,
+    ddim_step,
+    few_step_times,
+    jump,
+)
 from stillroom.diffusion.times import Segments, TimeLaw
 from stillroom.errors import UserError
 from stillroom.evaluation.agreement import agreement_for, trained_agreement
@@ -405,6 +414,12 @@ class HyperSD(Method):
         if self.options.scheduler == "ddim":
             return FewStepSampler(self.times, "ddim")
         return TCDSampler(self.times, eta=self.options.eta)
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        """The numbers of segments, with the scheduler that is for all of them."""
+        o, steps = options, sorted({1, *options.segments}) if options.scheduler == "tcd" else ()
+        return by_steps(o.student_steps, steps, lambda n: TCDSampler(few_step_times(n, o.t_init), eta=o.eta))
 
 
 def even_grid(process: Process, steps: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import RectifiedFlow, last_time
-from stillroom.diffusion.sampling import FlowMapSampler, few_step_times
+from stillroom.diffusion.process import Process, RectifiedFlow, last_time
+from stillroom.diffusion.sampling import FlowMapSampler, Sampler, by_steps, flow_map_steps
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.losses.flow_map import adaptive, map_change, towards
@@ -82,5 +82,8 @@ class MeanFlow(Method):
         return {"jump": towards(own, change, adaptive(change, o.power, o.c))}
 
     def sampler(self) -> FlowMapSampler:
-        steps = self.options.steps
-        return FlowMapSampler(few_step_times(steps), to="end" if steps == 1 else "next")
+        return flow_map_steps(self.options.steps)
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        return by_steps(options.steps, (1, 2, 4), flow_map_steps)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Reparametrised
-from stillroom.diffusion.process import RectifiedFlow, expand
-from stillroom.diffusion.sampling import FlowMapSampler
+from stillroom.diffusion.process import Process, RectifiedFlow, expand
+from stillroom.diffusion.sampling import FlowMapSampler, Sampler, by_steps
 from stillroom.errors import UserError
 from stillroom.losses.score import denoising_loss
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
@@ -55,14 +55,18 @@ class PDD(Method):
         solver: Literal["midpoint", "euler"] = "midpoint"  # of the teacher's step
         guidance: float = 1.0  # on the teacher
 
+        @property
+        def lengths(self) -> range:
+            """Heads that a step may have."""
+            return range(self.shortest, min(self.longest, self.heads) + 1, self.shortest)
+
     options: Options
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
         if self.lora:
             raise UserError("pdd trains all weights, with heads that the network has not", cure="leave lora away")
-        lengths = range(o.shortest, min(o.longest, o.heads) + 1, o.shortest)
-        if o.heads % o.shortest or o.heads / o.steps not in lengths:
+        if o.heads % o.shortest or o.heads / o.steps not in o.lengths:
             raise UserError(
                 f"{o.heads} heads do not make {o.steps} steps of {o.shortest} to {o.longest} heads",
                 cure="make heads and heads / steps multiples of options.shortest, the latter at most options.longest",
@@ -124,6 +128,16 @@ class PDD(Method):
         return {"heads": loss}
 
     def sampler(self) -> FlowMapSampler:
-        steps, process = self.options.steps, self.teacher.process
-        shares = process.grid(self.options.heads)[: -1 : self.options.heads // steps] / process.t_max
+        return self.taking(self.options.steps, self.options, self.teacher.process)
+
+    @staticmethod
+    def taking(steps: int, options: Options, process: Process) -> FlowMapSampler:
+        """A sampler of so many steps."""
+        shares = process.grid(options.heads)[: -1 : options.heads // steps] / process.t_max
         return FlowMapSampler(tuple(shares.tolist()), to="end" if steps == 1 else "next")
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        """Of one, two and four steps those of as many heads as are learnt together."""
+        fits = [steps for steps in (1, 2, 4) if options.heads / steps in options.lengths]
+        return by_steps(options.steps, fits, lambda steps: cls.taking(steps, options, process))

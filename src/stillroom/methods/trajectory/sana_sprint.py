@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Cond, Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
 from stillroom.diffusion.process import Process, RectifiedFlow, TrigFlow, expand, last_time, match_snr
-from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, share_at
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, by_steps, share_at
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.folders.sana_sprint import is_sana, reads_scale, sprint_denoiser
 from stillroom.losses.adversarial import hinge_generator, hinge_told
-from stillroom.losses.flow_map import Norm, normalised, scm_change, towards, trig_times
+from stillroom.losses.flow_map import Norm, evened, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 from stillroom.networks.discriminators import LatentDiscriminator
 from stillroom.networks.extra_inputs import with_inputs
@@ -199,9 +199,9 @@ class SanaSprint(Method):
         x_t = process.add_noise(x0, self.draw.normal_like(x0), t)
         with torch.no_grad():
             target = self.teacher(x_t, t, cond).v
-        loss = (self.student(x_t, t, cond).v - target).square().mean()
-        self.note("retime_error", loss)
-        return {"retime": loss}
+        error = (self.student(x_t, t, cond).v - target).square().flatten(1).mean(1)
+        self.note("retime_error", error.mean())
+        return {"retime": (evened(process, self.student.prediction, t) * error).mean()}
 
     @turn(trains=("student", "variance"), optim=Optim(lr=2e-6, clip_norm=0.1))
     def generator(self, batch: Batch) -> Terms:
@@ -264,7 +264,7 @@ class SanaSprint(Method):
         self.note("tangent", tangent.square().mean().sqrt())
         self.note("consistency", step.square().mean())
         self.note("logvar", logvar.mean())
-        return towards(own, step, 1 / (o.data_std * t.tan()), logvar)
+        return towards(own, step, 1 / (o.data_std * t.tan()), logvar, evened(TRIG, self.student.prediction, t))
 
     def jump(self, batch: Batch, told: Cond) -> Tensor:
         """``f(u, t)`` at fresh times, with probability p the last, from noise alone (sec. 3.3)."""
@@ -284,10 +284,9 @@ class SanaSprint(Method):
         return taking(self.options.steps, self.options, self.teacher.process)
 
     @classmethod
-    def also(cls, options: Any, process: Process) -> dict[str, Sampler]:
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
         """The numbers of steps that the sampler does not take."""
-        others = [steps for steps in ANGLES if steps != options.steps]
-        return {f"{steps} step{'s' if steps > 1 else ''}": taking(steps, options, process) for steps in others}
+        return by_steps(options.steps, ANGLES, lambda steps: taking(steps, options, process))
 
 
 def taking(steps: int, options: SanaSprint.Options, process: Process) -> FewStepSampler:

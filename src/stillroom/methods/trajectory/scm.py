@@ -10,10 +10,10 @@ import torch
 
 from stillroom.diffusion.denoiser import Denoiser, Reparametrised
 from stillroom.diffusion.derivatives import How
-from stillroom.diffusion.process import TrigFlow
-from stillroom.diffusion.sampling import FewStepSampler, share_at
+from stillroom.diffusion.process import Process, TrigFlow
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, by_steps, share_at
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.flow_map import Norm, normalised, scm_change, towards, trig_times
+from stillroom.losses.flow_map import Norm, evened, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.scalars import LogVariance
 
@@ -77,8 +77,18 @@ class SCM(Method):
         own, tangent = scm_change(lambda u, t: student(u, t, cond).v, along, u, t, warm, o.derivative)
         self.note("tangent", tangent.square().mean().sqrt())
         step = normalised(tangent, o.tangent_c / o.data_std, o.tangent_norm)
-        return {"consistency": towards(own, step, 1 / (o.data_std * t.tan()), self.variance(t))}
+        even = evened(TRIG, self.student.prediction, t)
+        return {"consistency": towards(own, step, 1 / (o.data_std * t.tan()), self.variance(t), even)}
 
     def sampler(self) -> FewStepSampler:
-        middle = share_at(self.teacher.process, math.cos(self.options.middle), math.sin(self.options.middle))
-        return FewStepSampler((1.0, middle)[: self.options.steps])
+        return self.taking(self.options.steps, self.options, self.teacher.process)
+
+    @staticmethod
+    def taking(steps: int, options: Options, process: Process) -> FewStepSampler:
+        """A sampler of so many steps."""
+        middle = share_at(process, math.cos(options.middle), math.sin(options.middle))
+        return FewStepSampler((1.0, middle)[:steps])
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        return by_steps(options.steps, (1, 2), lambda steps: cls.taking(steps, options, process))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.process import expand
-from stillroom.diffusion.sampling import FewStepSampler, share_at
+from stillroom.diffusion.process import Process, expand
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, by_steps, share_at
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.losses.flow_map import earlier, huber, noise_ratio, pulled, reached
@@ -121,5 +121,13 @@ class TCM(Method):
         return {"agree": (torch.where(held, o.boundary, 1.0).to(each) * each).mean()}
 
     def sampler(self) -> FewStepSampler:
-        middle = share_at(self.teacher.process, 1.0, self.options.middle)
-        return FewStepSampler((1.0, middle)[: self.options.steps])
+        return self.taking(self.options.steps, self.options, self.teacher.process)
+
+    @staticmethod
+    def taking(steps: int, options: Options, process: Process) -> FewStepSampler:
+        """A sampler of so many steps."""
+        return FewStepSampler((1.0, share_at(process, 1.0, options.middle))[:steps])
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        return by_steps(options.steps, (1, 2), lambda steps: cls.taking(steps, options, process))

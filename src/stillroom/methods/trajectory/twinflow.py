@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
-from stillroom.diffusion.process import RectifiedFlow, expand
-from stillroom.diffusion.sampling import FlowMapSampler
+from stillroom.diffusion.process import Process, RectifiedFlow, expand
+from stillroom.diffusion.sampling import FlowMapSampler, Sampler, by_steps
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.losses.jumps import barron, jump_residual
@@ -244,6 +244,12 @@ class TwinFlow(Method):
 
     def sampler(self) -> FlowMapSampler:
         return FlowMapSampler(self.options.sample_times, to=self.options.to)
+
+    @classmethod
+    def also(cls, options: Options, process: Process) -> dict[str, Sampler]:
+        """One or two jumps to the end (the paper's times of two)."""
+        times = {1: (1.0,), 2: (0.999, 0.6)}
+        return by_steps(len(options.sample_times), times, lambda steps: FlowMapSampler(times[steps], to="end"))
 
 
 def _of(cond: Cond, rows: list[int]) -> dict[str, Any]:
