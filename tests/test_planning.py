@@ -185,6 +185,7 @@ WORLDS: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[[], Any], di
     "dmd2": (denoisers, images, {"critic_turns": 2}),
     "swiftbrush": (denoisers, images, {"rank": 2, "targets": ("to_q", "to_v")}),
     "hyper-sd": (denoisers, images, SEGMENTS),
+    "decoupled-dmd": (denoisers, images, {"critic_turns": 2, "student_steps": 2}),
     "sim": (denoisers, images, {}),
     "sid-lsg": (denoisers, images, {}),
     "uni-instruct": (denoisers, images, {}),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.bench import get_bench
-from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench
+from stillroom.bench.scenes.bench import PARSER_DIR, ScenesBench, mix_up
 from stillroom.bench.scenes.judge import MISTAKES, mistake, mistakes, scene_eval
 from stillroom.bench.scenes.teach import teach_parser
 from stillroom.data.scenes import pictures as scenes
@@ -265,6 +265,26 @@ def test_pairs_may_be_of_some_categories_alone() -> None:
     assert Counter(kinds) == {"two": 12, "attribution": 12}
     assert bench.n == 2400
     assert not type(bench).serves("text-images", "scenes", pairs)
+
+
+def test_students_of_few_steps_get_a_denoiser_and_its_own_words() -> None:
+    bench = get_bench("scenes-steps")
+    given = bench.given()
+    data = bench.data(images=6)
+    assert set(data.batch(0, 0, 2)["cond"]) == set(given["teacher"].null)
+    assert given["decode"](torch.zeros(1, *given["teacher"].shape)).shape == (1, 3, 32, 32)
+    assert not type(bench).serves("text-denoisers", "scenes", data)
+
+
+def test_a_mixed_up_teacher_answers_for_the_next_caption_and_keeps_its_unconditional_answer() -> None:
+    bench = get_bench("scenes-steps")
+    teacher, batch = bench.network(), bench.data(images=6).batch(0, 0, 3)
+    x, t = torch.randn(1, *teacher.shape).expand(3, -1, -1, -1), torch.tensor(0.5)
+    right, null = (p.value for p in teacher.apart(x, t, batch["cond"]))
+    mix_up(teacher)
+    wrong, still = (p.value for p in teacher.apart(x, t, batch["cond"]))
+    torch.testing.assert_close(wrong, right.roll(-1, 0))
+    torch.testing.assert_close(still, null)
 
 
 def test_sceneeval_by_hand() -> None:

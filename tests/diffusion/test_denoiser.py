@@ -146,3 +146,17 @@ def test_each_sample_may_have_a_scale_of_its_own() -> None:
         for i, w in enumerate(scales.tolist()):
             torch.testing.assert_close(each[i], plain(x, t, cond, w).value[i])
         assert torch.equal(plain(x, t, {}, scales).value, plain(x, t).value)  # nothing to guide
+
+
+def test_both_answers_apart_are_what_guidance_is_made_of() -> None:
+    denoiser = point_teacher()
+    x, t, cond = torch.randn(4, 2), torch.tensor([0.2, 0.4, 0.6, 0.8]), {"label": torch.arange(4)}
+    conditional, unconditional = denoiser.apart(x, t, cond)
+    torch.testing.assert_close(conditional.value, denoiser(x, t, cond).value)
+    torch.testing.assert_close(unconditional.value, denoiser(x, t, cond, 0.0).value)
+    mixed = unconditional.x0 + 3 * (conditional.x0 - unconditional.x0)
+    torch.testing.assert_close(mixed, denoiser(x, t, cond, 3.0).x0)
+    scalar = denoiser.apart(x, 0.5, cond)[1]
+    torch.testing.assert_close(scalar.x0, denoiser(x, 0.5, cond, 0.0).x0)
+    with pytest.raises(UserError, match="unconditional value for: other"):
+        denoiser.apart(x, t, {"other": torch.arange(4)})

@@ -120,3 +120,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ByCondition("label", (0, 2))
     with pytest.raises(UserError, match=r"unknown route 'noize' \(did you mean 'noise'\?\)"):
         route_from_dict({"name": "noize"})
+
+
+def test_both_answers_apart_come_from_the_row_s_own_expert() -> None:
+    denoiser, (x, t, cond) = routed(), rows()
+    for found, guidance in zip(denoiser.apart(x, t, cond), (1.0, 0.0), strict=True):
+        for i, label in enumerate(cond["label"].tolist()):
+            own, row = denoiser.experts["abc"[BY_CLASS.experts[label]]], slice(i, i + 1)
+            torch.testing.assert_close(found.x0[row], own(x[row], t[row], {"label": cond["label"][row]}, guidance).x0)

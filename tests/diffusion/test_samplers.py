@@ -220,6 +220,8 @@ def test_few_step_times_are_evenly_spaced() -> None:
     assert few_step_times(4) == (1.0, 0.75, 0.5, 0.25)
     assert [round(999 * t) for t in few_step_times(4)] == [999, 749, 500, 250]  # DMD2's 999, 749, 499, 249 to rounding
     assert [int(1000 * t) for t in few_step_times(4, 0.625)] == [625, 468, 312, 156]  # few-step SiD's
+    assert few_step_times(4, shift=3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5))  # 3 u / (1 + 2 u)
+    assert few_step_times(2, 0.8, 3.0) == pytest.approx((0.8, 0.6))
     for wrong in ((0, 1.0), (2, 0.0), (2, 1.5)):
         with pytest.raises(ValueError, match="few-step times"):
             few_step_times(*wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +125,39 @@ def test_segments_are_open_below_and_never_empty() -> None:
     assert Segments(8, 1).start(n).tolist() == [0] * 8
     with pytest.raises(ValueError, match="3 equal segments"):
         Segments(8, 3)
+
+
+@given(LAW, st.sampled_from(list(PROCESSES.values())))
+def test_a_law_s_share_is_the_inverse_of_its_quantile(law: TimeLaw, process: Any) -> None:
+    u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    if law.law == "segments":  # a step: the share of the times up to one
+        u = (u * law.segments).floor() / law.segments
+    t = law.quantile(u, process)
+    inside = (t > law.low * process.t_max * 1.001 + 1e-9) & (t < law.high * process.t_max * 0.999)  # not clamped
+    if law.law == "segments":
+        expected = u + 1 / law.segments
+        inside = inside | True
+    else:
+        expected = u
+    torch.testing.assert_close(law.share(t, process)[inside], expected[inside], rtol=2e-3, atol=2e-3)
+
+
+@given(LAW, st.sampled_from(list(PROCESSES.values())), st.floats(0.45, 1))
+def test_times_below_a_level_are_those_of_the_law_that_lie_there(law: TimeLaw, process: Any, level: float) -> None:
+    end = law.low + level * (law.high - law.low)
+    if law.law == "segments":
+        end = max(end, law.low + (law.high - law.low) / law.segments)  # there is none below the first
+    until = float(law._warp(torch.tensor(end, dtype=torch.float64), process)) * process.t_max
+    t = law.sample(draws(256), process, until=until)
+    assert float(t.max()) <= max(until, float(law.quantile(torch.zeros(1), process))) * (1 + 1e-4)
+
+
+def test_below_a_level_a_uniform_law_is_uniform_before_its_shift() -> None:
+    """Shift 3, the level 0.5 after it is 0.25 before it."""
+    t = TimeLaw("uniform").sample(draws(40_000), RectifiedFlow(3.0), until=0.5).double()
+    unshifted = t / (3 - 2 * t)
+    assert float(unshifted.max()) <= 0.25 + 1e-6
+    assert float(unshifted.mean()) == pytest.approx(0.125, abs=4 * 0.25 / (12 * 40_000) ** 0.5)
+    assert float(unshifted.std()) == pytest.approx(0.25 / 12**0.5, rel=0.02)
+    each = TimeLaw("uniform").sample(draws(4), RectifiedFlow(), until=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert bool((each <= torch.tensor([0.1, 0.2, 0.3, 0.4])).all())

@@ -211,13 +211,27 @@ class Denoiser(nn.Module):
         elif not each and guidance == 0.0:
             value = self.native(x_t, t, self.null_cond(cond))
         else:
-            null = self.null_cond(cond)
-            both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
-            times = torch.cat([t, t]) if t.ndim else t
-            conditional, unconditional = self.native(torch.cat([x_t, x_t]), times, both).chunk(2)
+            conditional, unconditional = self._both(x_t, t, cond)
             w = expand(guidance.to(conditional), conditional) if isinstance(guidance, Tensor) else guidance
             value = self.guide(conditional, unconditional, w)
+        return self._said(value, x_t, t)
+
+    def _both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        null = self.null_cond(cond)
+        both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+        times = torch.cat([t, t]) if t.ndim else t
+        conditional, unconditional = self.native(torch.cat([x_t, x_t]), times, both).chunk(2)
+        return conditional, unconditional
+
+    def _said(self, value: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
+
+    def apart(self, x_t: Tensor, t: Tensor | float, cond: Cond) -> tuple[Prediction, Prediction]:
+        """The conditional and the unconditional prediction, each by itself, from one batch of both. Raises UserError
+        for conditions without an unconditional value."""
+        t = time_like(t, x_t)
+        conditional, unconditional = self._both(x_t, t, cond)
+        return self._said(conditional, x_t, t), self._said(unconditional, x_t, t)
 
     def guided(self, given: Prediction, cond: Cond, guidance: float) -> Prediction:
         """What :meth:`forward` says with ``guidance`` where it has said ``given`` without, at the cost of the

@@ -137,8 +137,14 @@ class RoutedDenoiser(Denoiser):
         def asked(expert: Denoiser, x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Tensor:
             return expert(x, t, rows, rows.pop(_SCALES, guidance)).value
 
-        value = self._grouped(x_t, t, cond, asked)
-        return Prediction(self.process, "x0" if self.prediction == "edm" else self.prediction, value, x_t, t)
+        return self._said(self._grouped(x_t, t, cond, asked), x_t, t)
+
+    def _both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        def asked(expert: Denoiser, x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Tensor:
+            return torch.stack(expert._both(x, t, rows), 1)
+
+        conditional, unconditional = self._grouped(x_t, t, cond, asked).unbind(1)
+        return conditional, unconditional
 
     def _grouped(self, x_t: Tensor, t: Tensor, cond: Cond, ask: Callable[..., Tensor]) -> Tensor:
         which = self.route.expert(t / self.process.t_max, cond).expand(len(x_t))

@@ -384,11 +384,14 @@ def sampler_from_dict(values: dict[str, Any]) -> Sampler:
     return SAMPLERS[values.pop("name")](**values)
 
 
-def few_step_times(steps: int, t_init: float = 1.0) -> tuple[float, ...]:
-    """``t_init (1 - k / steps)``, k = 0 .. steps - 1: the evenly spaced schedule of DMD2 and few-step SiD."""
+def few_step_times(steps: int, t_init: float = 1.0, shift: float = 1.0) -> tuple[float, ...]:
+    """``t_init (1 - k / steps)``, k = 0 .. steps - 1: the evenly spaced schedule of DMD2 and few-step SiD. shift:
+    of the shares ``u = 1 - k / steps`` towards noise, ``s u / (1 + (s - 1) u)``."""
     if steps < 1 or not 0 < t_init <= 1:
         raise ValueError(f"few-step times need steps >= 1 and t_init in (0, 1], got {steps} and {t_init}")
-    return tuple(t_init * (1 - k / steps) for k in range(steps))
+    if shift == 1:
+        return tuple(t_init * (1 - k / steps) for k in range(steps))
+    return tuple(t_init * shift * (steps - k) / (k + shift * (steps - k)) for k in range(steps))
 
 
 def by_steps(own: int, steps: Iterable[int], sampler: Callable[[int], Sampler]) -> dict[str, Sampler]:

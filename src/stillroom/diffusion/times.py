@@ -43,14 +43,17 @@ class TimeLaw:
         if self.std <= 0 or self.segments < 1 or not 0 <= self.at_max <= 1:
             raise ValueError("a time law needs std > 0, segments >= 1 and at_max in [0, 1]")
 
-    def sample(self, draw: Draws, process: Process, below: float = 0.0) -> Tensor:
-        """Times ``[B]`` for this micro-batch. below: share of the law, its smallest times, that is left out."""
+    def sample(self, draw: Draws, process: Process, below: float = 0.0, until: Tensor | float | None = None) -> Tensor:
+        """Times ``[B]`` for this micro-batch. below: share of the law, its smallest times, that is left out. until: a
+        time, or one for each row ``[B]``, that none exceeds: the law given that."""
         u = draw.uniform(draw.local)
         if self.stratified:
             order = torch.randperm(draw.total, generator=draw.generator, device=u.device)[draw.rows]
             u = (order + u) / draw.total
+        if until is not None:
+            u = u * self.share(torch.as_tensor(until, dtype=torch.float64, device=u.device), process).to(u)
         t = self.quantile(below + (1 - below) * u if below else u, process)
-        if self.at_max:
+        if self.at_max and until is None:
             t = torch.where(draw.uniform(draw.local) < self.at_max, torch.full_like(t, self.high * process.t_max), t)
         return t
 
@@ -73,9 +76,36 @@ class TimeLaw:
             return process.time_of(torch.ones_like(sigma), sigma)
         return self._warp(fraction, process) * process.t_max
 
+    def share(self, t: Tensor, process: Process) -> Tensor:
+        """The law's distribution function: the share of times up to ``t``, in [0, 1], like ``t``. Under a shift it is
+        found in unshifted time."""
+        fraction = self._unwarp(t / process.t_max, process)
+        if self.law == "logit-normal":
+            found = torch.special.ndtr((torch.logit(fraction.clamp(0, 1)) - self.mean) / self.std)
+        elif self.law == "log-normal":
+            ratio = process.sigma(t) / process.alpha(t)
+            found = torch.special.ndtr((ratio.log() - self.mean) / self.std)
+        else:
+            if self.law == "karras":
+                edm = process if isinstance(process, EDM) else EDM()
+                low, high = edm.sigma_min ** (1 / edm.rho), edm.sigma_max ** (1 / edm.rho)
+                ratio = (process.sigma(t) / process.alpha(t)).clamp(edm.sigma_min, edm.sigma_max)
+                fraction = (ratio ** (1 / edm.rho) - low) / (high - low)
+            found = (fraction - self.low) / (self.high - self.low)
+            if self.law == "segments":
+                found = (found * self.segments + 1e-9).floor() / self.segments
+        return found.clamp(0, 1)
+
+    def _shift(self, process: Process) -> float:
+        return self.shift or (process.shift if isinstance(process, RectifiedFlow) else 1.0)
+
     def _warp(self, fraction: Tensor, process: Process) -> Tensor:
-        shift = self.shift or (process.shift if isinstance(process, RectifiedFlow) else 1.0)
+        shift = self._shift(process)
         return shift * fraction / (1 + (shift - 1) * fraction)
+
+    def _unwarp(self, fraction: Tensor, process: Process) -> Tensor:
+        shift = self._shift(process)
+        return fraction / (shift - (shift - 1) * fraction)
 
 
 @dataclass(frozen=True)

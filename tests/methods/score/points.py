@@ -20,11 +20,14 @@ NULL = 8
 # Every optional part on, so that there is a number behind each option.
 FULL: dict[str, dict[str, Any]] = {
     "dmd2": {"student_steps": 3, "gan_weight": 0.5, "critic_gan_weight": 0.5},
+    "decoupled-dmd": {
+        "student_steps": 3, "gan_weight": 0.5, "critic_gan_weight": 0.5, "mean": 0.1, "variance": 0.9,
+    },
     "swiftbrush": {"rank": 4, "lora_alpha": 8.0},
     "sim": {},
     "sid-lsg": {"student_steps": 3, "gan_weight": 0.1, "guidance": "lsg"},
     "uni-instruct": {"gan_weight": 0.1},
-}
+}  # fmt: skip
 
 
 def teacher() -> Denoiser:

@@ -33,6 +33,9 @@ ROUTES = [
     ("dmd2", {"gan_weight": 0.0}, "generator", {"student"}),
     ("dmd2", {"gan_weight": 0.0}, "critic", {"fake"}),
     ("dmd2", {"distribution_matching": 0.0}, "generator", {"student"}),
+    ("decoupled-dmd", {}, "generator", {"student"}),
+    ("decoupled-dmd", {}, "critic", {"fake"}),
+    ("decoupled-dmd", {"gan_weight": 0.1}, "critic", {"fake", "discriminator"}),
     ("swiftbrush", {"fake": "full"}, "generator", {"student"}),
     ("swiftbrush", {"fake": "full"}, "critic", {"fake"}),
     ("swiftbrush", {"fake": "full", "score": "sds"}, "generator", {"student"}),
@@ -90,6 +93,7 @@ PARTED = [
     ("dmd2", {"gan_weight": 0.5, "critic_gan_weight": 0.5}),
     ("dmd2", {"gan_weight": 0.5, "critic_gan_weight": 0.5, "gan_pass": "shared"}),
     ("dmd2", {"gan_weight": 0.5, "critic_gan_weight": 0.5, "gan_network": "teacher"}),
+    ("decoupled-dmd", {"gan_weight": 0.5, "critic_gan_weight": 0.5}),
     ("uni-instruct", {"gan_head": "mlp"}),
     ("uni-instruct", {"gan_head": "mlp", "gan_time_weight": "edm", "critic_gan_weight": 1e-3}),
     ("sid-lsg", {"gan_weight": 0.1, "gan_head": "mlp"}),
@@ -218,6 +222,12 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "critic_gan_weight": 2.0, "gan_block": "blocks.0", "generator_times": TimeLaw("logit-normal"),
         "critic_times": TimeLaw("logit-normal"),
     },
+    "decoupled-dmd": {
+        "student_steps": 2, "t_init": 0.5, "step_shift": 2.0, "guidance": 2.0, "augmentation": 0.0,
+        "regulariser_weight": 0.0, "gan_weight": 0.0, "critic_gan_weight": 2.0, "gan_block": "blocks.0",
+        "augmentation_times": TimeLaw("logit-normal"), "generator_times": TimeLaw("logit-normal"),
+        "critic_times": TimeLaw("logit-normal"),
+    },
     "swiftbrush": {
         "rank": 2, "lora_alpha": 4.0, "targets": ("to_v",), "guidance": 1.0, "fake_guidance": 1.0,
         "condition_drop": 1.0, "t_init": 0.7, "student_times": TimeLaw("logit-normal"),
@@ -237,7 +247,10 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "generator_times": TimeLaw("logit-normal"), "critic_times": TimeLaw("logit-normal"),
     },
 }  # fmt: skip
-ELSEWHERE = {"dmd2": {"critic_turns"}, "sim": {"beta"}, "uni-instruct": {"critic_share", "warmup_share"}}
+ELSEWHERE = {
+    "dmd2": {"critic_turns"}, "decoupled-dmd": {"critic_turns", "mean", "variance"}, "sim": {"beta"},
+    "uni-instruct": {"critic_share", "warmup_share"},
+}  # fmt: skip
 CHOICES = [(slug, name, value) for slug in FULL for name, value in choices(slug)]
 CASES = CHOICES + [(slug, name, value) for slug in FULL for name, value in NUMBERS[slug].items()]
 
@@ -274,6 +287,7 @@ def test_no_option_is_left_untried(slug: str) -> None:
     ("slug", "options"),
     [
         ("dmd2", {"student_steps": 2}),
+        ("decoupled-dmd", {"student_steps": 2, "step_shift": 3.0}),
         ("sid-lsg", {"student_steps": 2}),
         ("swiftbrush", {}),
         ("sim", {}),

@@ -24,6 +24,7 @@ from tiny_text_images import sd3, tiny_codec, tiny_text
 CAPTIONS = ["a red three", "two fours", "a seven", "a one above a two", "a blue six", "a nine"]
 FAST = ["engine.batch=4", "engine.log_every=1", "engine.checkpoint_every=2", "evaluate.n=0", "evaluate.samples=6"]
 OWN: dict[str, list[str]] = {
+    "decoupled-dmd": ["options.student_steps=2", "engine.steps=5", "engine.warmup=0"],
     "agd-scenes": ["options.paths=4", "options.path_steps=3", "options.steps=2", "options.width=8", "engine.steps=3"],
     "hyper-sd-scenes": [
         "options.segments=[2, 1]", "options.mse=[1, 1]", "options.adversarial=[0, 1]", "options.grids=[8, 4]",

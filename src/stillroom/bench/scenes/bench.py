@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.bench import bench
-from stillroom.bench.base import NO_FOLDERS, Bench, card_rows, only, read_card, shown, table
+from stillroom.bench.base import NO_FOLDERS, Bench, card_rows, given_things, only, read_card, shown, table
 from stillroom.bench.captioned import mismatched
 from stillroom.bench.scenes.judge import scene_eval
 from stillroom.cache import cache_folder, code_of, kept
@@ -43,6 +43,7 @@ from stillroom.data.scenes.captions import (
 )
 from stillroom.data.scenes.pictures import SHAPE, scene_set
 from stillroom.data.store import read_store
+from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError
 from stillroom.evaluation import metrics
@@ -53,6 +54,7 @@ from stillroom.folders.shipped import ASSETS
 from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.synthesis import synthesize
 from stillroom.task import say
+from stillroom.tasks.text_denoisers.task import with_texts
 from stillroom.tasks.text_images.data import CaptionedData, encode_images
 from stillroom.tasks.text_images.model import TextImageGenerator
 
@@ -386,3 +388,49 @@ class ManyScenesBench(ScenesBench):
     def serves(cls, task: str, source: str, data: Any) -> bool:
         """Runs are scored as :class:`ScenesBench` does."""
         return False
+
+
+@bench("scenes-steps")
+class StepScenesBench(ScenesBench):
+    """The scenes bench for students in few steps: a shipped denoiser, which needs guidance, is asked by caption and
+    taught from. Of the shipped store's pictures a student may read 2,000."""
+
+    task, teaches = "text-denoisers", ()
+
+    def network(self, teacher: str = TEACHERS[1]) -> Denoiser:
+        found = super().network(teacher)
+        assert isinstance(found, Denoiser)
+        return found
+
+    def given(self, **wanted: Any) -> Mapping[str, Any]:
+        only("teacher", wanted)
+        return given_things([self.network()], decode=self.space.codec.pictures, classes=[])
+
+    def data(self, **wanted: Any) -> CaptionedData:
+        return with_texts(super().data(**wanted), tuple(self.network().null))
+
+    def mislead(self, method: Any, data: CaptionedData) -> CaptionedData:
+        for teacher in method.teachers().values():
+            mix_up(teacher)
+        return data
+
+    @classmethod
+    def serves(cls, task: str, source: str, data: Any) -> bool:
+        """Runs are scored as :class:`ScenesBench` does."""
+        return False
+
+
+def mix_up(teacher: Denoiser) -> None:
+    """From now on ``teacher`` answers for the caption of the next row of its batch. Rows without one stay as they
+    are."""
+    ask = teacher.call
+
+    def call(network: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        null = teacher.null_cond(cond)
+        same = [(value == null[name]).flatten(1).all(1) for name, value in cond.items()]
+        rows = torch.arange(len(x), device=x.device)
+        asked = (~torch.stack(same).all(0)).nonzero()[:, 0]
+        rows[asked] = asked.roll(-1)
+        return ask(network, x, time, {name: value[rows] for name, value in cond.items()})
+
+    teacher.call = call

@@ -67,7 +67,7 @@ class TextDenoisers(TextImages):
         assert isinstance(network, Denoiser)
         if self.start is not None and tuple(getattr(self.start, "shape", ())) != tuple(network.shape):
             raise UserError("the student works on other latents than the teacher", cure="give a denoiser of its kind")
-        self.data = _with_texts(self.data, tuple(network.null))
+        self.data = with_texts(self.data, tuple(network.null))
 
     def given(self) -> Mapping[str, Any]:
         network = self.teacher.network
@@ -81,8 +81,9 @@ class TextDenoisers(TextImages):
         return TextImageGenerator(network, sampler, self.space)
 
 
-def _with_texts(data: CaptionedData, names: tuple[str, ...]) -> CaptionedData:
+def with_texts(data: CaptionedData, names: tuple[str, ...]) -> CaptionedData:
+    """The data with those of their texts' features alone that a network reads."""
     data.text = {name: value for name, value in data.text.items() if name in names}
     for part in data.parts.values():
-        _with_texts(part, names)
+        with_texts(part, names)
     return data
