@@ -198,6 +198,7 @@ def test_what_fails_at_the_end_fails_before_the_first_step(
     assert cli.main(arguments) == 2
     said = capsys.readouterr().err.splitlines()
     assert "RuntimeError: mat1 and mat2 must have the same dtype" in said[-1]
+    assert ("or switch off what fails (evaluate.samples=0)" in said[-1]) == (verb == "sample")  # FAST has evaluate.n=0
     assert not (place / "runs/a").exists()
 
 

@@ -66,7 +66,7 @@ def finish(recipe: Recipe, run_dir: Path, task: Task, student: Model) -> dict[st
     teachers, left_out = shown_teachers(recipe, task)
     everyone = {**teachers, "student": student}
     also = other_ways(recipe, task, student)
-    drawn = {**everyone, **also}
+    drawn = {**everyone, **(also if recipe.evaluate.samples else {})}
     shown = {who: ending.once(f"sheet of {who}", _sheet(recipe, run_dir, task, who, m)) for who, m in drawn.items()}
     result: dict[str, Any] = {
         "name": run_dir.name,
@@ -137,10 +137,10 @@ def shown_teachers(recipe: Recipe, task: Task) -> tuple[dict[str, Model], dict[s
 
 
 def other_ways(recipe: Recipe, task: Task, student: Model) -> dict[str, Model]:
-    """The same student run in the other ways that its method names, where pictures are drawn; without those that this
-    kind of model cannot be run in."""
+    """The same student run in the other ways that its method names, without those that this kind of model cannot be run
+    in."""
     network, found = student.module, {}
-    if not recipe.evaluate.samples or not isinstance(network, Denoiser):
+    if not isinstance(network, Denoiser):
         return {}
     for name, sampler in get_method(recipe.method).also(recipe.method_options(), network.process).items():
         with contextlib.suppress(UserError):
@@ -256,13 +256,19 @@ def try_out(recipe: Recipe, run_dir: Path, task: Task, network: nn.Module, sampl
         shutil.rmtree(folder, ignore_errors=True)
         try:
             for what, act in steps.items():
-                _tried(what, act)
+                _tried(what, act, _switch(what, recipe))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     say(f"tried the run's end, before its training: {time.monotonic() - began:.1f} s")
 
 
-def _tried(what: str, act: Callable[[], T]) -> T:
+def _switch(what: str, recipe: Recipe) -> str:
+    """Settings that leave this step of a run's end away, as a cure says them; empty where none does."""
+    asked = {"be drawn": ("samples", "n"), "be scored": ("n",)}.get(what, ())
+    return " ".join(f"evaluate.{name}=0" for name in asked if getattr(recipe.evaluate, name))
+
+
+def _tried(what: str, act: Callable[[], T], switch: str = "") -> T:
     try:
         return act()
     except UserError:
@@ -273,5 +279,6 @@ def _tried(what: str, act: Callable[[], T]) -> T:
         first = next(iter(str(problem).strip().splitlines()), "")[:200]
         raise UserError(
             f"the student of this run could not {what} ({type(problem).__name__}: {first})",
-            cure="nothing was trained; choose another teacher or data, or switch off what fails (evaluate.n=0)",
+            cure="nothing was trained; choose another teacher or data"
+            + (f", or switch off what fails ({switch})" if switch else ""),
         ) from problem

@@ -23,9 +23,6 @@ from stillroom.surgery.modules import parameter_count
 from stillroom.task import Model, Task, make_task
 from stillroom.training import build_method, train
 
-EMPTY = {"recipe.yaml", ".lock"}
-"""What is in a run's folder before its first step."""
-
 
 @dataclass
 class RunResult:
@@ -81,20 +78,15 @@ def _run_here(recipe: Recipe, run_dir: Path, resume: bool, given: Mapping[str, A
     with held(run_dir), writing(run_dir, full_disk_only=True):
         if not resume:
             write(run_dir / "recipe.yaml", replace(recipe, folder=str(Path.cwd())).to_yaml())
-        if _can_be_tried(trainer):
-            try:
-                ending.try_out(recipe, run_dir, task, trainer.export_role(share=True), method.sampler())
-            except UserError:
-                if not resume:
-                    shutil.rmtree(run_dir, ignore_errors=True)  # it was empty: the next try may have it
-                raise
-        # what was given as an object stays as it is; all else is ours alone
         try:
+            if _can_be_tried(trainer):
+                ending.try_out(recipe, run_dir, task, trainer.export_role(share=True), method.sampler())
+            # what was given as an object stays as it is; all else is ours alone
             student = _train(trainer, task, share="teacher" not in given and "student" not in given)
         except UserError as error:
             waits = resume or isinstance(error, TrainingDiverged | DiskFull)
-            if not waits and {path.name for path in run_dir.iterdir()} <= EMPTY:
-                shutil.rmtree(run_dir, ignore_errors=True)  # refused at its first step: as if it had been before it
+            if not waits and trainer.step == 0:
+                shutil.rmtree(run_dir, ignore_errors=True)  # it was empty: the next try may have it
             raise
         del trainer, method
         gc.collect()  # optimizers and the method's other networks are done with

@@ -159,8 +159,9 @@ def test_a_model_that_is_asked_by_class(class_folder: Path) -> None:
     assert not exhibit.draw("dot", 2, seed=4, guidance=3.0).images.equal(generator.sample([2, 2], seed=4))
     assert generator.examples() == list(CLASSES)
     assert exhibit.surprise() in CLASSES
-    with pytest.raises(UserError, match="no class 'cat'"):
-        generator.check("cat")
+    for ask in (generator.check, lambda wish: generator.draw(wish, 1, 0)):
+        with pytest.raises(UserError, match="no class 'cat'"):
+            ask("cat")
 
 
 def test_surprises_and_examples_hold_known_words_only(studio: Studio, generators: dict[str, Any]) -> None:

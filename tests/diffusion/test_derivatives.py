@@ -94,6 +94,16 @@ def test_dropout_is_the_same_in_all_calls_of_a_replayed_function(how: Any) -> No
     assert not torch.equal(ask(x) != 0, kept)  # the next ones are drawn anew
 
 
+def test_the_random_state_of_a_function_that_draws_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: pytest.fail("the random state was set"))
+    x = torch.randn(2, 3)
+    again = replayed(torch.sin, x)
+    value, slope = jvp(again, (x,), (x,))
+    torch.testing.assert_close(slope, x * x.cos())
+    torch.randn(1)  # others draw between its calls
+    torch.testing.assert_close(again(x), value)
+
+
 @pytest.mark.parametrize("how", ["exact", "difference"])
 def test_under_autocast_derivatives_are_those_of_float32(how: Any) -> None:
     teacher = dit_teacher().eval()

@@ -16,16 +16,26 @@ How = Literal["exact", "difference"]
 
 
 def replayed(f: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
-    """``f`` with the same dropout at each call: the derivative is that of the function which is asked beside it.
-    like: on the device that it draws on."""
+    """``f`` with the same dropout at each call: the derivative is that of the function which is asked beside it. Where
+    the first call draws nothing, no later one is taken to, and the random state is left alone. like: on the device that
+    it draws on."""
     cuda = like.device.type == "cuda"
-    state, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(like.device) if cuda else None
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(like.device)] if cuda else [])]
+
+    began, draws = states(), None
 
     def again(*args: Tensor) -> Tensor:
-        torch.set_rng_state(state)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, like.device)
-        return f(*args)
+        nonlocal draws
+        if draws:
+            torch.set_rng_state(began[0])
+            if cuda:
+                torch.cuda.set_rng_state(began[1], like.device)
+        said = f(*args)
+        if draws is None:
+            draws = not all(map(torch.equal, began, states()))
+        return said
 
     return again
 

@@ -273,7 +273,9 @@ def few_step_scheduler(
     if trigflow and isinstance(process, RectifiedFlow):
         return _trigflow_scheduler(sampler)
     if any(abs(a - b) > 1e-6 for a, b in zip(sampler.times, even, strict=True)):
-        raise UserError(f"no scheduler of diffusers asks at the times {sampler.times}", cure="use evenly spaced steps")
+        raise UserError(
+            f"no scheduler of diffusers asks at the times {sampler.times}", cure="a single step, or evenly spaced ones"
+        )
     if isinstance(sampler, TCDSampler):
         return _tcd_scheduler(process, prediction)
     if n > 1 and sampler.renoise == "fixed":

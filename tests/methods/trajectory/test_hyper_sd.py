@@ -328,6 +328,7 @@ def test_what_is_drawn_for_the_report_is_the_sampler_s(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"segments": (8, 1)}, "options.grids 4"),
+        ({"segments": (1, 2, 4, 8)}, r"fewer at each stage, not \[1, 2, 4, 8\]"),
         ({"grids": (12, 8, 8, 8)}, r"options\.grids: 12 steps cannot be cut into 8"),
         ({"guidance_low": 3.0}, r"is above options\.guidance_high"),
         ({"consistency_share": 0.0}, "every part"),

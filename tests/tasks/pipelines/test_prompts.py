@@ -437,7 +437,11 @@ def test_the_card_s_code_asks_by_name() -> None:
         "scheduler": "S",
         "random": False,
     }
-    about |= {"family": "Flux 2", "lora": False}
+    about |= {"family": "Flux 2", "lora": False, "reads_scale": False}
     calls = {"student": {"nfe": 1}, "teacher": {"nfe": 25}}
     card = pipeline_card(recipe, {"name": "x", "pipeline": about, **calls})
     assert "image = pipeline(prompt='a red cat', height=16" in "\n".join(card.use)
+    assert "with another number of steps, or another guidance scale, it is another model." in card.before_scores[0]
+    about["reads_scale"], result = True, {"name": "x", "pipeline": about, **calls}
+    said = pipeline_card(recipe, {**result, "also": {"student, 2 steps": 2, "student, 4 steps": 4}}).before_scores[0]
+    assert "its weights serve 2 or 4 steps too: with yet another number of steps it is another model. It reads" in said

@@ -177,6 +177,11 @@ class HyperSD(Method):
                     f"options.grids: {steps} steps cannot be cut into {count} equal segments",
                     cure=f"choose a multiple of {count}",
                 )
+        if any(after >= before for before, after in itertools.pairwise(o.segments)):
+            raise UserError(
+                f"options.segments are fewer at each stage, not {list(o.segments)}",
+                cure=f"options.segments={sorted(set(o.segments), reverse=True)}".replace(" ", ""),
+            )
         if o.guidance_high < o.guidance_low:
             raise UserError(
                 f"options.guidance_low={o.guidance_low:g} is above options.guidance_high={o.guidance_high:g}",

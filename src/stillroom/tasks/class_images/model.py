@@ -88,7 +88,7 @@ class ImageGenerator(PictureGenerator):
 
     def draw(self, wish: str, n: int, seed: int, **changes: Any) -> Tensor:
         generator = ImageGenerator(self.denoiser, self.changed(**changes), self.classes)
-        return generator.sample([self.choices.index(wish)] * n if self.choices else n, seed=seed)
+        return generator.sample([class_index(wish, self.choices)] * n if self.choices else n, seed=seed)
 
     def rows(self, asked: Sequence[str] = (), n: int = COLUMNS, seed: int = 0) -> Rows:
         """``n`` samples for each of the chosen classes, by number or name (default: all, at most ten). A model without

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from stillroom.cache import cache_folder
 from stillroom.data.prompt_sources import prompt_source
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleSampler
+from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, ScaleSampler
 from stillroom.errors import UserError
 from stillroom.folders.pipeline_families import FAMILIES, with_network
 from stillroom.folders.pipelines import few_step_scheduler, fingerprint, is_pipeline, sized
@@ -199,8 +199,7 @@ def pipeline_card(recipe: Recipe, result: Mapping[str, Any]) -> Card:
     ]
     lines = [
         f"The scheduler in this folder, {about['scheduler']}, asks the network at the timesteps {times} when it is "
-        f"asked for {steps}. The student was trained for these and with the arguments above: with other numbers of "
-        "steps, or another guidance scale, it is another model.",
+        f"asked for {steps}. {trained_for(sorted(result.get('also', {}).values()), about['reads_scale'])}",
         "",
     ]
     if about["random"]:
@@ -244,7 +243,20 @@ def facts(teacher: PipelineGenerator, student: PipelineGenerator) -> dict[str, A
         "licence": licence(teacher.folder),
         "random": bool(student.pipeline.scheduler.config.get("stochastic_sampling")),
         "lora": student.denoiser.adapter is not None,
+        "reads_scale": isinstance(student.sampler, ScaleFewStepSampler),
     }
+
+
+def trained_for(steps: Sequence[int], reads_scale: bool) -> str:
+    """What a card says of other calls. steps: numbers of steps that the same weights are for too. reads_scale: the
+    guidance scale is an input of the network."""
+    said = "The student was trained for these and with the arguments above"
+    other = "another number of steps" if reads_scale else "another number of steps, or another guidance scale,"
+    if steps:
+        said += f", and its weights serve {' or '.join(map(str, steps))} step{'s' if steps[-1] > 1 else ''} too"
+        other = other.replace("another number", "yet another number", 1)
+    scale = " It reads the guidance scale, which may be any near those that it learnt." if reads_scale else ""
+    return f"{said}: with {other} it is another model.{scale}"
 
 
 def timesteps(generator: PipelineGenerator) -> list[float]:
