@@ -23,7 +23,7 @@ METHODS = (
     *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
     *("boot", "twinflow", "kd", "progressive", "hyper-sd", "sana-sprint"),
     *("ect", "scm", "tcm", "meanflow", "ayf", "pdd"),
-    "decoupled-dmd",
+    *("decoupled-dmd", "phased-dmd"),
 )
 STEPS = 2
 OPTIONS = {
@@ -41,6 +41,7 @@ OPTIONS = {
     "sana-sprint": ["options.retime_share=0", "options.gan_width=8"],
     "sana-sprint sana": ["options.retime_share=0.5", "options.gan_width=8"],
     "twinflow": ["options.width=8", "engine.batch=4"],
+    "dmd2 wan experts": ["options.t_init=1.0", "options.gan_weight=0"],
     **{method: [] for method in ("scm", "ect", "tcm", "meanflow", "ayf", "pdd")},
 }
 """Of methods whose students do not begin at a time of their own, and where a family asks for others."""

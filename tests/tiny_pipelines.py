@@ -225,6 +225,11 @@ def wan() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def wan_experts() -> dict[str, Any]:
+    """Wan 2.2's layout: a network for much noise and one for less."""
+    return wan() | {"transformer_2": wan()["transformer"], "boundary_ratio": 0.6}
+
+
 def sana_sprint() -> dict[str, Any]:
     from diffusers import SanaTransformer2DModel, SCMScheduler
 
@@ -503,6 +508,7 @@ VARIANTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "sd zero-snr x0": ("StableDiffusionPipeline", lambda: zero_snr("sample")),
     "sd guidance input": ("StableDiffusionPipeline", lambda: told("sd")),
     "sdxl guidance input": ("StableDiffusionXLPipeline", lambda: told("sdxl")),
+    "wan experts": ("WanPipeline", wan_experts),
 }
 """Pipelines of the families above with other schedules and inputs."""
 IN_MEMORY = ("kolors", "qwen-image-2.1")
@@ -517,10 +523,10 @@ def make_pipeline(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = parts()
-        network = made.get("unet") or made["transformer"]
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.1)
+        for network in filter(None, (made.get("unet") or made["transformer"], made.get("transformer_2"))):
+            for parameter in network.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=0.1)
     pipeline = getattr(diffusers, class_name)(**made)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

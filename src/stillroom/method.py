@@ -169,6 +169,7 @@ class Method(nn.Module):
     wing: ClassVar[str]
     health: ClassVar[Mapping[str, str]] = {}  # what each number that it notes is, with its formula
     blank_stores: ClassVar[bool] = False  # whether a plan may put zeros in the place of what options.stored keeps
+    experts: ClassVar[bool] = False  # whether a teacher may be several networks, each asked at its own noise
     task: ClassVar[str] = "class-images"  # what a run reads, gives to build() and scores: a name of tasks/
 
     @dataclass
@@ -275,6 +276,9 @@ class Method(nn.Module):
                 f"{self.slug} trains all weights of its {role}, and this model is adapters beside a frozen one (agd's)",
                 cure="give the model that they stand beside",
             )
+        if isinstance(teacher.network, nn.ModuleDict):  # several experts: each becomes what one would
+            routed: Any = teacher
+            return routed.with_experts({name: self.clone(one, role) for name, one in routed.experts.items()})
         if role in self.lora:
             from stillroom.surgery.lora import lora_role
 
@@ -291,6 +295,11 @@ class Method(nn.Module):
         and for several teachers where it takes one."""
         wanted = inspect.signature(self.build).parameters
         several = len(given.get("teachers", ()))
+        if not self.experts and isinstance(getattr(given.get("teacher"), "network", None), nn.ModuleDict):
+            raise UserError(
+                f"{self.slug} takes a teacher of one network, this one is several experts",
+                cure="choose a method that takes them: phased-dmd, dmd2, sim",
+            )
         if "teacher" in wanted and several > 1:
             raise UserError(f"{self.slug} learns from one teacher, {several} were given", cure="name one")
         for name, parameter in wanted.items():

@@ -121,8 +121,41 @@ class RoutedDenoiser(Denoiser):
         self.route = route
 
     @property
+    def null(self) -> dict[str, Any]:  # type: ignore[override]
+        """The experts', which all have the same."""
+        return next(iter(self.experts.values())).null
+
+    @null.setter
+    def null(self, values: Mapping[str, Any]) -> None:
+        for expert in self.experts.values():
+            expert.null = dict(values)
+
+    @property
     def experts(self) -> dict[str, Denoiser]:
         return dict(self.network.named_children())  # type: ignore[arg-type]
+
+    @property
+    def adapter(self) -> str | None:  # type: ignore[override]
+        """The experts' adapters, one beside the other; each speaks for its own expert alone."""
+        return ", ".join(one.adapter for one in self.experts.values() if one.adapter) or None
+
+    def role_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: of experts that are adapters those alone."""
+        found: dict[str, nn.Parameter] = {}
+        for name, expert in self.experts.items():
+            own = getattr(expert, "role_parameters", expert.named_parameters)()
+            found |= {f"{name}.{key}": p for key, p in dict(own).items()}
+        return found
+
+    def with_experts(self, experts: Mapping[str, Denoiser]) -> RoutedDenoiser:
+        """Others in their places."""
+        return RoutedDenoiser(experts, self.route)
+
+    def expert_at(self, share: float) -> Denoiser:
+        """Who answers at this share of ``t_max``. Raises UserError where the route is by condition."""
+        if not isinstance(self.route, ByNoise):
+            raise UserError("these experts are chosen by condition, not by noise", cure="give one of them")
+        return list(self.experts.values())[int(self.route.expert(torch.tensor(float(share)), {}))]
 
     def native(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self._grouped(x_t, t, cond, lambda expert, *rows: expert.native(*rows))
@@ -147,9 +180,13 @@ class RoutedDenoiser(Denoiser):
         return conditional, unconditional
 
     def _grouped(self, x_t: Tensor, t: Tensor, cond: Cond, ask: Callable[..., Tensor]) -> Tensor:
-        which = self.route.expert(t / self.process.t_max, cond).expand(len(x_t))
+        experts, which = list(self.experts.values()), self.route.expert(t / self.process.t_max, cond)
+        if type(which) is not Tensor:  # a plan's, without values: whoever is asked, all rows cost what one expert's do
+            return ask(experts[-1], x_t, t, dict(cond))
+        if not which.ndim:
+            return ask(experts[int(which)], x_t, t, dict(cond))
         rows, answers = [], []
-        for number, expert in enumerate(self.experts.values()):
+        for number, expert in enumerate(experts):
             mine = (which == number).nonzero()[:, 0]
             if len(mine):
                 part = {name: value[mine] for name, value in cond.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.routed import RoutedDenoiser
 from stillroom.errors import UserError
 from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.surgery.skeleton import Answered, emptied, unshared, weights_unread
@@ -34,7 +35,9 @@ def macs(function: Callable[[], Any]) -> int:
 def forward_flops(denoiser: Denoiser) -> int:
     """Floating-point operations of one evaluation for one sample, without guidance, as torch counts them: on tensors
     without values, so that it takes no memory and nearly no time. Where the network's values would be needed, two for
-    each weight."""
+    each weight. Of several experts, those of the costliest."""
+    if isinstance(denoiser, RoutedDenoiser):
+        return max(forward_flops(one) for one in denoiser.experts.values())
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -32,9 +32,10 @@ EXPERTS = "experts"
 OWN_NETWORKS: dict[str, type[nn.Module]] = {"PointMLP": PointMLP, "MAR": MAR}
 
 
-def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write ``config.json`` and weights into the sub-folder of ``folder`` that diffusers keeps such networks in."""
-    name = next((n for n in NETWORK_FOLDERS if n in type(network).__name__.lower()), "network")
+def save_network(network: nn.Module, folder: Path, dtype: torch.dtype | None = None, name: str = "") -> None:
+    """Write ``config.json`` and weights into the sub-folder of ``folder`` that diffusers keeps such networks in, or the
+    one of this name."""
+    name = name or next((n for n in NETWORK_FOLDERS if n in type(network).__name__.lower()), "network")
     (folder / name).mkdir(parents=True, exist_ok=True)
     config = dict(getattr(network, "config", {}))
     config["_class_name"] = type(network).__name__

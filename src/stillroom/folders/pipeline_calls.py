@@ -16,6 +16,10 @@ from stillroom.folders.diffusers_networks import diffusers_call
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
+SECOND = "transformer_2"
+"""The part that denoises where there is less noise, in pipelines of two experts."""
+BOUNDARY = "boundary_ratio"
+"""The setting of a pipeline that says from which share of the times on its first expert is asked."""
 
 
 def network_name(pipeline: Any) -> str:
@@ -25,6 +29,12 @@ def network_name(pipeline: Any) -> str:
 
 def network_of(pipeline: Any) -> Any:
     return getattr(pipeline, network_name(pipeline))
+
+
+def networks_of(pipeline: Any) -> dict[str, Any]:
+    """All parts that denoise, by name: of two experts that of more noise first."""
+    names = (network_name(pipeline), SECOND)
+    return {name: part for name in names if (part := pipeline.components.get(name)) is not None}
 
 
 def network_patch(pipeline: Any) -> tuple[int, ...]:

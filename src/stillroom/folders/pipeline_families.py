@@ -44,7 +44,8 @@ class Family:
     pipeline reads the flow as TrigFlow. consistency: it steps with an LCMScheduler alone. steps: of the teacher, where
     it was made for few; 0: as of others. extra: the kind of text projection that a UNet of this family has. checks:
     ``(what is unsupported, test of the pipeline)``. blank: zeros for the longest text, where the length of what
-    ``encode`` makes depends on the text.
+    ``encode`` makes depends on the text. experts: the pipeline may run a second network, ``transformer_2``, at the
+    times below ``boundary_ratio``, and any scheduler that steps along a flow.
     """
 
     title: str
@@ -74,6 +75,7 @@ class Family:
     extra: str | None = None
     checks: tuple[tuple[str, Callable[[Any], bool]], ...] = ()
     blank: Callable[[Any], dict[str, Tensor]] | None = None
+    experts: bool = False
 
     # --- shapes ---------------------------------------------------------------------------------------------------
     def factor(self, pipeline: Any) -> int:
@@ -369,10 +371,13 @@ FAMILIES: dict[str, Family] = {
         size=(480, 832),
         frames=True,
         encode_image=calls.clip_latents,
+        experts=True,
         checks=(
-            ("two experts (boundary_ratio)", lambda p: p.config.get("boundary_ratio") is not None),
+            ("half of its experts (transformer and transformer_2 with boundary_ratio)",
+             lambda p: p.transformer is None or (p.config.get("boundary_ratio") is None) != (p.transformer_2 is None)),
             ("a time for each token (expand_timesteps)", lambda p: bool(p.config.get("expand_timesteps"))),
-            ("conditioning on an image (image_dim)", lambda p: p.transformer.config.get("image_dim") is not None),
+            ("conditioning on an image (image_dim)",
+             lambda p: any(network.config.get("image_dim") is not None for network in calls.networks_of(p).values())),
         ),
     ),
 }  # fmt: skip

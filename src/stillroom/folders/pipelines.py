@@ -19,7 +19,7 @@ from stillroom.diffusion.sampling import FewStepSampler, TCDSampler
 from stillroom.errors import UserError
 from stillroom.files import stay_inside
 from stillroom.folders.diffusers_networks import scheduler_config
-from stillroom.folders.pipeline_calls import Size, network_name, network_of, sprint_times
+from stillroom.folders.pipeline_calls import Size, networks_of, sprint_times
 from stillroom.folders.pipeline_families import BY_CLASS, family_of
 from stillroom.folders.pretrained import in_float32
 from stillroom.folders.transformers_layout import CONFIG, check_config, without_bar
@@ -109,11 +109,11 @@ def _from_pretrained(class_name: str, folder: Path) -> Any:
     if unread():
         return pipeline_from_configs(cls, folder, read_json(folder / INDEX))
     pipeline = read_pipeline(cls, folder)
-    name = network_name(pipeline)
-    files = weight_files(folder / name)
-    known = files.keys() if files is not None else set()
-    if missing := sorted(set(network_of(pipeline).state_dict()) - known):
-        raise UserError(f"the weights in {folder / name} lack {missing[0]}", cure="copy the folder again")
+    for name, network in networks_of(pipeline).items():
+        files = weight_files(folder / name)
+        known = files.keys() if files is not None else set()
+        if missing := sorted(set(network.state_dict()) - known):
+            raise UserError(f"the weights in {folder / name} lack {missing[0]}", cure="copy the folder again")
     return pipeline
 
 
@@ -249,11 +249,17 @@ def adapters_of(denoiser: Denoiser) -> list[str]:
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
 def few_step_scheduler(
-    sampler: FewStepSampler, process: Process, prediction: str, trigflow: bool = False, consistency: bool = False
+    sampler: FewStepSampler,
+    process: Process,
+    prediction: str,
+    trigflow: bool = False,
+    consistency: bool = False,
+    experts: bool = False,
 ) -> Any:
     """A diffusers scheduler that, asked for ``len(sampler.times)`` steps and nothing else, runs a pipeline as
     ``sampler`` would. Timesteps of several steps are whole numbers, at most one from those of training. trigflow: for
-    pipelines that read a flow as TrigFlow. consistency: for those that step with an LCMScheduler alone.
+    pipelines that read a flow as TrigFlow. consistency: for those that step with an LCMScheduler alone. experts: for
+    those that take any scheduler of flows, so that steps may crowd towards noise.
 
     Raises UserError for samplers that no scheduler reproduces, with what to change.
     """
@@ -272,6 +278,8 @@ def few_step_scheduler(
         sampler = FewStepSampler(sampler.times, "fresh" if sampler.eta else "ddim")  # what it then is
     if trigflow and isinstance(process, RectifiedFlow):
         return _trigflow_scheduler(sampler)
+    if experts and isinstance(process, RectifiedFlow) and sampler.renoise == "ddim" and (shift := shift_of(sampler)):
+        return _shifted_scheduler(n, shift)
     if any(abs(a - b) > 1e-6 for a, b in zip(sampler.times, even, strict=True)):
         raise UserError(
             f"no scheduler of diffusers asks at the times {sampler.times}", cure="a single step, or evenly spaced ones"
@@ -337,6 +345,28 @@ def _trigflow_scheduler(sampler: FewStepSampler) -> Any:
             cure="take these, or one step, or two",
         )
     return diffusers.SCMScheduler()
+
+
+def shift_of(sampler: FewStepSampler) -> float:
+    """The shift S by which a sampler's times are ``S u / (1 + (S - 1) u)`` of even ones; 0 where they are even, or are
+    not so."""
+    times, n = sampler.times, len(sampler.times)
+    if n < 2 or times[0] != 1.0:
+        return 0.0
+    shift = times[1] / (n - 1) / (1 - times[1])
+    even = [1 - k / n for k in range(n)]
+    fits = all(abs(t - shift * u / (1 + (shift - 1) * u)) < 1e-6 for t, u in zip(times, even, strict=True))
+    return shift if fits and abs(shift - 1) > 1e-6 else 0.0
+
+
+def _shifted_scheduler(n: int, shift: float) -> Any:
+    """Wan's own class, of first order: its steps are Euler's, at most one of 1,000 from the times asked for."""
+    import diffusers
+
+    return diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=1,
+        disable_corrector=list(range(n)),
+    )  # fmt: skip
 
 
 def _tcd_scheduler(process: Process, prediction: str) -> Any:

@@ -145,6 +145,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, denoiser: Denoiser, block: str = "", kind: Literal["mlp", "mean"] = "mlp") -> None:
         super().__init__()
+        if isinstance(denoiser.network, nn.ModuleDict):
+            raise UserError(
+                f"a discriminator reads a block of one network, these are {len(denoiser.network)} experts",
+                cure="do without it (options.gan_weight=0)",
+            )
         self.path = block or middle_block(denoiser.network)
         self._taps = [block_taps(denoiser.network, self.path)]
         self.head = DiscriminatorHead(feature_width(denoiser, self._taps[0]), kind)

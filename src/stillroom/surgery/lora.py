@@ -117,7 +117,7 @@ class LoraDenoiser(Denoiser):
             base.network, base.process, base.prediction, null=base.null, shape=base.shape, call=base.call,
             guide=base.guide,
         )  # fmt: skip
-        self.role = role
+        self.role: str = role
         self.adapter = TOGETHER.join(filter(None, (role, *beside))) or None
 
     def role_parameters(self) -> dict[str, nn.Parameter]:
@@ -158,3 +158,26 @@ def plain_copy(denoiser: Denoiser, role: str | None = None, share: bool = False)
         network, denoiser.process, denoiser.prediction, null=denoiser.null, shape=denoiser.shape, call=denoiser.call,
         guide=denoiser.guide,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def take_over(mine: Denoiser, theirs: Denoiser) -> None:
+    """The weights of ``theirs``: adapter for adapter; an adapter's own beginning, which adds nothing, where ``theirs``
+    has none; else all of them with the adapter of its role folded in."""
+    adapters = [isinstance(one, LoraDenoiser) and bool(one.role) for one in (mine, theirs)]
+    if adapters == [True, False]:
+        for name, p in _own(mine).items():
+            if ".lora_B." in name or ".lora_embedding_B." in name:
+                p.zero_()
+        return
+    given = _own(theirs)
+    if isinstance(theirs, LoraDenoiser) and adapters == [False, True]:
+        given = dict(plain_copy(theirs, theirs.role, share=True).named_parameters())
+    for p, q in zip(_own(mine).values(), given.values(), strict=True):
+        p.copy_(q)
+
+
+def _own(denoiser: Denoiser) -> dict[str, nn.Parameter]:
+    if isinstance(denoiser, LoraDenoiser):
+        return denoiser.role_parameters()
+    return {name: p for name, p in denoiser.named_parameters() if not _OF_ADAPTER.search(name)}

@@ -50,6 +50,7 @@ class DMD2(Method):
     finite stops the run.
     """
 
+    experts = True
     health = {
         **score.HEALTH,
         **adversarial.HEALTH,

@@ -63,6 +63,7 @@ class SIM(Method):
     Departures: the constant ``c`` (0.01 sqrt(dim) in x0 units) and the unit time weight, where the paper is silent.
     """
 
+    experts = True
     health = HEALTH
 
     @dataclass

@@ -31,7 +31,7 @@ from stillroom.losses.rewards import Reward, hinge, named_reward
 from stillroom.losses.score import FakeLoss, denoising_loss, fake_score_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Target, Terms, frozen, register, turn, unfrozen
 from stillroom.networks.discriminators import Discriminator
-from stillroom.surgery.lora import KEPT, LoraDenoiser, lora_role, plain_copy
+from stillroom.surgery.lora import KEPT, LoraDenoiser, lora_role, take_over
 
 AGREEMENT = "agreement"
 LATEST = "latest"
@@ -198,7 +198,7 @@ class HyperSD(Method):
         """A network that begins as the student and that no turn trains: an adapter where the student is one."""
         if "student" in self.lora:
             made: Denoiser = lora_role(self.teacher, role, **self.lora["student"])
-            _take_over(made, self.student)
+            take_over(made, self.student)
             return made
         return unfrozen(copy.deepcopy(self.student)).eval()
 
@@ -241,11 +241,11 @@ class HyperSD(Method):
             return
         number = stage.round if stage.kind == "segments" else len(self.options.segments)
         if number and self.options.consistency_share:
-            _take_over(self._after(number - 1), self.student)
+            take_over(self._after(number - 1), self.student)
         elif stage.kind == "one step":
-            _take_over(self.consistent, self.student)
+            take_over(self.consistent, self.student)
         if stage.kind == "one step" and self.options.real == "consistent":
-            _take_over(self.fake, self.consistent)
+            take_over(self.fake, self.consistent)
 
     def _after(self, number: int) -> Denoiser:
         """Where the student after the stage of this number is kept."""
@@ -433,19 +433,3 @@ def even_grid(process: Process, steps: int) -> Tensor:
     if isinstance(process, EDM):
         return process.grid(steps).flip(0)
     return torch.linspace(0.0, process.t_max, steps + 1, dtype=torch.float64)
-
-
-@torch.no_grad()
-def _take_over(mine: Denoiser, theirs: Denoiser) -> None:
-    """The weights of ``theirs``: adapter for adapter, else all of them with the adapter folded in."""
-    given = _own(theirs)
-    if isinstance(theirs, LoraDenoiser) and theirs.role and not isinstance(mine, LoraDenoiser):
-        given = list(plain_copy(theirs, theirs.role, share=True).parameters())
-    for p, q in zip(_own(mine), given, strict=True):
-        p.copy_(q)
-
-
-def _own(denoiser: Denoiser) -> list[nn.Parameter]:
-    if isinstance(denoiser, LoraDenoiser):
-        return list(denoiser.role_parameters().values())
-    return list(denoiser.parameters())

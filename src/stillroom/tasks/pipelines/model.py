@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser
-from stillroom.diffusion.process import process_from_dict
+from stillroom.diffusion.process import Process, process_from_dict
+from stillroom.diffusion.routed import ByNoise, RoutedDenoiser
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, sampler_from_dict
 from stillroom.draws import mix
 from stillroom.engine.progress import Parts
@@ -23,6 +24,8 @@ from stillroom.errors import UserError
 from stillroom.folders.attachments import ATTACHED, attach, save_attachment
 from stillroom.folders.denoisers import SIDE_FILE, save_network
 from stillroom.folders.pipeline_calls import (
+    BOUNDARY,
+    SECOND,
     Size,
     network_name,
     network_of,
@@ -74,6 +77,39 @@ class OwnScheduler(Sampler):
         raise UserError("a pipeline's own scheduler runs inside the pipeline only", cure="PipelineGenerator.sample")
 
 
+def denoiser_of(pipeline: Any, family: Family, process: Process, kind: Any, shape: tuple[int, ...]) -> Denoiser:
+    """What a pipeline's network says, or its two experts say, each at its own noise."""
+    asked: dict[str, Any] = {"shape": shape, "call": family.call, "guide": family.guide}
+    border = pipeline.config.get(BOUNDARY) if family.experts else None
+    first = Denoiser(network_of(pipeline), process, kind, **asked)
+    if border is None:
+        return first
+    second = Denoiser(getattr(pipeline, SECOND), process, kind, **asked)
+    return RoutedDenoiser({SECOND: second, network_name(pipeline): first}, ByNoise((float(border),)))
+
+
+def network_parts(pipeline: Any, denoiser: Denoiser) -> dict[str, Any]:
+    """The parts of a pipeline that denoise, as ``denoiser`` has them. Raises UserError for experts that a pipeline of
+    its class does not run."""
+    name, family = network_name(pipeline), family_of(type(pipeline).__name__, "the teacher")
+    if not isinstance(denoiser, RoutedDenoiser):
+        return {name: denoiser.network, **({SECOND: None} if family.experts else {})}
+    networks = [one.network for one in denoiser.experts.values()]
+    if not family.experts or len(networks) != 2 or not isinstance(denoiser.route, ByNoise):
+        able = "two experts by noise" if family.experts else "one network"
+        raise UserError(
+            f"the pipelines of {family.title} run {able}, this student has {len(networks)}",
+            cure="options.phases=" + ("2" if family.experts else "1, or a Wan as the teacher"),
+        )
+    return {name: networks[1], SECOND: networks[0]}
+
+
+def boundary_of(denoiser: Denoiser) -> float | None:
+    """From which share of the times on a pipeline's first expert is asked; None where there is one network."""
+    route: Any = getattr(denoiser, "route", None)
+    return route.bounds[0] if isinstance(route, ByNoise) else None
+
+
 class PipelineGenerator(PictureGenerator):
     """A text-to-image pipeline of diffusers, with its network as a :class:`Denoiser`.
 
@@ -101,9 +137,7 @@ class PipelineGenerator(PictureGenerator):
         shape = self.family.shape(pipeline, self.size)
         if denoiser is None:
             process, kind = self.family.process(pipeline, self.size)
-            network = network_of(pipeline)
-            asked = {"call": self.family.call, "guide": self.family.guide}
-            denoiser = Denoiser(network, process, kind, shape=shape, **asked)  # type: ignore[arg-type]
+            denoiser = denoiser_of(pipeline, self.family, process, kind, shape)
         self.denoiser = denoiser.eval()
         self.sampler = sampler or OwnScheduler(self.family.steps)
         for part in pipeline.components.values():
@@ -112,13 +146,15 @@ class PipelineGenerator(PictureGenerator):
                 if any(p.dtype != torch.float32 for p in part.parameters()):
                     part.float()  # an object's parts may be halves; those of a folder never are
         self.pipeline = copy.copy(pipeline)
-        parts: dict[str, Any] = {network_name(pipeline): denoiser.network}
+        parts: dict[str, Any] = network_parts(pipeline, denoiser)
         if isinstance(self.sampler, FewStepSampler):
-            loop = (self.family.trigflow, self.family.consistency)
+            loop = (self.family.trigflow, self.family.consistency, self.family.experts)
             parts["scheduler"] = few_step_scheduler(self.sampler, denoiser.process, denoiser.prediction, *loop)
         if self.family.parts is not None:
             parts |= self.family.parts(getattr(self.sampler, "guidance", 1.0))
         self.pipeline.register_modules(**parts)
+        if self.family.experts:
+            self.pipeline.register_to_config(**{BOUNDARY: boundary_of(denoiser)})
         self.pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -256,7 +292,11 @@ class PipelineGenerator(PictureGenerator):
         takes the least memory."""
         expected = int(arguments["num_inference_steps"]) * (2 if "negative_prompt" in arguments else 1)
         done = itertools.count(1)
-        hook = self.denoiser.network.register_forward_hook(lambda *_: starts.within(next(done) / expected))
+        hooks = [
+            network.register_forward_hook(lambda *_: starts.within(next(done) / expected))
+            for network in network_parts(self.pipeline, self.denoiser).values()
+            if network is not None
+        ]
         vae = self.pipeline.components.get("vae")
         sliced = getattr(vae, "use_slicing", None)
         if sliced is not None:
@@ -264,7 +304,8 @@ class PipelineGenerator(PictureGenerator):
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             if sliced is not None:
                 vae.use_slicing = sliced
 
@@ -274,7 +315,14 @@ class PipelineGenerator(PictureGenerator):
         return self
 
     def student(self, network: Denoiser, sampler: Sampler) -> PipelineGenerator:
-        """This pipeline with another network and sampler; all other parts are shared."""
+        """This pipeline with another network and sampler; all other parts are shared. Experts that are adapters are
+        merged: a pipeline has a network for each."""
+        if isinstance(network, RoutedDenoiser):
+            merged = {
+                name: one.merged(share=True) if isinstance(one, LoraDenoiser) else one
+                for name, one in network.experts.items()
+            }
+            network = network.with_experts(merged)
         pipeline = with_network(self.pipeline, network.network)
         return PipelineGenerator(pipeline, sampler, network, self.size, self.folder)
 
@@ -307,15 +355,17 @@ class PipelineGenerator(PictureGenerator):
         adapter = self.denoiser.adapter if isinstance(self.denoiser, LoraDenoiser) else None
         for role, place in self.adapters.items():
             save_lora(self.denoiser, role, name, folder / place)
-        network = plain_copy(self.denoiser, adapter, share=True).network if adapter else self.denoiser.network
+        networks = network_parts(self.pipeline, self.denoiser)
+        if adapter:
+            networks[name] = plain_copy(self.denoiser, adapter, share=True).network
         guiding = self.family.parts(getattr(self.sampler, "guidance", 1.0)) if self.family.parts else {}
         if self.folder is not None:
             index = read_json(self.folder / INDEX)
             for part in _parts(index):
-                if part not in (name, "scheduler", *guiding) and (self.folder / part).is_dir():
+                if part not in (*networks, "scheduler", *guiding) and (self.folder / part).is_dir():
                     copy_part(self.folder / part, folder / part)
         else:
-            others = {k: v for k, v in self.pipeline.components.items() if k not in (name, "scheduler")}
+            others = {k: v for k, v in self.pipeline.components.items() if k not in (*networks, "scheduler")}
             index = dict(self.pipeline.config)
             for part, module in others.items():
                 if isinstance(module, nn.Module):
@@ -327,7 +377,12 @@ class PipelineGenerator(PictureGenerator):
             if guider is not None:
                 guider.save_pretrained(folder / part)
                 index[part] = ["diffusers", type(guider).__name__]
-        save_network(network, folder, dtype)
+        for part, network in networks.items():
+            if network is not None:
+                save_network(network, folder, dtype, part)
+            if part == SECOND:
+                index[part] = [None, None] if network is None else ["diffusers", type(network).__name__]
+                index[BOUNDARY] = boundary_of(self.denoiser)
         if isinstance(self.denoiser, AttachedDenoiser):
             save_attachment(self.denoiser, folder / ATTACHED)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
@@ -366,9 +421,8 @@ class PipelineGenerator(PictureGenerator):
         # A student's scheduler only samples; what it was trained with stands in the side file.
         size = size or (int(side["size"][0]), int(side["size"][1]))
         family = family_of(index["_class_name"], str(folder))
-        denoiser = Denoiser(
-            network_of(pipeline), process_from_dict(side["process"]), side["prediction"],
-            shape=family.shape(pipeline, size), call=family.call, guide=family.guide,
-        )  # fmt: skip
+        denoiser = denoiser_of(
+            pipeline, family, process_from_dict(side["process"]), side["prediction"], family.shape(pipeline, size)
+        )
         denoiser = attach(denoiser, folder / ATTACHED) if (folder / ATTACHED).is_dir() else denoiser
         return cls(pipeline, sampler_from_dict(side["sampler"]), denoiser, size, folder)

@@ -21,7 +21,7 @@ from stillroom.recipe import Recipe
 from stillroom.surgery.skeleton import NEED_VALUES
 from stillroom.task import NOTHING, Card, Model, Rows, Task, model_home, say, sheet, task
 from stillroom.tasks.pipelines.data import PromptedData, cache_key, encode_prompts
-from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator
+from stillroom.tasks.pipelines.model import OwnScheduler, PipelineGenerator, network_parts
 from stillroom.tasks.words import evaluations
 
 ROWS, COLUMNS = 4, 4
@@ -118,7 +118,9 @@ class Pipelines(Task):
                 "student is trained for",
                 cure="options.retime_share=0",
             )
-        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, family.trigflow, family.consistency)
+        network_parts(self.teacher.pipeline, student)
+        loop = (family.trigflow, family.consistency, family.experts)
+        few_step_scheduler(sampler, denoiser.process, denoiser.prediction, *loop)
         judge = getattr(method, "discriminator", None)
         if judge is not None and not isinstance(judge, nn.Identity) and not self.data.pictures:
             switch = ", or options.gan_weight=0" if hasattr(method.options, "gan_weight") else ""

@@ -1,0 +1,1 @@
+"""Eight classes of four places each."""
