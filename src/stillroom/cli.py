@@ -225,6 +225,10 @@ class Sample:
     """What to draw, for a model that understands words; by default one caption of each kind."""
     n: Annotated[int, arg(metavar="N")] = 8
     """Images per class or caption."""
+    negative: _Text = None
+    """What the images must not show, for a model with cross-attention: one pass, no second one for guidance."""
+    negative_scale: Annotated[float | None, arg(metavar="A")] = None
+    """How hard they are steered away from it; by default the model's own scale, else 0.5."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the noise."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("samples.png")
@@ -243,10 +247,15 @@ class Sample:
             )
         if self.out.is_dir() or not os.access(self.out.absolute().parent, os.W_OK):
             raise UserError(f"--out: {self.out} cannot be written", cure="choose another place")
+        if self.negative_scale is not None and self.negative is None:
+            raise UserError("--negative-scale has no text to steer away from", cure='add --negative "red"')
         from stillroom.report.images import save_grid
         from stillroom.task import load_model, sample_rows
 
-        found = sample_rows(load_model(_model(self.model)), self.labels, self.captions, self.n, self.seed)
+        model = load_model(_model(self.model))
+        if self.negative is not None:
+            model = model.away(self.negative, self.negative_scale)
+        found = sample_rows(model, self.labels, self.captions, self.n, self.seed)
         if found.images is not None:
             images = found.images
             write(self.out, lambda aside: save_grid(images, aside))

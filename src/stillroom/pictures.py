@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,15 +13,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.folders.diffusers_networks import some_conditions
+from stillroom.surgery.negatives import cross_attention_paths, steered
 from stillroom.task import Model, load_model
 
 REAL_SIZE = 1e12
 """Floating-point operations (a TFLOP). Teachers whose one picture takes more are left out at the end of a run, unless
 ``evaluate.teachers`` asks for them; batches of drawings are so large that an evaluation takes at most this much."""
+NEGATIVE_SCALE = 0.5
+"""How hard a model is steered away from a negative text, where its sampler does not say."""
 ADJUSTABLE = ("guidance", "steps", "temperature")
 """Numbers of a sampler that may be changed from one drawing to the next."""
 
@@ -138,6 +142,34 @@ class PictureGenerator(Model):
         """``n`` pictures ``[N, C, H, W]`` in [-1, 1] of one wish, on the CPU. changes: of the sampler."""
         raise NotImplementedError
 
+    # --- what it must not show ------------------------------------------------------------------------------------
+    steering: tuple[Cond, float] | None = None  # the conditions of a negative text, and alpha
+
+    def said(self, text: str) -> Cond:
+        """The conditions ``[1, ...]`` of one text, under the names that the network has for them."""
+        raise UserError(f"this model {self.does}, and reads no texts", cure="leave the negative text away")
+
+    def away(self, negative: str, scale: float | None = None) -> Self:
+        check_scale(scale)
+        self.check(negative)
+        said, network = self.said(negative), self.module
+        if not isinstance(network, Denoiser):
+            raise UserError(
+                f"a {type(network).__name__} cannot be steered away from a text", cure="use a denoiser of captions"
+            )
+        cross_attention_paths(network.network)
+        twin = copy.copy(self)
+        own = getattr(self.sampler, "negative_scale", NEGATIVE_SCALE)
+        twin.steering = said, own if scale is None else scale
+        return twin
+
+    def steered(self) -> AbstractContextManager[None]:
+        """Around the network's calls for one drawing."""
+        network = self.module
+        if self.steering is None or not isinstance(network, Denoiser):
+            return nullcontext()
+        return steered(network, *self.steering)
+
     @property
     def fills(self) -> bool:
         """Whether it can draw a part of a picture anew (:meth:`fill`)."""
@@ -157,6 +189,12 @@ class PictureGenerator(Model):
         for network in self.networks.values():
             network.to(device)
         return self
+
+
+def check_scale(scale: float | None) -> None:
+    """Raises UserError for a scale of negative texts that is none."""
+    if scale is not None and not 0 <= scale < math.inf:
+        raise UserError(f"the scale of a negative text must be at least 0, got {scale}", cure="0.1 to 1 are usual")
 
 
 def load_generator(name: str | Path) -> PictureGenerator:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,12 @@ class Model:
         """``n`` answers for each thing that is asked for (by default one of each kind), to look at. Raises UserError
         for a model that has none."""
         raise UserError(f"this model {self.does}", cure=self.usage)
+
+    def away(self, negative: str, scale: float | None = None) -> Self:
+        """A twin whose answers are steered away from what a text names, inside the network's cross-attention, at one
+        pass a step (:mod:`stillroom.surgery.negatives`). scale: by default the model's own; 0 leaves every bit as it
+        is. Raises UserError for a model that has no cross-attention, naming it."""
+        raise UserError(f"this model {self.does}, and takes no negative text", cure="leave --negative away")
 
     # --- other runtimes -------------------------------------------------------------------------------------------
     def parts(self, whole: bool = False, size: tuple[int, int] | None = None) -> dict[str, Part]:

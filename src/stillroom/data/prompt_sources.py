@@ -73,6 +73,29 @@ class PromptList(PromptSource):
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
+class Texts(PromptSource):
+    """Prompts that are given as they are; one that names a file stands for those in it."""
+
+    pictures = False
+
+    def __init__(self, given: Sequence[str]) -> None:
+        files = [path for one in given if (path := Path(one).expanduser()).suffix and path.is_file()]
+        self.texts: list[str] = []
+        for place, one in enumerate(given, 1):
+            listed = Path(one).expanduser() in files
+            self.texts += read_captions(one).texts if listed else [check_caption(one, f"text {place}")]
+        if not self.texts:
+            raise UserError("no texts were given", cure="give at least one, or a text file with one on each line")
+        super().__init__(files, f"{len(self.texts):,} texts")
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        return ((text, None) for text in self.texts)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+
+
 class PictureFolder(PromptSource):
     """Images with captions beside them, or listed in ``metadata.jsonl`` or ``metadata.csv``."""
 

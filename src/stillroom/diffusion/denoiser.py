@@ -211,14 +211,23 @@ class Denoiser(nn.Module):
         elif not each and guidance == 0.0:
             value = self.native(x_t, t, self.null_cond(cond))
         else:
-            conditional, unconditional = self._both(x_t, t, cond)
-            w = expand(guidance.to(conditional), conditional) if isinstance(guidance, Tensor) else guidance
-            value = self.guide(conditional, unconditional, w)
+            return self.against(x_t, t, cond, self.null_cond(cond), guidance)
         return self._said(value, x_t, t)
 
-    def _both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        null = self.null_cond(cond)
-        both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+    def against(self, x_t: Tensor, t: Tensor | float, cond: Cond, other: Cond, guidance: Tensor | float) -> Prediction:
+        """As :meth:`forward` with ``guidance`` w, a number or ``[B]``, from another condition to ``cond`` and not from
+        none: ``other + w (cond - other)``. Two evaluations in one batch."""
+        t = time_like(t, x_t)
+        if cond.keys() != other.keys() or any(cond[k].shape != v.shape for k, v in other.items()):
+            shapes = [{k: list(v.shape) for k, v in one.items()} for one in (cond, other)]
+            raise UserError(f"conditions {shapes[0]} and {shapes[1]} do not fit each other", cure="encode both alike")
+        conditional, unconditional = self._both(x_t, t, cond, other)
+        w = expand(guidance.to(conditional), conditional) if isinstance(guidance, Tensor) else guidance
+        return self._said(self.guide(conditional, unconditional, w), x_t, t)
+
+    def _both(self, x_t: Tensor, t: Tensor, cond: Cond, other: Cond | None = None) -> tuple[Tensor, Tensor]:
+        other = self.null_cond(cond) if other is None else other
+        both = {k: torch.cat([v, other[k].to(v)]) for k, v in cond.items()}
         times = torch.cat([t, t]) if t.ndim else t
         conditional, unconditional = self.native(torch.cat([x_t, x_t]), times, both).chunk(2)
         return conditional, unconditional

@@ -71,6 +71,8 @@ class ByNoise:
 
 _SCALES = "guidance scales"
 """Under which name scales, one for each sample, go with its rows."""
+_OTHER = "against "
+"""Before the names of conditions that are guided from."""
 Route = ByCondition | ByNoise
 ROUTES: dict[str, type[ByCondition] | type[ByNoise]] = {route.name: route for route in (ByCondition, ByNoise)}
 
@@ -172,11 +174,13 @@ class RoutedDenoiser(Denoiser):
 
         return self._said(self._grouped(x_t, t, cond, asked), x_t, t)
 
-    def _both(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    def _both(self, x_t: Tensor, t: Tensor, cond: Cond, other: Cond | None = None) -> tuple[Tensor, Tensor]:
         def asked(expert: Denoiser, x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Tensor:
-            return torch.stack(expert._both(x, t, rows), 1)
+            theirs = None if other is None else {name: rows.pop(f"{_OTHER}{name}") for name in other}
+            return torch.stack(expert._both(x, t, rows, theirs), 1)
 
-        conditional, unconditional = self._grouped(x_t, t, cond, asked).unbind(1)
+        beside = {f"{_OTHER}{name}": value for name, value in (other or {}).items()}
+        conditional, unconditional = self._grouped(x_t, t, {**cond, **beside}, asked).unbind(1)
         return conditional, unconditional
 
     def _grouped(self, x_t: Tensor, t: Tensor, cond: Cond, ask: Callable[..., Tensor]) -> Tensor:

@@ -344,6 +344,15 @@ class ScaleFewStepSampler(FewStepSampler):
 
 
 @dataclass(frozen=True)
+class SteeredSampler(FewStepSampler):
+    """A :class:`FewStepSampler` that says how hard its network is steered away from a negative text, where it is given
+    one (:mod:`stillroom.surgery.negatives`): ``negative_scale`` is alpha, which each backbone has one of its own of."""
+
+    name: ClassVar[str] = "few-step-steered"
+    negative_scale: float = 0.5
+
+
+@dataclass(frozen=True)
 class TCDSampler(FewStepSampler):
     """Trajectory consistency sampling (arXiv 2402.19159, alg. 4; diffusers' TCDScheduler): from t to the next time p by
     way of ``s = (1 - eta) p``, a whole number for VP:

@@ -51,7 +51,8 @@ def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None = 
     """Write network, scheduler and null conditions, adapters folded in, or a folder for each expert; what is attached
     to the network has a folder of its own. Gives what belongs into ``stillroom.json`` for :func:`load_denoiser`."""
     if isinstance(denoiser, AttachedDenoiser):
-        save_attachment(denoiser, folder / ATTACHED)
+        if denoiser.attachment.state_dict():  # one without weights says nothing by itself
+            save_attachment(denoiser, folder / ATTACHED)
         return save_denoiser(denoiser.base(), folder, dtype)
     if isinstance(denoiser, RoutedDenoiser):
         for name, expert in denoiser.experts.items():

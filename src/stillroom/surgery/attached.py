@@ -40,6 +40,13 @@ class Attachment(nn.Module):
         self.paths, self.config = list(paths), dict(config)
         self.told: dict[str, Any] | None = None
 
+    def install(self, network: nn.Module) -> list[Any]:
+        """Put the hooks by which it speaks on a network's modules; what takes them off again."""
+        return [
+            network.get_submodule(path).register_forward_hook(_Hook(self, path), with_kwargs=True)
+            for path in self.paths
+        ]
+
     def answer(self, path: str, inputs: Mapping[Any, Any], output: Any) -> Any:
         """What the module at ``path`` hands out, given its output and its inputs by place or name; None: as it is."""
         raise NotImplementedError
@@ -87,8 +94,7 @@ class AttachedDenoiser(Denoiser):
             guide=base.guide,
         )  # fmt: skip
         self.adapter, self.attachment, self.alone = base.adapter, attachment, alone
-        for path in attachment.paths:
-            self.network.get_submodule(path).register_forward_hook(_Hook(attachment, path), with_kwargs=True)
+        attachment.install(self.network)
 
     def base(self) -> Denoiser:
         """The same network, asked without the attachment."""

@@ -57,13 +57,20 @@ class PromptedData:
         """``rows`` of the global batch of ``step``: ``cond``: name -> ``[rows, ...]`` float32 and, where there are
         pictures, ``x``: their latents ``[rows, ...]``. Prompts alone have no ``x``; asking for it is a
         UserError."""
-        index = self._order.indices(seed, step, size)[rows if rows is not None else slice(None)].tolist()
-        parts = [self._rows(i // SHARD, slice(i % SHARD, i % SHARD + 1)) for i in index]
-        found = {key: torch.cat([_padded(part[key], self._length(key)) for part in parts]) for key in parts[0]}
-        found = {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
+        found = self._found(self._order.indices(seed, step, size)[rows if rows is not None else slice(None)])
         batch: dict[str, Any] = NoPictures() if not self.pictures else {"x": found.pop("latents")}
         batch["cond"] = {key.removeprefix("text/"): value for key, value in found.items()}
         return batch
+
+    def conditions(self, index: Tensor) -> dict[str, Tensor]:
+        """Those of the prompts with these numbers, int64 ``[R]``: name -> ``[R, ...]`` float32."""
+        found = self._found(index)
+        return {key.removeprefix("text/"): value for key, value in found.items() if key != "latents"}
+
+    def _found(self, index: Tensor) -> dict[str, Tensor]:
+        parts = [self._rows(i // SHARD, slice(i % SHARD, i % SHARD + 1)) for i in index.tolist()]
+        found = {key: torch.cat([_padded(part[key], self._length(key)) for part in parts]) for key in parts[0]}
+        return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
 
     def _length(self, key: str) -> int | None:
         value = self.null.get(key.removeprefix("text/"))

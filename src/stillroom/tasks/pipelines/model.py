@@ -243,7 +243,9 @@ class PipelineGenerator(PictureGenerator):
         own = {field.name for field in fields(self.sampler)}  # type: ignore[arg-type]
         if settings := {name: value for name, value in changes.items() if name in own}:
             others = {name: value for name, value in changes.items() if name not in own}
-            return self.student(self.denoiser, self.changed(**settings)).sample(captions, seed, batch, **others)
+            twin = self.student(self.denoiser, self.changed(**settings))
+            twin.steering = self.steering
+            return twin.sample(captions, seed, batch, **others)
         texts = [captions] if isinstance(captions, str) else list(captions)
         if not texts:
             raise UserError("no samples were asked for", cure="give at least one caption")
@@ -261,7 +263,8 @@ class PipelineGenerator(PictureGenerator):
             if isinstance(part.get("negative_prompt"), str):
                 part["negative_prompt"] = [part["negative_prompt"]] * len(texts[rows])
             told = self.denoiser.told(self.sampler.conditions(len(texts[rows])))
-            with torch.random.fork_rng(), self.denoiser.adapter_scope(), told, self._told(starts, arguments):
+            spoken = self.denoiser.adapter_scope()
+            with torch.random.fork_rng(), spoken, told, self.steered(), self._told(starts, arguments):
                 torch.manual_seed(mix(*seeds[rows]))
                 images = self.pipeline(
                     prompt=texts[rows], height=self.size[0], width=self.size[1], generator=generators,
@@ -270,6 +273,10 @@ class PipelineGenerator(PictureGenerator):
             images = images[:, 0] if images.ndim == 5 else images[:, :3]  # some autoencoders decode opacity as well
             found.append(images.float().cpu() * 2 - 1)
         return torch.cat(found)
+
+    def said(self, text: str) -> dict[str, Tensor]:
+        self._gather()
+        return self.conditions([text])[0]
 
     def drawing(self) -> list[Callable[[], Any]]:
         """And one picture decoded."""
@@ -383,7 +390,7 @@ class PipelineGenerator(PictureGenerator):
             if part == SECOND:
                 index[part] = [None, None] if network is None else ["diffusers", type(network).__name__]
                 index[BOUNDARY] = boundary_of(self.denoiser)
-        if isinstance(self.denoiser, AttachedDenoiser):
+        if isinstance(self.denoiser, AttachedDenoiser) and self.denoiser.attachment.state_dict():
             save_attachment(self.denoiser, folder / ATTACHED)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         index["scheduler"] = ["diffusers", type(self.pipeline.scheduler).__name__]

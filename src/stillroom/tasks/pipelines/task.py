@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stillroom.cache import cache_folder
-from stillroom.data.prompt_sources import prompt_source
+from stillroom.data.prompt_sources import Texts, prompt_source
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, ScaleFewStepSampler, ScaleSampler
 from stillroom.errors import UserError
@@ -36,6 +36,7 @@ class Pipelines(Task):
     model = PipelineGenerator
     objects = {"student": (PipelineGenerator, Denoiser), "data": (PromptedData,)}
     data: PromptedData
+    sketched = False  # whether nothing but shapes is known
 
     @classmethod
     def takes(cls, teacher: Any) -> bool:
@@ -78,7 +79,7 @@ class Pipelines(Task):
 
     def sketch(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         """One picture with a prompt, as the pipeline's configs have it. The data are not looked at."""
-        self.teacher = _teacher(recipe, given)
+        self.teacher, self.sketched = _teacher(recipe, given), True
         if (blank := self.teacher.family.blank) is not None:
             text = blank(self.teacher.pipeline)
             null = {name: value[0] for name, value in text.items()}
@@ -132,7 +133,11 @@ class Pipelines(Task):
     def given(self) -> Mapping[str, Any]:
         teacher = self.teacher.denoiser
         asked = {"teacher": teacher, "teachers": [teacher], "student": self.start, "classes": []}
-        return asked | {"decode": self.teacher.pictures}
+        return asked | {"decode": self.teacher.pictures, "prompts": self.prompts}
+
+    def prompts(self, texts: Sequence[str]) -> PromptedData:
+        """Prompts beside those of the data, as the network reads them: texts, or files of them."""
+        return self.data if self.sketched else encode_prompts(Texts(texts), self.teacher, report=say)
 
     def teachers(self) -> Mapping[str, PipelineGenerator]:
         return {"teacher": self.teacher}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stillroom.cache import cache_folder
+from stillroom.data.prompt_sources import Texts
 from stillroom.data.store import MANIFEST
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import network_folder
+from stillroom.networks.text_image_space import TextImageSpace
 from stillroom.parsing import read_json
 from stillroom.recipe import Recipe
 from stillroom.task import NOTHING, find_model_class, model_home, say, task
+from stillroom.tasks.pipelines.data import PromptedData, encode_prompts
 from stillroom.tasks.text_images.data import CaptionedData, store_data
 from stillroom.tasks.text_images.model import TextImageGenerator
 from stillroom.tasks.text_images.task import SYNTHETIC, TextImages, no_store
@@ -74,11 +77,37 @@ class TextDenoisers(TextImages):
         begins = network if self.start is None else self.start
         return {
             "teacher": network, "teachers": [network], "student": begins, "classes": [],
-            "decode": self.space.codec.pictures,
+            "decode": self.space.codec.pictures, "prompts": self.prompts,
         }  # fmt: skip
+
+    def prompts(self, texts: Sequence[str]) -> PromptedData:
+        """Captions beside those of the data, as the network reads them: texts, or files of them."""
+        return encoded_texts(texts, self.space, self.teacher.network)
 
     def student(self, network: nn.Module, sampler: Any) -> TextImageGenerator:
         return TextImageGenerator(network, sampler, self.space)
+
+
+class _Words:
+    """What turns captions into what a denoiser of a space reads."""
+
+    def __init__(self, space: TextImageSpace, names: Sequence[str]) -> None:
+        self.space, self.names, self.size = space, tuple(names), tuple(space.size)
+
+    def conditions(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        for text in prompts:
+            self.space.text.check(text)
+        found = self.space.text.encode([*prompts, ""])
+        every = {name: found[name] for name in self.names}
+        return {k: v[:-1] for k, v in every.items()}, {k: v[-1] for k, v in every.items()}
+
+    def latents(self, images: Tensor) -> Tensor:
+        return self.space.codec.encode(images)
+
+
+def encoded_texts(texts: Sequence[str], space: TextImageSpace, network: Any) -> PromptedData:
+    """Captions, or files of them, as a denoiser of this space reads them."""
+    return encode_prompts(Texts(texts), _Words(space, tuple(network.null)), report=say)
 
 
 def with_texts(data: CaptionedData, names: tuple[str, ...]) -> CaptionedData:

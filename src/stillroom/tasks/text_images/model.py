@@ -153,9 +153,13 @@ class TextImageGenerator(PictureGenerator):
             # Noise on the way must not repeat the noise at the start.
             generator = torch.Generator().manual_seed(mix(*seeds[rows]))
             part = {key: value[rows].to(device) for key, value in paint.items()}
-            latents = sampler.sample(self.network, noise.to(device), self.cond(texts[rows]), generator, **part)  # type: ignore[arg-type]
+            with self.steered():
+                latents = sampler.sample(self.network, noise.to(device), self.cond(texts[rows]), generator, **part)  # type: ignore[arg-type]
             out.append(self.space.codec.decode(latents).float().cpu())
         return torch.cat(out)
+
+    def said(self, text: str) -> dict[str, Tensor]:
+        return self.cond([text])
 
     def cond(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The conditions ``[B, ...]`` that the network reads, on its device. A caption that is asked for several times

@@ -1,0 +1,1 @@
+"""The bench of captions that leave a colour open, and of negative texts."""
