@@ -24,6 +24,7 @@ METHODS = (
     *("boot", "twinflow", "kd", "progressive", "hyper-sd", "sana-sprint"),
     *("ect", "scm", "tcm", "meanflow", "ayf", "pdd"),
     *("decoupled-dmd", "phased-dmd"),
+    "snoopi",
 )
 STEPS = 2
 OPTIONS = {
@@ -64,7 +65,7 @@ def teacher_of(family: str) -> tuple[PipelineGenerator, PromptedData]:
 def recipe_of(family: str, method: str) -> Recipe:
     changes = ["engine.batch=2", f"engine.steps={STEPS}", "engine.warmup=0", "evaluate.n=0"]
     changes += OPTIONS.get(f"{method} {family}", OPTIONS.get(method, ["options.t_init=1.0"]))
-    if method == "swiftbrush":
+    if method in ("swiftbrush", "snoopi"):
         changes.append("options.targets=[to_q, to_k, to_v]")
     return Recipe.load(method, changes, teacher=family, data="pictures")
 

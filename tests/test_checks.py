@@ -86,6 +86,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
     [
         ("dmd2", {"critic_turns": 1, "guidance": 1.5, "gan_weight": 0.1}),
         ("swiftbrush", {"fake": "full", "guidance": 2.0}),
+        ("snoopi", {"fake": "full"}),
         ("sim", {"guidance": 2.0}),
         ("sid-lsg", {"gan_weight": 0.1, "guidance": "zero-cfg"}),
         ("uni-instruct", {"gan_weight": 0.1}),

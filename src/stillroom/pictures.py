@@ -147,9 +147,11 @@ class PictureGenerator(Model):
 
     def said(self, text: str) -> Cond:
         """The conditions ``[1, ...]`` of one text, under the names that the network has for them."""
-        raise UserError(f"this model {self.does}, and reads no texts", cure="leave the negative text away")
+        raise NotImplementedError
 
     def away(self, negative: str, scale: float | None = None) -> Self:
+        if self.asked_by != "captions":
+            return super().away(negative, scale)
         check_scale(scale)
         self.check(negative)
         said, network = self.said(negative), self.module

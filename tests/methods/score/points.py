@@ -24,6 +24,7 @@ FULL: dict[str, dict[str, Any]] = {
         "student_steps": 3, "gan_weight": 0.5, "critic_gan_weight": 0.5, "mean": 0.1, "variance": 0.9,
     },
     "swiftbrush": {"rank": 4, "lora_alpha": 8.0},
+    "snoopi": {"rank": 4, "lora_alpha": 8.0},
     "sim": {},
     "sid-lsg": {"student_steps": 3, "gan_weight": 0.1, "guidance": "lsg"},
     "uni-instruct": {"gan_weight": 0.1},

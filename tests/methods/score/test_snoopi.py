@@ -207,7 +207,7 @@ def test_a_student_that_heeds_is_saved_as_the_plain_pipeline_that_it_is(tmp_path
 def test_a_training_that_heeds_negative_prompts_is_the_same_in_micro_batches(tmp_path: Any) -> None:
     found = []
     for parts in (1, 2):
-        method, batch, made = prompted()
+        method, _, made = prompted()
         data = encode_prompts(Texts(["a red cat", "the boat", "a dog", "a house"]), made, report=lambda _: None)
         config = EngineConfig(steps=2, batch=4, accumulate=parts, warmup=0, device="cpu", optim={"all": {"lr": 1e-4}})
         trainer = Trainer(method, data, config, tmp_path / str(parts))

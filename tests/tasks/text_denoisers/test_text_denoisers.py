@@ -19,7 +19,7 @@ from stillroom.recipe import Recipe
 from stillroom.synthesis import synthesize
 from stillroom.task import make_task
 from stillroom.tasks.text_images.model import TextImageGenerator
-from tiny_text_images import sd3, tiny_codec, tiny_text
+from tiny_text_images import pixart, sd3, tiny_codec, tiny_text
 
 CAPTIONS = ["a red three", "two fours", "a seven", "a one above a two", "a blue six", "a nine"]
 FAST = ["engine.batch=4", "engine.log_every=1", "engine.checkpoint_every=2", "evaluate.n=0", "evaluate.samples=6"]
@@ -70,3 +70,51 @@ def test_the_task_follows_the_teacher(place: Path) -> None:
         assert make_task("class-images", other).name == "class-images", other
     with pytest.raises(UserError, match="no stored images"):
         make_task("class-images", "./one").load(Recipe.load("agd-scenes", teacher="./one", data="./one"))
+
+
+# --- negative texts ---------------------------------------------------------------------------------------------------
+SNOOPI = ["options.targets=[to_q, to_k, to_v]", "engine.steps=3", "options.negatives=[red, words.txt]"]
+
+
+def test_a_student_that_heeds_negative_texts_is_trained_resumed_and_asked(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = TextImageSpace(tiny_text(length=16, words=vocabulary()), tiny_codec(), (8, 8))
+    torch.manual_seed(1)
+    TextImageGenerator(pixart(), ODESampler("euler", 2, 2.0), space).save(place / "crossed")
+    (place / "words.txt").write_text("blue\na green four\n")
+    named = ["run", "snoopi", "--teacher", "./crossed", "--data", "./data", *FAST, *SNOOPI]
+    assert cli.main([*named, "--name", "a"]) == 0
+    folder = place / "runs/a"
+    assert (folder / "report.html").is_file()
+    assert not (folder / "student/attached").exists()
+    student: Any = sr.load(folder)
+    assert student.sampler.negative_scale == 0.5
+    asked = ["a red three", "two fours"]
+    plain = student.sample(asked, seed=1)
+    away = student.away("red").sample(asked, seed=1)
+    assert not torch.equal(plain, away)
+    assert torch.equal(student.away("red", 0.0).sample(asked, seed=1), plain)
+    assert torch.equal(student.sample(asked, seed=1), plain)
+    draw = ["sample", str(folder), "--captions", "a three", "--n", "2", "--out", "p.png"]
+    assert cli.main([*draw, "--negative", "red"]) == 0
+    one = (place / "p.png").read_bytes()
+    assert cli.main([*draw, "--negative", "red", "--negative-scale", "0.5"]) == 0
+    assert (place / "p.png").read_bytes() == one
+    assert cli.main([*draw, "--negative", "red", "--negative-scale", "0"]) == 0
+    assert (place / "p.png").read_bytes() != one
+    assert cli.main(["plan", "snoopi", "--teacher", "./crossed", "--data", "./data", *FAST, *SNOOPI]) == 0
+
+
+def test_what_cannot_be_steered_away_says_why_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert cli.main(["sample", *words]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()][:1]
+        return line
+
+    assert "SD3Transformer2DModel attends to image and text jointly" in said("one", "--negative", "red")
+    assert "draws classes" in said("fashion", "--negative", "red")
+    assert "MAR cannot be steered" in said("lightgen", "--negative", "red")
+    assert "no text to steer away from" in said("one", "--negative-scale", "0.5")
+    assert "at least 0, got -1" in said("scenes-pixart", "--negative", "red", "--negative-scale", "-1")
+    assert "'spoon'" in said("scenes-pixart", "--negative", "spoon")

@@ -17,7 +17,7 @@ from stillroom.data.scenes.captions import COLOURS, DIGIT_WORDS, parse_caption
 from stillroom.data.scenes.pictures import scene_set
 from stillroom.data.store import read_store
 from stillroom.diffusion.denoiser import Denoiser
-from stillroom.diffusion.sampling import Sampler
+from stillroom.diffusion.sampling import Sampler, SteeredSampler
 from stillroom.errors import UserError
 from stillroom.evaluation import metrics
 from stillroom.evaluation.scene_parser import SceneParser, load_parser
@@ -41,8 +41,8 @@ EACH = 10
 class ScenesNegativesBench(Bench):
     """``a photo of a three`` leaves the colour open; each of six colours in turn is what must not be shown. 600
     pictures are drawn from the same noises three times: without a negative text, away from the colour, and away from
-    the one after it, each as hard as the student's sampler says (``negative_scale``). Where the sampler guides
-    instead, the negative text stands in the place of no caption.
+    the one after it, each as hard as the sampler says (``negative_scale``). Where the sampler has no such scale and
+    guides, the negative text stands in the place of no caption.
 
     The teacher is ``scenes-pixart``, which has cross-attention; captions are those of the shipped store that ask for a
     single digit.
@@ -111,7 +111,7 @@ class ScenesNegativesBench(Bench):
 
     def score(self, model: TextImageGenerator, seed: int) -> dict[str, Any]:
         asked = [(digit, colour) for colour in range(len(COLOURS)) for digit in range(10) for _ in range(EACH)]
-        captions = [f"a photo of a {DIGIT_WORDS[d]}" for d, _ in asked]
+        captions = [f"a photo of {named(d)}" for d, _ in asked]
         seeds = [(10_000 + seed) * len(asked) + i for i in range(len(asked))]
 
         def drawn(away: Callable[[int], int | None]) -> list[Any]:
@@ -132,8 +132,10 @@ class ScenesNegativesBench(Bench):
         def right(scene: Any, digit: int, colour: int) -> bool:
             return len(scene.things) == 1 and scene.things[0].digit == digit
 
-        plain, away = drawn(lambda colour: None), drawn(lambda colour: colour)
-        other = drawn(lambda colour: (colour + 1) % len(COLOURS))
+        plain = drawn(lambda colour: None)
+        free = getattr(model.sampler, "negative_scale", None) == 0  # which draws the same again
+        away = plain if free else drawn(lambda colour: colour)
+        other = plain if free else drawn(lambda colour: (colour + 1) % len(COLOURS))
         before, after = share(shows, plain), share(shows, away)
         return {
             "unwanted": after,
@@ -146,7 +148,7 @@ class ScenesNegativesBench(Bench):
 
     def floor(self) -> dict[str, Any]:
         """Real pictures of single digits in held-out handwriting, whose colours are even."""
-        texts = [f"a photo of a {word}" for word in DIGIT_WORDS]
+        texts = [f"a photo of {named(digit)}" for digit in range(10)]
         asked = [parse_caption(text) for text in texts for _ in range(60)]
         images, _ = scene_set(len(asked), 0, "test", asked)
         scenes = self.parser.read(images).scenes()
@@ -157,11 +159,14 @@ class ScenesNegativesBench(Bench):
         return {"unwanted_other": sum(shown) / len(shown), "digit_plain": sum(right) / len(right)}
 
 
+def named(digit: int) -> str:
+    return f"{'an' if DIGIT_WORDS[digit] == 'eight' else 'a'} {DIGIT_WORDS[digit]}"
+
+
 def against(model: TextImageGenerator, negative: str) -> TextImageGenerator:
-    """A model that draws away from a text: inside its attention, where its sampler has a scale for that and does not
+    """A model that draws away from a text: inside its attention, where its sampler has a scale for that or does not
     guide, else by guidance from that text."""
-    guidance = getattr(model.sampler, "guidance", 1.0)
-    if guidance == 1.0:
+    if isinstance(model.sampler, SteeredSampler) or getattr(model.sampler, "guidance", 1.0) == 1.0:
         return model.away(negative)
     network = model.network
     assert isinstance(network, Denoiser)

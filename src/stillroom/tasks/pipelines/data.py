@@ -68,7 +68,8 @@ class PromptedData:
         return {key.removeprefix("text/"): value for key, value in found.items() if key != "latents"}
 
     def _found(self, index: Tensor) -> dict[str, Tensor]:
-        parts = [self._rows(i // SHARD, slice(i % SHARD, i % SHARD + 1)) for i in index.tolist()]
+        numbers = index.tolist() if type(index) is Tensor else [0] * len(index)  # a plan's have no values
+        parts = [self._rows(i // SHARD, slice(i % SHARD, i % SHARD + 1)) for i in numbers]
         found = {key: torch.cat([_padded(part[key], self._length(key)) for part in parts]) for key in parts[0]}
         return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
 

@@ -30,6 +30,7 @@ class TextDenoisers(TextImages):
     captions. The student begins as another denoiser of the same space, or as a copy of the teacher."""
 
     serves = ("class-images",)
+    sketched = False  # whether nothing but shapes is known
 
     @classmethod
     def takes(cls, teacher: Any) -> bool:
@@ -52,6 +53,7 @@ class TextDenoisers(TextImages):
 
     def sketch(self, recipe: Recipe, given: Mapping[str, Any] = NOTHING) -> None:
         super().sketch(recipe, given)
+        self.sketched = True
         self._known()
 
     def _data(self, recipe: Recipe) -> CaptionedData:
@@ -82,6 +84,9 @@ class TextDenoisers(TextImages):
 
     def prompts(self, texts: Sequence[str]) -> PromptedData:
         """Captions beside those of the data, as the network reads them: texts, or files of them."""
+        if self.sketched:
+            shown = {f"text/{name}": value[:1] for name, value in self.data.text.items()}
+            return PromptedData([shown], [""], {name: value[0] for name, value in self.data.text.items()}, "one text")
         return encoded_texts(texts, self.space, self.teacher.network)
 
     def student(self, network: nn.Module, sampler: Any) -> TextImageGenerator:
