@@ -107,11 +107,6 @@ class Snoopi(Method):
             raise UserError(
                 f"options.away_low={o.away_low:g} is above options.away_high={o.away_high:g}", cure="exchange them"
             )
-        if not teacher.null:
-            raise UserError(
-                "snoopi guides its teacher, and this one has no unconditional value",
-                cure="give a teacher that was trained with conditions left out, and say what stands for none",
-            )
         # copied before adapters are put into the teacher's network
         self.student = self._heeding(self.clone(student or teacher, "student"), prompts)
         if o.fake == "lora":
