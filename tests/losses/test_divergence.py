@@ -49,6 +49,25 @@ def test_every_divergence_is_tested() -> None:
     assert set(DIVERGENCES) == set(F)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("mean", "std"), [(0.3, 0.8), (-1.5, 0.5)])
+def test_f_distill_s_weight_gives_the_divergence_s_own_gradient(name: str, mean: float, std: float) -> None:
+    """``d/dm E_p f(q / p) = -E_p h(r) (s_q - s_p) dx_t/dm`` with h = C, here at one noise level: by central differences
+    of the divergence on a grid (arXiv 2502.15681, theorem 1)."""
+    x = torch.linspace(-12, 12, 24_001, dtype=torch.float64)
+
+    def divergence(m: float) -> Tensor:
+        p = Law((m,), (std,))
+        density, other = p.log_density(x, A, B), TEACHER.log_density(x, A, B)
+        return torch.trapezoid(density.exp() * F[name]((other - density).exp()), x)
+
+    p = Law((mean,), (std,))
+    gap = TEACHER.score(x, A, B) - p.score(x, A, B)
+    r = log_ratio(p, x, A, B).exp()
+    said = -torch.trapezoid(p.log_density(x, A, B).exp() * get_divergence(name).c(r) * gap * A, x)
+    torch.testing.assert_close(said, (divergence(mean + 1e-4) - divergence(mean - 1e-4)) / 2e-4, rtol=1e-4, atol=1e-8)
+
+
 def log_ratio(student: Law, x: Tensor, a: float, s: float) -> Tensor:
     return TEACHER.log_density(x, a, s) - student.log_density(x, a, s)
 

@@ -134,6 +134,16 @@ def negative_claims(prefix: str, free: str, less: str, main: str, more: str, gui
             free,
         ),
         Claim(
+            f"{prefix}removes-half",
+            "And at most a half",
+            "version 1, Table 3",
+            "unwanted",
+            main,
+            "<=",
+            0.5,
+            free,
+        ),
+        Claim(
             f"{prefix}keeps-digits",
             "The digit stays the one that was asked for, to five points",
             "version 1, Table 3",

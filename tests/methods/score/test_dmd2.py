@@ -14,6 +14,7 @@ from gaussians import draws, moved, play
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.distributed import finished
 from stillroom.engine.trainer import Trainer
+from stillroom.errors import UserError
 from stillroom.method import Batch, frozen
 
 
@@ -26,6 +27,36 @@ def test_dmd2_s_gradient_in_numbers() -> None:
     method.draw = draws(2)
     method.generator(data)["dm"].backward()
     torch.testing.assert_close(x0.grad, torch.tensor([[1 / 8, -2 / 8], [1 / 4, -2 / 4]]))
+
+
+@pytest.mark.parametrize("passes", ["own", "shared"])
+@pytest.mark.parametrize(("divergence", "h"), [("forward_kl", lambda r: r), ("js", lambda r: r / (r + 1))])
+def test_f_distill_weighs_each_sample_s_direction_by_its_density_ratio(divergence: str, h: Any, passes: str) -> None:
+    """As above, times h(r) of each sample, r = exp(logit); the weight itself has no gradient."""
+    method = build("dmd2", gan_weight=0.1, divergence=divergence, gan_pass=passes)
+    method.teacher, method.fake = frozen(says(0.0, 0.0)), frozen(says(1.0, -2.0))
+    logits = torch.tensor([[0.5], [-1.0]])
+
+    class Judge(torch.nn.Module):
+        def logits(self, fake: Any, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+            return logits + 0 * x_t.sum(1, keepdim=True)
+
+        def forward(self, fake: Any, x_t: Tensor, t: Tensor, cond: Any) -> Any:
+            return fake(x_t, t, cond), self.logits(fake, x_t, t, cond)
+
+    method.discriminator = Judge()
+    x0, data = two_points()
+    method.sample_student = lambda batch, grad: x0
+    method.draw = draws(2)
+    method.generator(data)["dm"].backward()
+    plain = torch.tensor([[1 / 8, -2 / 8], [1 / 4, -2 / 4]])
+    torch.testing.assert_close(x0.grad, h(logits.exp()) * plain)
+    torch.testing.assert_close(method.notes["ratio"], logits.exp().mean())
+
+
+def test_a_divergence_without_a_discriminator_is_refused() -> None:
+    with pytest.raises(UserError, match="divergence=js weighs samples by what a discriminator says"):
+        build("dmd2", divergence="js", gan_weight=0.0)
 
 
 def test_dmd2_guides_the_teacher_alone_and_the_normaliser_sees_the_guided_answer() -> None:

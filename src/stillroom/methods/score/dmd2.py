@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
+from stillroom.errors import UserError
 from stillroom.losses import adversarial, score
+from stillroom.losses.divergence import density_ratio, get_divergence
 from stillroom.losses.score import FakeLoss, fake_score_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Parted, Terms, frozen, register, turn
 from stillroom.networks.discriminators import Discriminator
@@ -41,6 +43,10 @@ class DMD2(Method):
         L_G = <sg[(D_f - D_r) / mean |x0 - D_r|], x0> / numel  +  w_G softplus(-disc(F(x0)))           eq. 2, eq. 4
         L_F = |error of D_f on F(x0)|^2  +  w_D [softplus(disc(F(x0))) + softplus(-disc(F(real)))]     sec. 4.2, eq. 4
 
+    For another divergence ``E_q[f(p / q)]`` of data p and samples q than the reverse KL the first term of L_G has the
+    factor ``sg h(r)``, ``h(r) = r^2 f''(r)`` (f-distill, arXiv 2502.15681), with r = p / q = exp(disc(x_t)): 1 for the
+    reverse KL, r for the forward one, r / (r + 1) for Jensen and Shannon's.
+
     The normaliser is DMD's (arXiv 2311.18828, eq. 8). L_G moves the student alone: nothing flows through D_f and D_r,
     and of the discriminator only the features' dependence on x0 counts. L_F moves the fake score and the head; there x0
     is fixed.
@@ -54,6 +60,8 @@ class DMD2(Method):
     health = {
         **score.HEALTH,
         **adversarial.HEALTH,
+        "ratio": "mean over the batch of r = exp(logit) at the noised samples whose scores are asked, where the "
+        "divergence reads it: 1 where samples and data are alike",
         "sample_mean": "mean of all elements of a batch of the student's samples",
     }
 
@@ -77,11 +85,21 @@ class DMD2(Method):
         # "own": the samples that the discriminator sees have a noise of their own. "shared": they are those whose
         # scores are asked, so that generated samples cost no pass of their own through gan_network
         gan_pass: Literal["own", "shared"] = field(default="own", metadata={"later": True})
+        # What is minimised over noise levels; all but DMD2's own weigh each sample by the discriminator's density ratio
+        # (f-distill, arXiv 2502.15681)
+        divergence: Literal["reverse_kl", "forward_kl", "jeffreys", "js", "chi2", "hellinger"] = field(
+            default="reverse_kl", metadata={"later": True}
+        )
 
     options: Options
     discriminator: Any
 
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
+        if self.weighs and not self.options.gan_weight:
+            raise UserError(
+                f"options.divergence={self.options.divergence} weighs samples by what a discriminator says of them",
+                cure="set options.gan_weight above 0, or options.divergence=reverse_kl",
+            )
         self.teacher = frozen(teacher)
         self.student = self.clone(student or teacher, "student")
         self.fake = self.clone(teacher, "fake")
@@ -107,6 +125,20 @@ class DMD2(Method):
         """``(F(x), t, eps)``: ``alpha x + sigma eps`` with fresh noise and a time of this law."""
         t, eps = law.sample(self.draw, self.teacher.process).to(x), self.draw.normal_like(x)
         return self.teacher.process.add_noise(x, eps, t), t, eps
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the divergence weighs samples otherwise than all alike."""
+        return self.options.divergence != "reverse_kl"
+
+    def weight(self, x_t: Tensor, t: Tensor, cond: Cond, logits: Tensor | None) -> Tensor:
+        """``sg h(r)`` ``[B]``, by the logits at x_t, or a pass of their own where there are none."""
+        with torch.no_grad():
+            if logits is None:
+                logits = self.discriminator.logits(self.tapped, x_t, t, cond)
+            r = density_ratio(logits.detach())
+        self.note("ratio", r.mean())
+        return get_divergence(self.options.divergence).c(r)
 
     @property
     def tapped(self) -> Denoiser:
@@ -140,7 +172,8 @@ class DMD2(Method):
             real, fake, logits = self.scores(x_t, t, cond, judged)
             # g = (D_f - D_r) / mean|x0 - D_r|, and dL/dx0 = g / numel
             weight = mean_abs_normaliser(x0, real) / x0[0].numel()
-            terms["dm"] = o.distribution_matching * score_difference_loss(x0, fake, real, di=1.0, weight=weight)
+            h = self.weight(x_t, t, cond, logits) if self.weighs else 1.0
+            terms["dm"] = o.distribution_matching * score_difference_loss(x0, fake, real, di=h, weight=weight)
             self.note("score_gap", (fake - real).square().mean())
         if o.gan_weight:
             if logits is None:
