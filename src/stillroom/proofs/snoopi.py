@@ -120,8 +120,8 @@ def drawn(arm: str, **sampler: Any) -> Arm:
 HEEDS = CAPTIONS.with_("nasa-t", options={"negatives": COLOURS})
 
 
-def negative_claims(prefix: str, free: str, less: str, main: str, more: str, guided: str) -> tuple[Claim, ...]:
-    """What NASA does where it is not trained for: five arms that differ in nothing else."""
+def negative_claims(prefix: str, free: str, less: str, main: str, more: str) -> tuple[Claim, ...]:
+    """What NASA does where it is not trained for: arms that differ in the scale alone."""
     return (
         Claim(
             f"{prefix}removes",
@@ -176,17 +176,6 @@ def negative_claims(prefix: str, free: str, less: str, main: str, more: str, gui
             offset=-0.05,
         ),
         Claim(
-            f"{prefix}against-guidance",
-            "Five points more pictures of the digit without the colour than by guidance away from the text",
-            "version 3, Table 2",
-            "clean",
-            main,
-            ">=",
-            1.0,
-            guided,
-            offset=0.05,
-        ),
-        Claim(
             f"{prefix}control-other",
             "Control: away from another colour six tenths of the colour stay",
             "",
@@ -226,9 +215,19 @@ IMAGE = Proof(
             "teacher, away 0.5",
             "teacher, away 1",
             "teacher, away 2",
-            "teacher, guided from the text",
         ),
-        *negative_claims("", "plain", "away 0.2", "snoopi", "away 1", "guided 2.5"),
+        *negative_claims("", "plain", "away 0.2", "snoopi", "away 1"),
+        Claim(
+            "against-guidance",
+            "In one step, five points more pictures of the digit without the colour than by guidance away from the text",
+            "version 3, Table 2",
+            "clean",
+            "snoopi",
+            ">=",
+            1.0,
+            "guided 2.5",
+            offset=0.05,
+        ),
         Claim(
             "heeded",
             "A student that has learnt to heed negative texts removes ten points more of the colour than one whose "
