@@ -219,7 +219,7 @@ IMAGE = Proof(
         *negative_claims("", "plain", "away 0.2", "snoopi", "away 1"),
         Claim(
             "against-guidance",
-            "In one step, five points more pictures of the digit without the colour than by guidance away from the text",
+            "In one step: five points more pictures of the digit without the colour than by guidance from the text",
             "version 3, Table 2",
             "clean",
             "snoopi",
