@@ -42,7 +42,7 @@ def block_fewsteps(sources: Sources, page: Page) -> str:
             link = f"[{slug}]({page.link(f'docs/methods/{slug}.md')})"
             for name in own_arms(sources, slug) or [slug]:
                 arm = known(sources, slug, name)
-                said = link if name == slug else f"{link}, {name.removeprefix(slug).strip('- ')}"
+                said = link if name == slug else f"{link}, {name.removeprefix(slug).strip('-, ')}"
                 rows.append([said, *told[slug], *measured(arm, of_teacher)])
     return table(head, rows)
 
