@@ -234,6 +234,26 @@ def test_an_exact_consistency_function_is_pulled_to_where_it_is() -> None:
     torch.testing.assert_close(pulled(student, x_r, none, {}), x)  # data themselves at r = 0
 
 
+class Off(Denoiser):
+    """Says x0 a hundredth too large, whatever the noise, of data that are all MEAN."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Identity(), RectifiedFlow(), "x0", shape=(1,))
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Cond | None = None, guidance: Any = 1.0) -> Prediction:
+        assert isinstance(t, Tensor)
+        return Prediction(self.process, "x0", torch.full_like(x_t, MEAN + 0.01), x_t, t)
+
+
+def test_a_small_error_of_data_stays_small_where_a_step_leads_to_no_noise() -> None:
+    """The slope at the step's end is that error over next to nothing: a correction by it would be off by hundreds."""
+    x0, eps = torch.full((3, 1), MEAN, **DOUBLE), torch.randn(3, 1, **DOUBLE)
+    t, r = torch.full((3,), 0.4, **DOUBLE), torch.tensor([0.0, 0.01, 0.3], **DOUBLE)
+    flow = RectifiedFlow()
+    found = reached(flow, Off(), x0, eps, flow.add_noise(x0, eps, t), t, r, {})
+    assert (found - flow.add_noise(x0, eps, r)).abs().max() < 0.011
+
+
 def test_the_distance_is_written_by_hand() -> None:
     said, target = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.zeros(1, 2)
     torch.testing.assert_close(huber(said, target), torch.tensor([5.0]))

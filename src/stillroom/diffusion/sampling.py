@@ -36,16 +36,27 @@ def jump(p: Prediction, s: Tensor) -> Tensor:
     return expand(ratio, p.x_t) * p.x_t + expand(process.alpha(s) - ratio * process.alpha(t), p.x_t) * p.x0
 
 
-def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, guidance: float) -> Tensor:
+def heun_step(
+    denoiser: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Cond,
+    guidance: float,
+    euler: Tensor | None = None,
+) -> Tensor:
     """Second order: Euler, then the mean of both ends' slopes ``dy/du = eps - x0``, ``y = x / (alpha + sigma)``. Times
-    ``[B]`` or scalars."""
+    ``[B]`` or scalars. euler: rows ``[B]`` that stay at the first order."""
     process = denoiser.process
     first = denoiser(x, t, cond, guidance)
     scale_t, scale_s = (expand(process.alpha(time) + process.sigma(time), x) for time in (t, s))
     u_t, u_s = expand(process.sigma(t), x) / scale_t, expand(process.sigma(s), x) / scale_s
     slope_t = first.eps - first.x0
     second = denoiser((x / scale_t + (u_s - u_t) * slope_t) * scale_s, s, cond, guidance)
-    return (x / scale_t + (u_s - u_t) * (slope_t + second.eps - second.x0) / 2) * scale_s
+    slope = (slope_t + second.eps - second.x0) / 2
+    if euler is not None:
+        slope = torch.where(expand(euler, x), slope_t, slope)
+    return (x / scale_t + (u_s - u_t) * slope) * scale_s
 
 
 def ancestral_step(p: Prediction, process: Process, t: Tensor, s: Tensor, eta: float, noise: Tensor) -> Tensor:

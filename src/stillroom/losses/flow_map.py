@@ -26,6 +26,8 @@ TRIG = TrigFlow()
 
 FIRST = 1e-4
 """Of the last time, the least that a network is asked at."""
+NEAR_ENOUGH = 0.2
+"""Of the ratio of noise that a step begins at, what it leads to at least, if an x0-prediction is to correct it."""
 Norm = Literal["rms", "l2"]
 """Of a sample's tangent: root of the mean square over its elements, or of their sum of squares."""
 
@@ -163,10 +165,15 @@ def reached(
     cond: Cond,
     guidance: float = 1.0,
 ) -> Tensor:
-    """``x_r``, which has the noise of ``x_t`` or, with a teacher, is reached by a Heun step of it. t, r: ``[B]``."""
+    """``x_r``, which has the noise of ``x_t`` or, with a teacher, is reached by a Heun step of it. t, r: ``[B]``.
+
+    Where the teacher predicts x0, steps to much smaller noise are Euler's: its slope there is ``(x - x0) / sigma``, the
+    error of x0 over next to nothing, as arXiv 2206.00364, alg. 1, leaves the correction at 0 away."""
     if teacher is None:
         return process.add_noise(x0, eps, r)
-    return heun_step(teacher, x_t, t, r.clamp_min(FIRST * process.t_max), cond, guidance)
+    far = noise_ratio(process, r) < NEAR_ENOUGH * noise_ratio(process, t)
+    euler = far if teacher.prediction in ("x0", "edm") else None
+    return heun_step(teacher, x_t, t, r.clamp_min(FIRST * process.t_max), cond, guidance, euler)
 
 
 def pulled(student: Denoiser, x_r: Tensor, r: Tensor, cond: Cond) -> Tensor:
