@@ -15,6 +15,21 @@ POINTS = Arm(
 EVERY_STEP = {"critic_turns": 1}
 FOUR = POINTS.with_("simulated-4", options={"student_steps": 4}, engine={"steps": 1500, "optim": {"all": {"lr": 1e-4}}})
 
+JUDGED = POINTS.with_(
+    "reverse KL, inner start",
+    options={
+        "gan_weight": 0.01,
+        "critic_gan_weight": 1.0,
+        "gan_pass": "shared",
+        "generator_times": {"law": "uniform", "low": 0.02, "high": 0.3},
+    },
+    engine={"steps": 600},
+    student="inner",
+)
+"""f-distill's arms begin with a student that never draws the outer mode of any class. Scores are asked at low noise,
+where the densities of student and data differ: above, their ratio is nearly 1, and all divergences weigh samples alike.
+"""
+
 MECHANISM = Proof(
     "dmd2",
     "mechanism",
@@ -29,6 +44,9 @@ MECHANISM = Proof(
         POINTS.with_("untouched", engine={"steps": 0}),
         POINTS.with_("shuffled-teacher", teacher="shuffled"),
         POINTS.with_("resting-critic", engine=RESTING),
+        JUDGED,
+        JUDGED.with_("forward KL, inner start", options={"divergence": "forward_kl"}),
+        JUDGED.with_("JS, inner start", options={"divergence": "js"}),
         Arm("teacher-50", sampler={"name": "ode", "solver": "euler", "steps": 50}),
     ),
     claims=(
@@ -75,6 +93,28 @@ MECHANISM = Proof(
         ),
         *control_claims("dmd2"),
         resting_critic_claim("dmd2"),
+        Claim(
+            "f-distill-covers",
+            "f-distill: with the forward KL a student that lacked a mode of every class has won back more of it than "
+            "with the reverse KL",
+            "arXiv 2502.15681",
+            "mode_balance",
+            "forward KL, inner start",
+            ">=",
+            1.0,
+            "reverse KL, inner start",
+            offset=0.05,
+        ),
+        Claim(
+            "f-distill-js",
+            "f-distill: with Jensen and Shannon's divergence it is nearer the data than with the reverse KL",
+            "arXiv 2502.15681",
+            "ced",
+            "JS, inner start",
+            "<=",
+            0.95,
+            "reverse KL, inner start",
+        ),
     ),
     note="On points the teacher is nearly exact, so that the GAN repairs teacher error cannot show here.",
 )

@@ -90,10 +90,21 @@ MECHANISM = Proof(
         several(MAIN, 2),
         several(MAIN, 4),
         MAIN.with_("shuffled-teacher", teacher="shuffled"),
+        as_it_is(MAIN, "ladd-one-step", scm_weight=0.0, at_max=1.0),
         TEACHER_1,  # a copy that is not retimed yet draws nothing: no start to compare with
     ),
     claims=(
         HYBRID,
+        Claim(
+            "ladd-learns",
+            "The latent GAN alone, asked from noise alone, comes nearer the data than one step of its teacher",
+            "LADD, arXiv 2403.12015",
+            "ced",
+            "ladd-one-step",
+            "<=",
+            0.7,
+            TEACHER_1.name,
+        ),
         Claim(
             "beats-ladd",
             "It does not lose to the latent GAN alone",
