@@ -23,8 +23,7 @@ METHODS = (
     *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
     *("boot", "twinflow", "kd", "progressive", "hyper-sd", "sana-sprint"),
     *("ect", "scm", "tcm", "meanflow", "ayf", "pdd"),
-    *("decoupled-dmd", "phased-dmd"),
-    "snoopi",
+    *("snoopi", "decoupled-dmd", "phased-dmd"),
 )
 STEPS = 2
 OPTIONS = {
