@@ -266,6 +266,28 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Join:
+    """Put students that were trained apart, each for a part of the conditions (msd's options.only), into one model."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN|DIR ...", help_behavior_hint="")] = ()
+    """The runs, or their students' folders, one for each part."""
+    out: Annotated[Path, arg(metavar="DIR")] = Path("joined")
+    """Where the model goes."""
+
+    def __call__(self) -> int:
+        from stillroom.task import load_model
+
+        if not self.models:
+            raise UserError("nothing was named to join", cure="name the runs, one for each part")
+        if self.out.exists():
+            raise UserError(f"--out: {self.out} already exists", cure="choose another folder")
+        first, *others = [load_model(_model(name)) for name in self.models]
+        first.join(others).save(self.out)
+        print(self.out)
+        return 0
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a finished model for another runtime; state its error and its speed against eager."""
 
@@ -470,7 +492,7 @@ class Doctor:
         return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
-COMMANDS = (Run, Plan, Prove, Compare, Sample, Export, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
+COMMANDS = (Run, Plan, Prove, Compare, Sample, Join, Export, Report, Methods, Bench, Teach, Synthesize, Demo, Doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

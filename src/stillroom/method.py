@@ -268,8 +268,9 @@ class Method(nn.Module):
         the loss."""
         self.notes[name] = value.detach()
 
-    def clone(self, teacher: Denoiser, role: str) -> Denoiser:
+    def clone(self, teacher: Denoiser, role: str, part: str = "") -> Denoiser:
         """A trainable copy of ``teacher``; a LoRA adapter on the teacher's weights where the recipe asks for one.
+        part: which of several experts of the role it is; each has an adapter of its own.
         Raises UserError for adapters beside a frozen model, which are silent unless they are told a scale."""
         if getattr(teacher, "alone", False):
             raise UserError(
@@ -278,11 +279,11 @@ class Method(nn.Module):
             )
         if isinstance(teacher.network, nn.ModuleDict):  # several experts: each becomes what one would
             routed: Any = teacher
-            return routed.with_experts({name: self.clone(one, role) for name, one in routed.experts.items()})
+            return routed.with_experts({name: self.clone(one, role, part) for name, one in routed.experts.items()})
         if role in self.lora:
             from stillroom.surgery.lora import lora_role
 
-            return lora_role(teacher, role, **self.lora[role])
+            return lora_role(teacher, f"{role}-{part}" if part else role, **self.lora[role])
         if hasattr(teacher.network, "lora_switch"):  # another role already lives on these weights
             from stillroom.surgery.lora import plain_copy
 

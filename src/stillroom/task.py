@@ -140,6 +140,11 @@ class Model:
         """Write the folder; ``extra`` entries go into its ``stillroom.json``."""
         raise NotImplementedError
 
+    def join(self, others: Sequence[Model]) -> Model:
+        """One model of this and others that were trained apart, each for its part. Raises UserError where they are none
+        of these."""
+        raise UserError(f"{self.noun} is no part of several", cure="give students that were trained apart (msd)")
+
     # --- costs ----------------------------------------------------------------------------------------------------
     def brief(self) -> Model:
         """A twin that answers with the least work, to see that it does. Default: the model itself."""

@@ -3,7 +3,7 @@ level, belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -101,10 +101,12 @@ class RoutedDenoiser(Denoiser):
     its expert costs. With guidance a sample's unconditional answer comes from the same expert. Gradients reach the
     experts that were asked; processes that ask different ones cannot share them (engine.parallel=fsdp).
 
+    own: of experts that are trained apart, the one that this is about; the others stand in for theirs.
+
     Raises UserError for experts that do not fit together.
     """
 
-    def __init__(self, experts: Mapping[str, Denoiser], route: Route) -> None:
+    def __init__(self, experts: Mapping[str, Denoiser], route: Route, own: str = "") -> None:
         first, *others = experts.values()
         if len(experts) != route.count:
             raise UserError(f"{len(experts)} experts for a route to {route.count}", cure="give one denoiser for each")
@@ -120,7 +122,7 @@ class RoutedDenoiser(Denoiser):
             nn.ModuleDict(experts), first.process, first.prediction, null=first.null, shape=first.shape,
             guide=first.guide,
         )  # fmt: skip
-        self.route = route
+        self.route, self.own = route, own
 
     @property
     def null(self) -> dict[str, Any]:  # type: ignore[override]
@@ -134,7 +136,7 @@ class RoutedDenoiser(Denoiser):
 
     @property
     def experts(self) -> dict[str, Denoiser]:
-        return dict(self.network.named_children())  # type: ignore[arg-type]
+        return dict(self.network.items())  # type: ignore[operator]
 
     @property
     def adapter(self) -> str | None:  # type: ignore[override]
@@ -142,16 +144,36 @@ class RoutedDenoiser(Denoiser):
         return ", ".join(one.adapter for one in self.experts.values() if one.adapter) or None
 
     def role_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: of experts that are adapters those alone."""
+        """What is trained: of experts that are adapters those alone, of frozen ones nothing."""
         found: dict[str, nn.Parameter] = {}
         for name, expert in self.experts.items():
+            if getattr(expert, "is_frozen", False):
+                continue
             own = getattr(expert, "role_parameters", expert.named_parameters)()
             found |= {f"{name}.{key}": p for key, p in dict(own).items()}
         return found
 
     def with_experts(self, experts: Mapping[str, Denoiser]) -> RoutedDenoiser:
         """Others in their places."""
-        return RoutedDenoiser(experts, self.route)
+        return RoutedDenoiser(experts, self.route, self.own)
+
+    def join(self, others: Sequence[RoutedDenoiser]) -> RoutedDenoiser:
+        """One denoiser of the experts that these were trained apart for, each in its place. Raises UserError for those
+        that are missing, come twice, or are of another kind."""
+        found: dict[str, Denoiser] = {}
+        for one in (self, *others):
+            if not one.own:
+                raise UserError("this student is whole: none of its experts was trained by itself", cure="leave it out")
+            if (one.route, list(one.experts)) != (self.route, list(self.experts)):
+                raise UserError(
+                    f"{one.own!r} and {self.own!r} share the conditions in other ways", cure="train one anew"
+                )
+            if one.own in found:
+                raise UserError(f"{one.own!r} comes twice", cure="give one run of each")
+            found[one.own] = one.experts[one.own]
+        if missing := [name for name in self.experts if name not in found]:
+            raise UserError(f"{', '.join(missing)} is missing", cure="give a run of each")
+        return RoutedDenoiser({name: found[name] for name in self.experts}, self.route)
 
     def expert_at(self, share: float) -> Denoiser:
         """Who answers at this share of ``t_max``. Raises UserError where the route is by condition."""

@@ -55,11 +55,17 @@ def save_denoiser(denoiser: Denoiser, folder: Path, dtype: torch.dtype | None = 
             save_attachment(denoiser, folder / ATTACHED)
         return save_denoiser(denoiser.base(), folder, dtype)
     if isinstance(denoiser, RoutedDenoiser):
+        first: dict[int, str] = {}  # the name under which a network was met first
         for name, expert in denoiser.experts.items():
-            place = folder / EXPERTS / name
-            side = save_denoiser(expert, place, dtype)
-            (place / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
-        return {"experts": list(denoiser.experts), "route": route_to_dict(denoiser.route)}
+            if first.setdefault(id(expert), name) == name:
+                place = folder / EXPERTS / name
+                side = save_denoiser(expert, place, dtype)
+                (place / SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n")
+        found: dict[str, Any] = {"experts": list(denoiser.experts), "route": route_to_dict(denoiser.route)}
+        if denoiser.own:
+            folders = {name: first[id(expert)] for name, expert in denoiser.experts.items()}
+            found |= {"own": denoiser.own, "folders": folders}
+        return found
     denoiser = denoiser.merged(share=True) if isinstance(denoiser, LoraDenoiser) else denoiser
     save_network(denoiser.network, folder, dtype)
     if type(denoiser.network).__name__ not in OWN_NETWORKS:
@@ -109,9 +115,11 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else {}
     if "route" in side:
         with reading(folder / SIDE_FILE):
-            names = [Path(str(name)).name for name in side["experts"]]  # of sub-folders, wherever they point to
-            experts = {name: load_denoiser(folder / EXPERTS / name) for name in names}
-            return RoutedDenoiser(experts, route_from_dict(side["route"])).eval()
+            names = [str(name) for name in side["experts"]]
+            folders = {name: Path(str(side.get("folders", {}).get(name, name))).name for name in names}  # never outside
+            read = {place: load_denoiser(folder / EXPERTS / place) for place in dict.fromkeys(folders.values())}
+            experts = {name: read[place] for name, place in folders.items()}
+            return RoutedDenoiser(experts, route_from_dict(side["route"]), str(side.get("own", ""))).eval()
     denoiser = _one_network(folder, side)
     return attach(denoiser, folder / ATTACHED) if (folder / ATTACHED).is_dir() else denoiser
 

@@ -20,7 +20,7 @@ from stillroom.evaluation.metrics import conditional_energy_distance
 from stillroom.losses import score
 from stillroom.losses.score import denoising_loss, mean_abs_normaliser, score_difference_loss
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
-from stillroom.surgery.lora import lora_role, take_over
+from stillroom.surgery.lora import take_over
 
 STUDENT_OPTIM = Optim(lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01, clip_norm=10.0)
 FAKE_OPTIM = Optim(lr=4e-7, betas=(0.0, 0.999), weight_decay=0.01, clip_norm=10.0)
@@ -130,15 +130,10 @@ class PhasedDMD(Method):
         begins = [start.expert_at(u) if isinstance(start, RoutedDenoiser) else start for u in firsts]
         if count == 1:
             return self.clone(begins[0], "student")
-        made = {f"phase-{k + 1}": self._expert(one, f"student-{k + 1}") for k, one in enumerate(begins)}
+        made = {f"phase-{k}": self.clone(one, "student", str(k)) for k, one in enumerate(begins, 1)}
         # between the last call of one and the first of the next, so that no rounding takes a call across
         bounds = [(self.times[k * own - 1] + self.times[k * own]) / 2 for k in range(1, count)]
         return RoutedDenoiser(dict(reversed(made.items())), ByNoise(tuple(reversed(bounds))))
-
-    def _expert(self, start: Denoiser, name: str) -> Denoiser:
-        if "student" in self.lora:
-            return lora_role(start, name, **self.lora["student"])
-        return self.clone(start, "student")
 
     # --- phases ---------------------------------------------------------------------------------------------------
     def stages(self) -> tuple[Stage, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.routed import RoutedDenoiser
 from stillroom.diffusion.sampling import ODESampler, Sampler, sampler_from_dict
 from stillroom.engine.progress import Parts
 from stillroom.errors import UserError, nearest, reading
@@ -20,7 +21,7 @@ from stillroom.folders.pipelines import draws_pixels
 from stillroom.parsing import read_json
 from stillroom.pictures import PictureGenerator
 from stillroom.surgery.modules import device_of
-from stillroom.task import COLUMNS, Part, Rows
+from stillroom.task import COLUMNS, Model, Part, Rows
 
 ROWS = 10
 """Rows of a sample grid: classes, or rows of unconditional samples."""
@@ -81,6 +82,16 @@ class ImageGenerator(PictureGenerator):
             part = {k: v[start : start + size].to(device) for k, v in conditions.items()}
             out.append(self.sampler.sample(self.denoiser, noise, part, generator).float().cpu())
         return torch.cat(out)
+
+    def join(self, others: Sequence[Model]) -> ImageGenerator:
+        parts = [getattr(one, "denoiser", None) for one in (self, *others)]
+        if not all(isinstance(part, RoutedDenoiser) for part in parts):
+            raise UserError(
+                "one of these is no student of a part of the classes",
+                cure="give students that were trained apart (msd)",
+            )
+        first, *rest = parts
+        return ImageGenerator(first.join(rest), self.sampler, self.classes)  # type: ignore[union-attr]
 
     @property
     def image_size(self) -> tuple[int, int]:
