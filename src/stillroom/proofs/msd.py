@@ -21,7 +21,13 @@ def steps(match: int, distil: int, students: int = 4) -> dict[str, int]:
 
 SHARES = {"matching_share": float(MATCH), "distilling_share": float(DISTIL)}
 ENGINE = {**engine(1, **RATES), "schedule": "cosine", "batch": 128}
-FOUR = Arm("msd", "msd", options={"students": 4, "critic_turns": 2, **SHARES}, engine={**ENGINE, **steps(MATCH, DISTIL)}, student="small")
+FOUR = Arm(
+    "msd",
+    "msd",
+    options={"students": 4, "critic_turns": 2, **SHARES},
+    engine={**ENGINE, **steps(MATCH, DISTIL)},
+    student="small",
+)
 ONE = FOUR.with_("one student", options={"students": 1}, engine=steps(MATCH, DISTIL, 1))
 MORE = FOUR.with_("one student, all updates", options={"students": 1})
 PLAIN = {"matching_share": 0.0, "distilling_share": 1.0}
