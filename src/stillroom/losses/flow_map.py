@@ -59,21 +59,14 @@ def normalised(tangent: Tensor, c: float = 0.1, norm: Norm = "rms") -> Tensor:
     return tangent / (expand(length, tangent) + c)
 
 
-def towards(
-    answer: Tensor,
-    step: Tensor,
-    weight: Tensor | float = 1.0,
-    logvar: Tensor | None = None,
-    even: Tensor | float = 1.0,
-) -> Tensor:
-    """``even (exp(-w) weight |answer - sg(answer) - step|^2 + w)``, the mean over elements and batch: its gradient by
-    ``answer [B, ...]`` is that of ``-2 even weight exp(-w) <step, answer>``. logvar: w ``[B]``, learnt beside the
-    network (arXiv 2410.11081, eq. 8); none: 0. step: without a graph. even: ``[B]``, that of :func:`evened`; w, which
-    evens out all that stands beside the error, does not see it."""
+def towards(answer: Tensor, step: Tensor, weight: Tensor | float = 1.0, logvar: Tensor | None = None) -> Tensor:
+    """``exp(-w) weight |answer - sg(answer) - step|^2 + w``, the mean over elements and batch: its gradient by
+    ``answer [B, ...]`` is that of ``-2 weight exp(-w) <step, answer>``. logvar: w ``[B]``, learnt beside the network
+    (arXiv 2410.11081, eq. 8); none: 0. step: without a graph."""
     error = (answer - answer.detach() - step.detach()).square().flatten(1).mean(1)
     if logvar is None:
-        return (even * weight * error).mean()
-    return (even * (weight * torch.exp(-logvar) * error + logvar)).mean()
+        return (weight * error).mean()
+    return (weight * torch.exp(-logvar) * error + logvar).mean()
 
 
 def evened(process: Process, prediction: str, t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from stillroom.diffusion.derivatives import How
 from stillroom.diffusion.process import Process, RectifiedFlow, last_time
 from stillroom.diffusion.sampling import FlowMapSampler, Sampler, by_steps, flow_map_steps
 from stillroom.errors import UserError
-from stillroom.losses.flow_map import Norm, evened, map_change, normalised, towards
+from stillroom.losses.flow_map import Norm, map_change, normalised, towards
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.extra_inputs import with_inputs
 
@@ -76,8 +76,7 @@ class AYF(Method):
         warm = min(1.0, self.progress / o.tangent_warmup) if o.tangent_warmup else 1.0
         own, change = map_change(lambda x, t, r: student(x, t, {**cond, "r": r}).v, v, x_t, t, s, warm, o.derivative)
         self.note("residual", change.square().mean().sqrt())
-        step = normalised(change, o.tangent_c, o.tangent_norm)
-        return {"align": 0.5 * towards(own, step, even=evened(FLOW, self.student.prediction, t))}
+        return {"align": 0.5 * towards(own, normalised(change, o.tangent_c, o.tangent_norm))}
 
     def sampler(self) -> FlowMapSampler:
         return flow_map_steps(self.options.steps)

@@ -264,7 +264,7 @@ class SanaSprint(Method):
         self.note("tangent", tangent.square().mean().sqrt())
         self.note("consistency", step.square().mean())
         self.note("logvar", logvar.mean())
-        return towards(own, step, 1 / (o.data_std * t.tan()), logvar, evened(TRIG, self.student.prediction, t))
+        return towards(own, step, 1 / (o.data_std * t.tan()), logvar)
 
     def jump(self, batch: Batch, told: Cond) -> Tensor:
         """``f(u, t)`` at fresh times, with probability p the last, from noise alone (sec. 3.3)."""

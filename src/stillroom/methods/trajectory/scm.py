@@ -13,7 +13,7 @@ from stillroom.diffusion.derivatives import How
 from stillroom.diffusion.process import Process, TrigFlow
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, by_steps, share_at
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.flow_map import Norm, evened, normalised, scm_change, towards, trig_times
+from stillroom.losses.flow_map import Norm, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.scalars import LogVariance
 
@@ -77,8 +77,7 @@ class SCM(Method):
         own, tangent = scm_change(lambda u, t: student(u, t, cond).v, along, u, t, warm, o.derivative)
         self.note("tangent", tangent.square().mean().sqrt())
         step = normalised(tangent, o.tangent_c / o.data_std, o.tangent_norm)
-        even = evened(TRIG, self.student.prediction, t)
-        return {"consistency": towards(own, step, 1 / (o.data_std * t.tan()), self.variance(t), even)}
+        return {"consistency": towards(own, step, 1 / (o.data_std * t.tan()), self.variance(t))}
 
     def sampler(self) -> FewStepSampler:
         return self.taking(self.options.steps, self.options, self.teacher.process)
