@@ -23,7 +23,7 @@ METHODS = (
     *("dmd2", "swiftbrush", "sim", "sid-lsg", "uni-instruct", "agd"),
     *("boot", "twinflow", "kd", "progressive", "hyper-sd", "sana-sprint"),
     *("ect", "scm", "tcm", "meanflow", "ayf", "pdd"),
-    *("snoopi", "decoupled-dmd", "phased-dmd"),
+    *("snoopi", "decoupled-dmd", "phased-dmd", "flash-dmd"),
 )
 STEPS = 2
 OPTIONS = {

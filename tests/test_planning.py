@@ -186,6 +186,11 @@ WORLDS: dict[str, tuple[Callable[[Path], tuple[Any, ...]], Callable[[], Any], di
     "swiftbrush": (denoisers, images, {"rank": 2, "targets": ("to_q", "to_v")}),
     "hyper-sd": (denoisers, images, SEGMENTS),
     "decoupled-dmd": (denoisers, images, {"critic_turns": 2, "student_steps": 2}),
+    "flash-dmd": (
+        denoisers,
+        images,
+        {"critic_turns": 2, "student_steps": 2, "split": 0.6, "rl_share": 0.5, "reward_steps": 2},
+    ),
     "sim": (denoisers, images, {}),
     "sid-lsg": (denoisers, images, {}),
     "uni-instruct": (denoisers, images, {}),

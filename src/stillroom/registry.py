@@ -28,6 +28,19 @@ def offered(group: str) -> Iterator[Any]:
         yield found
 
 
+def named_function(entry: str, option: str, cure: str) -> Any:
+    """A function of the user's own, ``package.module:function``, of an installed package or one on Python's path.
+    option: what names it. Raises UserError for one that there is not."""
+    module, _, name = entry.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name) if name else None
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise UserError(f"{option}={entry!r} is not there ({problem})", cure=cure) from None
+    if not callable(function):
+        raise UserError(f"{option}={entry!r} names no function", cure=cure)
+    return function
+
+
 class Registry(Generic[T]):
     """Things of one kind by name. They add themselves when their module is imported; :meth:`known` imports those of
     ``package`` (``inside``: the module of each of its rooms; None: all its modules) and of other packages' entry points

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "boot": {"guidance": 2.0},
     "dmd2": {"critic_turns": 2, **GAN},
     "decoupled-dmd": {"critic_turns": 2, "student_steps": 2, **GAN},
+    "flash-dmd": {"critic_turns": 2, "student_steps": 2, "split": 0.6, **GAN},
     "hyper-sd": {"segments": (1,), "mse": (1.0,), "adversarial": (1.0,), "grids": (8,)},
     "sid-lsg": GAN,
     "uni-instruct": GAN,

@@ -433,6 +433,27 @@ def share_at(process: Process, alpha: float, sigma: float) -> float:
     return share
 
 
+def approach(
+    student: Denoiser, draw: Draws, cond: Cond, times: tuple[float, ...], last: int = 0, renoise: Renoise = "fresh"
+) -> tuple[Tensor, Tensor]:
+    """``(x_in [B, ...], t)``: what a few-step student is asked at step ``last`` (from 0) of ``times``, and when;
+    reached as at inference. No gradient."""
+    process = student.process
+    eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
+    # filled on the device: a number that is copied to it waits for all that the device has still to do
+    ts = [torch.full((), t * process.t_max, dtype=eps.dtype, device=eps.device) for t in times[: last + 1]]
+    x_in = process.sigma(ts[0]) * eps
+    for t, s in itertools.pairwise(ts):
+        with torch.no_grad():
+            p = student(x_in, t, cond)
+            if renoise == "fresh":
+                eps = draw.normal_like(eps)
+            elif renoise == "ddim":
+                eps = p.eps
+            x_in = process.add_noise(p.x0, eps, s)
+    return x_in, ts[-1]
+
+
 def rollout(
     student: Denoiser,
     draw: Draws,
@@ -449,19 +470,17 @@ def rollout(
     last: 0-based index of the step returned; by default one index drawn for the whole batch. Inputs are detached
     between steps, so only the last call carries a graph (and only if ``grad``).
     """
-    process = student.process
     last = draw.index(len(times)) if last is None and len(times) > 1 else (last or 0)
-    eps = draw.normal(draw.local, *student.shape).to(next(student.parameters()))
-    # filled on the device: a number that is copied to it waits for all that the device has still to do
-    ts = [torch.full((), t * process.t_max, dtype=eps.dtype, device=eps.device) for t in times[: last + 1]]
-    x_in = process.sigma(ts[0]) * eps
-    for t, s in itertools.pairwise(ts):
-        with torch.no_grad():
-            p = student(x_in, t, cond)
-            if renoise == "fresh":
-                eps = draw.normal_like(eps)
-            elif renoise == "ddim":
-                eps = p.eps
-            x_in = process.add_noise(p.x0, eps, s)
+    x_in, t = approach(student, draw, cond, times, last, renoise)
     with torch.set_grad_enabled(grad):
-        return student(x_in, ts[-1], cond).x0
+        return student(x_in, t, cond).x0
+
+
+@torch.no_grad()
+def continued(student: Denoiser, draw: Draws, cond: Cond, x0: Tensor, times: tuple[float, ...]) -> Tensor:
+    """Where a few-step student ends that has said ``x0 [B, ...]`` and has these ``times`` to go, with fresh noise at
+    each step. Without any it is ``x0``. No gradient."""
+    for fraction in times:
+        t = torch.full((), fraction * student.process.t_max, dtype=x0.dtype, device=x0.device)
+        x0 = student(student.process.add_noise(x0, draw.normal_like(x0), t), t, cond).x0
+    return x0

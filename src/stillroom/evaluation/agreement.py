@@ -7,13 +7,14 @@ of any world without an image being decoded, and is differentiable in the sample
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, log_softmax, logsigmoid, softplus
 
+from stillroom.diffusion.process import Process
 from stillroom.errors import UserError
 
 WIDTH = 64
@@ -87,19 +88,65 @@ def agreement_for(data: Any, conditions: Mapping[str, Tensor], shape: tuple[int,
     return Agreement(shape, texts[0], text=conditions[texts[0]].shape[-1])
 
 
+class TimedAgreement(nn.Module):
+    """An :class:`Agreement` that reads noised samples and is told how noised they are: the time, as a share of the
+    process's range, is one more channel. ``(x_t [B, ...], cond, share [B])`` to log probabilities ``[B]``."""
+
+    def __init__(self, judge: Agreement) -> None:
+        super().__init__()
+        self.judge = judge
+
+    def forward(self, x_t: Tensor, cond: Mapping[str, Tensor], share: Tensor) -> Tensor:
+        return self.judge(timed(x_t, share), cond)
+
+
+def timed(x_t: Tensor, share: Tensor) -> Tensor:
+    """``x_t [B, C, ...]`` with one more channel, all of it ``share [B]``."""
+    own = share.to(x_t).reshape(-1, *[1] * (x_t.ndim - 1)).expand(len(x_t), 1, *x_t.shape[2:])
+    return torch.cat([x_t, own], 1)
+
+
+def timed_agreement_for(data: Any, conditions: Mapping[str, Tensor], shape: tuple[int, ...]) -> TimedAgreement:
+    """An untrained one, as :func:`agreement_for` makes it."""
+    return TimedAgreement(agreement_for(data, conditions, (shape[0] + 1, *shape[1:])))
+
+
 def trained_agreement(data: Any, shape: tuple[int, ...], steps: int, seed: int = 0) -> Agreement:
     """One that has learnt from these data: samples ``x`` with their conditions; the same each time. Raises UserError
     for data without samples, or without conditions."""
+    return _trained(data, steps, seed, lambda cond: agreement_for(data, cond, shape), lambda x: x)
+
+
+def trained_timed_agreement(
+    data: Any, shape: tuple[int, ...], steps: int, process: Process, seed: int = 0
+) -> TimedAgreement:
+    """One that has learnt from these data, noised at uniform times of the process: a reward of noisy latents."""
+
+    def noised(x: Tensor) -> Tensor:
+        share = torch.rand(len(x)) * 0.999
+        return timed(process.add_noise(x, torch.randn_like(x), share * process.t_max), share)
+
+    wide = (shape[0] + 1, *shape[1:])
+    return TimedAgreement(_trained(data, steps, seed, lambda cond: agreement_for(data, cond, wide), noised))
+
+
+def _trained(
+    data: Any,
+    steps: int,
+    seed: int,
+    make: Callable[[Mapping[str, Tensor]], Agreement],
+    shown: Callable[[Tensor], Tensor],
+) -> Agreement:
     first = data.batch(seed, 0, 2)
     first["x"]
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        judge = agreement_for(data, first["cond"], shape)
+        judge = make(first["cond"])
         optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
             batch = data.batch(seed, step, BATCH)
-            loss = judge.loss(batch["x"], batch["cond"])
+            loss = judge.loss(shown(batch["x"]), batch["cond"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

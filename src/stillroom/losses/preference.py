@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -54,3 +55,17 @@ def dpo_loss(
         "margin": logit.detach().mean(),
     }
     return Preference(terms, health)
+
+
+def transition_loss(z: Tensor, mean: Tensor, std: Tensor | float) -> Tensor:
+    """``mean (z - mean)^2 / std^2`` over the elements of each sample, ``[B]``: -2 times the log-density of ``z`` under
+    ``N(mean, std^2)``, per element and up to a constant. In :func:`dpo_loss` half its differences are log-ratios of
+    transitions of a sampler that noises its own guess anew, ``mean = alpha x0`` (arXiv 2511.20549)."""
+    return ((z - mean) / std).square().flatten(1).mean(1)
+
+
+def best_and_worst(candidates: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``K`` candidates ``[K, B, ...]`` with scores ``[K, B]``, row by row the one of the highest score and the one
+    of the lowest, ``[B, ...]`` each."""
+    rows = torch.arange(scores.shape[1], device=scores.device)
+    return candidates[scores.argmax(0), rows], candidates[scores.argmin(0), rows]

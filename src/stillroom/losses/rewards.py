@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from stillroom.errors import UserError
+from stillroom.registry import named_function
 
 Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """``(samples [B, ...], conditions by name)`` to scores ``[B]``, the higher the better; with a graph."""
@@ -23,13 +23,7 @@ def hinge(scores: Tensor, margin: float) -> Tensor:
 def named_reward(entry: str) -> Reward:
     """A reward of the user's own, ``package.module:function``, of an installed package or one on Python's path. Raises
     UserError for one that there is not, and when what it gives is not one number for each sample."""
-    module, _, name = entry.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name) if name else None
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise UserError(f"options.reward={entry!r} is not there ({problem})", cure=CURE) from None
-    if not callable(function):
-        raise UserError(f"options.reward={entry!r} names no function", cure=CURE)
+    function = named_function(entry, "options.reward", CURE)
 
     def checked(samples: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         scores = function(samples, cond)

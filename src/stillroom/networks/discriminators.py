@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stillroom.diffusion.denoiser import NAME_NULL, Cond, Denoiser, Prediction
 from stillroom.errors import UserError
 from stillroom.folders.diffusers_networks import some_conditions
+from stillroom.surgery.freezing import frozen
 from stillroom.surgery.taps import Features, Tap, Taps, as_tokens, block_paths
 
 
@@ -90,6 +91,66 @@ class TokenConvHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.first(tokens.float().transpose(1, 2))
         return self.last((h + self.wide(h)) / 2**0.5).squeeze(1)
+
+
+class MapHead(nn.Module):
+    """Logits ``[B, n]`` of feature maps ``[B, D, h, w]``, one for every four of their places: convolutions of size 4 at
+    stride 2 and of size 3, with norms of each sample and SiLU, then one of size 1. Tokens ``[B, N, D]`` and vectors
+    ``[B, D]`` are maps of width 1."""
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, hidden, 4, 2, 1), nn.GroupNorm(1, hidden), nn.SiLU(),
+            nn.Conv2d(hidden, hidden, 3, 1, 1), nn.GroupNorm(1, hidden), nn.SiLU(), nn.Conv2d(hidden, 1, 1),
+        )  # fmt: skip
+
+    def forward(self, features: Tensor) -> Tensor:
+        maps = features if features.ndim == 4 else as_tokens(features).transpose(1, 2)[..., None]
+        height, width = maps.shape[-2:]
+        maps = nn.functional.pad(maps, (0, width % 2, 0, height % 2), mode="replicate")  # a stride of 2 leaves none out
+        return self.body(maps.float()).flatten(1)
+
+
+class BlockFeatures(nn.Module):
+    """What several blocks of an image encoder say: pictures ``[B, 3, H, W]`` to a list of feature maps. Frozen, with a
+    graph to the pictures. blocks: module paths; none: :func:`spread_blocks`."""
+
+    def __init__(self, encoder: nn.Module, blocks: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.encoder = frozen(encoder)
+        self.paths = list(blocks) or spread_blocks(encoder)
+        self._taps = [Taps(encoder, {path: Tap(path, item="last") for path in self.paths})]
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        with self._taps[0].recording(early_exit=True) as features:
+            self.encoder(pictures)
+        return [features.calls(path)[0] for path in self.paths]
+
+
+class PictureDiscriminator(nn.Module):
+    """A :class:`MapHead` on each of the feature maps that a frozen ``encoder`` makes of pictures (arXiv 2511.20549).
+    The encoder is not owned: its features are given to every call. pictures: some, to see how wide the maps are.
+
+    Raises UserError for an encoder that gives no list of feature maps."""
+
+    forward_methods: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def __init__(self, encoder: nn.Module, pictures: Tensor, hidden: int = 64) -> None:
+        super().__init__()
+        with torch.no_grad():
+            found = encoder(pictures)
+        if not isinstance(found, list | tuple) or not found or not all(isinstance(one, Tensor) for one in found):
+            raise UserError(
+                f"the encoder {type(encoder).__name__} gave a {type(found).__name__}, no list of feature maps",
+                cure="let it return [B, D, h, w] or [B, N, D], one or several",
+            )
+        widths = [one.shape[1] if one.ndim == 4 else one.shape[-1] for one in found]
+        self.heads = nn.ModuleList(MapHead(width, hidden) for width in widths)
+
+    def logits(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits ``[B, n]`` of all heads."""
+        return torch.cat([head(one) for head, one in zip(self.heads, features, strict=True)], 1)
 
 
 def spread_blocks(network: nn.Module, count: int = 4) -> list[str]:

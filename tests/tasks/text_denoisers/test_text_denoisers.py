@@ -24,6 +24,10 @@ from tiny_text_images import pixart, sd3, tiny_codec, tiny_text
 CAPTIONS = ["a red three", "two fours", "a seven", "a one above a two", "a blue six", "a nine"]
 FAST = ["engine.batch=4", "engine.log_every=1", "engine.checkpoint_every=2", "evaluate.n=0", "evaluate.samples=6"]
 OWN: dict[str, list[str]] = {
+    "flash-dmd": [
+        "options.student_steps=2", "engine.steps=8", "engine.warmup=0", "options.rl_share=0.5", "options.rl_turns=2",
+        "options.reward_steps=2", "options.split=0.6",
+    ],
     "decoupled-dmd": ["options.student_steps=2", "engine.steps=5", "engine.warmup=0"],
     "agd-scenes": ["options.paths=4", "options.path_steps=3", "options.steps=2", "options.width=8", "engine.steps=3"],
     "hyper-sd-scenes": [

@@ -114,3 +114,8 @@ def likelihood(points: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     own = RingBench().mixture.means.reshape(CLASSES, len(RADII), 2).to(points)[cond[LABELS]]
     parts = -(points[:, None] - own).square().sum(2) / (2 * STD**2)
     return torch.logsumexp(parts, 1) - math.log(len(RADII) * 2 * math.pi * STD**2)
+
+
+def outward(points: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """A reward that asks for more than the data have: the distance from the middle, ``[B]``."""
+    return points.norm(dim=1)

@@ -14,6 +14,7 @@ distance's name. N = 1,200 is the standard: 200 captions of each of six categori
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -396,6 +397,29 @@ class StepScenesBench(ScenesBench):
     taught from. Of the shipped store's pictures a student may read 2,000."""
 
     task, teaches = "text-denoisers", ()
+    scores = (
+        *ScenesBench.scores,
+        Score("sharpness", "Laplacian energy, over that of real pictures", worst=math.nan),
+        Score("contrast", "Standard deviation of pixels, over that of real pictures", worst=math.nan),
+    )
+
+    def judge(
+        self, images: Tensor, captions: Sequence[Caption | str], n: int | None = None, distances: bool = True
+    ) -> dict[str, Any]:
+        found = super().judge(images, captions, n, distances)
+        return found | self._texture(images[:n], captions[:n]) if distances else found
+
+    def floor(self) -> dict[str, Any]:
+        asked = self.captions(self.n)
+        real, _ = scene_set(self.n, 1, "train", asked)
+        return super().floor() | self._texture(real, asked)
+
+    def _texture(self, images: Tensor, captions: Sequence[Caption | str]) -> dict[str, float]:
+        """Against as many real pictures of the same captions in held-out handwriting."""
+        asked = [parse_caption(caption) if isinstance(caption, str) else caption for caption in captions]
+        real, _ = scene_set(len(asked), 0, "test", asked)
+        mine, theirs = (texture(metrics.to_uint8(some)) for some in (images.cpu(), real))
+        return {name: mine[name] / theirs[name] for name in mine}
 
     def network(self, teacher: str = TEACHERS[1]) -> Denoiser:
         found = super().network(teacher)
@@ -404,7 +428,8 @@ class StepScenesBench(ScenesBench):
 
     def given(self, **wanted: Any) -> Mapping[str, Any]:
         only("teacher", wanted)
-        return given_things([self.network()], decode=self.space.codec.pictures, classes=[])
+        codec = self.space.codec
+        return given_things([self.network()], decode=codec.pictures, autoencoder=codec.network, classes=[])
 
     def data(self, **wanted: Any) -> CaptionedData:
         return with_texts(super().data(**wanted), tuple(self.network().null))
@@ -418,6 +443,15 @@ class StepScenesBench(ScenesBench):
     def serves(cls, task: str, source: str, data: Any) -> bool:
         """Runs are scored as :class:`ScenesBench` does."""
         return False
+
+
+def texture(images: Tensor) -> dict[str, float]:
+    """Of uint8 pictures ``[N, C, H, W]``, in grey levels: ``sharpness``, the mean square of their Laplacian (a pixel
+    against its four neighbours), and ``contrast``, the standard deviation over all of them."""
+    x = images.float()
+    inner = x[..., 1:-1, 1:-1]
+    around = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    return {"sharpness": float((around - 4 * inner).square().mean()), "contrast": float(x.std())}
 
 
 def mix_up(teacher: Denoiser) -> None:

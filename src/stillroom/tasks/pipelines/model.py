@@ -342,11 +342,18 @@ class PipelineGenerator(PictureGenerator):
         """Latents of images ``[B, 3, H, W]`` in [-1, 1], of this generator's size."""
         return self.family.latents(self.pipeline, images)
 
+    @property
+    def autoencoder(self) -> nn.Module | None:
+        """What :meth:`pictures` decodes by; None where it cannot."""
+        plain = scaled_latents, sdxl_latents
+        if self.family.encode_image not in plain or self.pipeline.vae.config.get("latents_mean") is not None:
+            return None
+        return self.pipeline.vae
+
     def pictures(self, latents: Tensor) -> Tensor:
         """Images from latents, with a graph. Raises UserError for autoencoders that are decoded in another way than by
         one scale."""
-        plain = scaled_latents, sdxl_latents
-        if self.family.encode_image not in plain or self.pipeline.vae.config.get("latents_mean") is not None:
+        if self.autoencoder is None:
             raise UserError(
                 f"{self.family.title}: its latents cannot be decoded inside a training", cure="reward the latents"
             )

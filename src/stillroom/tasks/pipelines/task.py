@@ -133,7 +133,11 @@ class Pipelines(Task):
     def given(self) -> Mapping[str, Any]:
         teacher = self.teacher.denoiser
         asked = {"teacher": teacher, "teachers": [teacher], "student": self.start, "classes": []}
-        return asked | {"decode": self.teacher.pictures, "prompts": self.prompts}
+        return asked | {
+            "decode": self.teacher.pictures,
+            "autoencoder": self.teacher.autoencoder,
+            "prompts": self.prompts,
+        }
 
     def prompts(self, texts: Sequence[str]) -> PromptedData:
         """Prompts beside those of the data, as the network reads them: texts, or files of them."""

@@ -79,7 +79,8 @@ class TextDenoisers(TextImages):
         begins = network if self.start is None else self.start
         return {
             "teacher": network, "teachers": [network], "student": begins, "classes": [],
-            "decode": self.space.codec.pictures, "prompts": self.prompts,
+            "decode": self.space.codec.pictures, "autoencoder": self.space.codec.network,
+            "prompts": self.prompts,
         }  # fmt: skip
 
     def prompts(self, texts: Sequence[str]) -> PromptedData:
