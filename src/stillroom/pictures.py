@@ -17,7 +17,7 @@ from stillroom.diffusion.denoiser import Cond, Denoiser
 from stillroom.diffusion.sampling import Sampler
 from stillroom.errors import UserError, nearest
 from stillroom.folders.diffusers_networks import some_conditions
-from stillroom.surgery.negatives import cross_attention_paths, steered
+from stillroom.surgery.negatives import cross_attention_paths, networks_of, steered
 from stillroom.task import Model, load_model
 
 REAL_SIZE = 1e12
@@ -159,7 +159,8 @@ class PictureGenerator(Model):
             raise UserError(
                 f"a {type(network).__name__} cannot be steered away from a text", cure="use a denoiser of captions"
             )
-        cross_attention_paths(network.network)
+        for one in networks_of(network):
+            cross_attention_paths(one)
         twin = copy.copy(self)
         own = getattr(self.sampler, "negative_scale", NEGATIVE_SCALE)
         twin.steering = said, own if scale is None else scale

@@ -160,3 +160,17 @@ def test_both_answers_apart_are_what_guidance_is_made_of() -> None:
     torch.testing.assert_close(scalar.x0, denoiser(x, 0.5, cond, 0.0).x0)
     with pytest.raises(UserError, match="unconditional value for: other"):
         denoiser.apart(x, t, {"other": torch.arange(4)})
+
+
+def test_guidance_may_lead_away_from_another_condition() -> None:
+    denoiser = point_teacher()
+    x, t = torch.randn(4, 2), torch.tensor([0.2, 0.4, 0.6, 0.8])
+    cond, other = {"label": torch.arange(4)}, {"label": torch.tensor([3, 3, 0, 1])}
+    w = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    plain, away = denoiser(x, t, cond).value, denoiser(x, t, other).value
+    torch.testing.assert_close(denoiser.against(x, t, cond, other, w).value, away + w[:, None] * (plain - away))
+    torch.testing.assert_close(denoiser.against(x, 0.5, cond, cond, 3.0).value, denoiser(x, 0.5, cond).value)
+    null = denoiser.null_cond(cond)
+    assert torch.equal(denoiser.against(x, t, cond, null, 3.0).value, denoiser(x, t, cond, 3.0).value)
+    with pytest.raises(UserError, match="do not fit each other"):
+        denoiser.against(x, t, cond, {"label": torch.arange(3)}, 2.0)

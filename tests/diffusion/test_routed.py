@@ -128,3 +128,13 @@ def test_both_answers_apart_come_from_the_row_s_own_expert() -> None:
         for i, label in enumerate(cond["label"].tolist()):
             own, row = denoiser.experts["abc"[BY_CLASS.experts[label]]], slice(i, i + 1)
             torch.testing.assert_close(found.x0[row], own(x[row], t[row], {"label": cond["label"][row]}, guidance).x0)
+
+
+def test_guidance_from_another_condition_comes_from_the_row_s_own_expert() -> None:
+    denoiser, (x, t, cond) = routed(), rows()
+    other, w = {"label": (cond["label"] + 1) % 6}, torch.linspace(0.5, 3, len(x))
+    found = denoiser.against(x, t, cond, other, w)
+    for i, label in enumerate(cond["label"].tolist()):
+        own, row = denoiser.experts["abc"[BY_CLASS.experts[label]]], slice(i, i + 1)
+        expected = own.against(x[row], t[row], {"label": cond["label"][row]}, {"label": other["label"][row]}, w[row])
+        torch.testing.assert_close(found.x0[row], expected.x0)

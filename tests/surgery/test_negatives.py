@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.routed import ByNoise, RoutedDenoiser
 from stillroom.errors import UserError
 from stillroom.surgery.negatives import (
     MASK,
@@ -150,6 +151,24 @@ def test_a_gradient_reaches_the_projections_through_both_texts_also_when_activat
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name])
     assert any("attn2.to_v" in name and bool(grad.abs().sum() > 0) for name, grad in grads[0].items())
+
+
+@torch.no_grad()
+def test_each_of_several_experts_is_steered() -> None:
+    made = generator("pixart")
+    x, cond, first = asked(made, ["a red cat", "the dog"])
+    second = copy.deepcopy(first)
+    negative, _ = made.conditions(["blue"])
+    both = RoutedDenoiser({"low": first, "high": second}, ByNoise((0.5,)))
+    t = torch.tensor([300.0, 700.0])
+    with steered(first, negative, 0.5):
+        expected = first(x, t, cond).value
+    with steered(both, negative, 0.5):
+        found = both(x, t, cond).value
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, both(x, t, cond).value, atol=1e-4)
+    with pytest.raises(UserError, match="several experts"):
+        with_negatives(both)
 
 
 @pytest.mark.parametrize("family", JOINT)

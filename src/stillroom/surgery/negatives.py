@@ -12,13 +12,14 @@ weights, self-attention, times and pooled texts are left alone, and at alpha = 0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser
+from stillroom.diffusion.routed import RoutedDenoiser
 from stillroom.errors import UserError
 from stillroom.surgery.attached import AttachedDenoiser, Attachment, text_of
 
@@ -167,7 +168,7 @@ def cross_attention_paths(network: nn.Module) -> list[str]:
     what = "attends to image and text jointly" if joint else "has no cross-attention"
     raise UserError(
         f"{type(network).__name__} {what}, so that no negative text can be taken away inside it",
-        cure="a network with cross-attention: Stable Diffusion 1 and 2, SDXL, PixArt, Sana",
+        cure="a network with cross-attention: Stable Diffusion 1 and 2, SDXL, Kolors, PixArt, Sana, Wan",
     )
 
 
@@ -183,16 +184,30 @@ def negative_conditions(cond: Mapping[str, Tensor], alpha: Tensor) -> dict[str, 
 
 def with_negatives(denoiser: Denoiser) -> AttachedDenoiser:
     """``denoiser`` that may be told :func:`negative_conditions` beside its own; without them it answers as before. All
-    its weights are trained. Raises UserError as :func:`cross_attention_paths` does."""
+    its weights are trained. Raises UserError as :func:`cross_attention_paths` does, and for several experts."""
+    if isinstance(denoiser, RoutedDenoiser):
+        raise UserError(
+            "a student of several experts cannot learn to heed negative texts", cure="train them one by one"
+        )
     return AttachedDenoiser(denoiser, Negatives(cross_attention_paths(denoiser.network)), alone=False)
 
 
 def steered(denoiser: Denoiser, negative: Cond, alpha: float) -> AbstractContextManager[None]:
     """Inside, the denoiser's network draws away from the conditions of one negative text, ``[1, ...]``, however it is
     called; afterwards nothing is left on it. alpha: 0 leaves every bit as it is."""
-    paths = cross_attention_paths(denoiser.network)
-    told = negative_conditions(negative, torch.tensor([alpha]))
-    return _steered(denoiser.network, paths, told) if alpha else nullcontext()
+    stack = ExitStack()
+    for network in networks_of(denoiser):
+        paths = cross_attention_paths(network)
+        if alpha:
+            stack.enter_context(_steered(network, paths, negative_conditions(negative, torch.tensor([alpha]))))
+    return stack
+
+
+def networks_of(denoiser: Denoiser) -> list[nn.Module]:
+    """The networks that a denoiser asks: its own, or those of its experts."""
+    if isinstance(denoiser, RoutedDenoiser):
+        return [network for expert in denoiser.experts.values() for network in networks_of(expert)]
+    return [denoiser.network]
 
 
 @contextmanager

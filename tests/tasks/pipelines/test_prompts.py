@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stillroom.data.prompt_sources import PromptList, PromptSource, fitted, prompt_source, read_picture
+from stillroom.data.prompt_sources import PromptList, PromptSource, Texts, fitted, prompt_source, read_picture
 from stillroom.errors import UserError
 from stillroom.recipe import Recipe
 from stillroom.run import run
@@ -445,3 +445,25 @@ def test_the_card_s_code_asks_by_name() -> None:
     about["reads_scale"], result = True, {"name": "x", "pipeline": about, **calls}
     said = pipeline_card(recipe, {**result, "also": {"student, 2 steps": 2, "student, 4 steps": 4}}).before_scores[0]
     assert "its weights serve 2 or 4 steps too: with yet another number of steps it is another model. It reads" in said
+
+
+# --- negative prompts -------------------------------------------------------------------------------------------------
+def test_texts_are_taken_as_they_are_and_files_for_what_they_hold(tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("a boat\n  two   boats\n")
+    source = Texts(["red", str(tmp_path / "more.txt"), "blue cats"])
+    assert [text for text, _ in source] == ["red", "a boat", "two boats", "blue cats"]
+    assert source.fingerprint == Texts(source.texts).fingerprint != Texts(["red"]).fingerprint
+    with pytest.raises(UserError, match="no texts were given"):
+        Texts([])
+    with pytest.raises(UserError, match="text 2: the caption is empty"):
+        Texts(["red", " "])
+
+
+def test_conditions_of_chosen_prompts_are_read_by_their_numbers(tmp_path: Path) -> None:
+    for cache in (None, tmp_path / "c"):
+        data = encode_prompts(Listed(TWO_SHARDS, pictures=True), Counting(), cache, lambda _: None)
+        rows = torch.tensor([SHARD, 0, SHARD, 3])
+        found = data.conditions(rows)
+        assert set(found) == {"states", "mask", "scale"}
+        for place, row in enumerate(rows.tolist()):
+            assert float(found["scale"][place]) == len(TWO_SHARDS[row])
