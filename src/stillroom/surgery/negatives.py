@@ -12,7 +12,7 @@ weights, self-attention, times and pooled texts are left alone, and at alpha = 0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -192,15 +192,15 @@ def with_negatives(denoiser: Denoiser) -> AttachedDenoiser:
     return AttachedDenoiser(denoiser, Negatives(cross_attention_paths(denoiser.network)), alone=False)
 
 
-def steered(denoiser: Denoiser, negative: Cond, alpha: float) -> AbstractContextManager[None]:
+@contextmanager
+def steered(denoiser: Denoiser, negative: Cond, alpha: float) -> Iterator[None]:
     """Inside, the denoiser's network draws away from the conditions of one negative text, ``[1, ...]``, however it is
     called; afterwards nothing is left on it. alpha: 0 leaves every bit as it is."""
-    stack = ExitStack()
-    for network in networks_of(denoiser):
-        paths = cross_attention_paths(network)
-        if alpha:
+    places = [(network, cross_attention_paths(network)) for network in networks_of(denoiser)]
+    with ExitStack() as stack:
+        for network, paths in places if alpha else []:
             stack.enter_context(_steered(network, paths, negative_conditions(negative, torch.tensor([alpha]))))
-    return stack
+        yield
 
 
 def networks_of(denoiser: Denoiser) -> list[nn.Module]:
