@@ -46,6 +46,7 @@ DATA = {
     "diffusiondb-prompts": PublicData("prompts, one to a line: those of DiffusionDB"),
     "journeydb-prompts": PublicData("prompts, one to a line: those of JourneyDB"),
     "sam-llava-prompts": PublicData("prompts, one to a line: LLaVA's captions of SA-1B"),
+    "video-prompts": PublicData("prompts of videos, one to a line; Phased DMD's own are not public"),
     "text-to-image-2m": PublicData("two million images that text-to-image models drew, with their captions"),
     "cifar10-images": PublicData("CIFAR-10's images alone, 32x32 pixels, without classes", (3, 32, 32), rows=1000),
     "cifar10": PublicData("CIFAR-10, 32x32 pixels, in ten classes", (3, 32, 32), 10, rows=1000),
