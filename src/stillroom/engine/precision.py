@@ -134,8 +134,12 @@ def checkpoint_activations(method: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     able = 0
+    roles: list[Any] = []
+    for role in method.children():  # of several experts each is one
+        experts = getattr(role, "experts", None)
+        roles += experts.values() if isinstance(experts, dict) else [role]
     # roles that share a network: the one with a function of its own has the last word
-    for role in sorted(method.children(), key=lambda role: hasattr(role, "checkpoint_function")):
+    for role in sorted(roles, key=lambda role: hasattr(role, "checkpoint_function")):
         custom = getattr(role, "checkpoint_function", None)
         for part in role.modules():
             module: Any = part
