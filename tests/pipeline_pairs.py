@@ -27,6 +27,8 @@ METHODS = (
 )
 STEPS = 2
 OPTIONS = {
+    "decoupled-dmd sana-sprint": ["options.student_steps=2"],
+    "flash-dmd sana-sprint": ["options.student_steps=2", "options.split=0.6"],
     "hyper-sd": [
         "options.one_step_share=0",
         "options.segments=[2, 1]",

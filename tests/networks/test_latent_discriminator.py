@@ -7,10 +7,20 @@ import copy
 import pytest
 import torch
 
+from stillroom.errors import UserError
 from stillroom.losses.adversarial import hinge_generator, hinge_told
-from stillroom.networks.discriminators import LatentDiscriminator, SpectralConv, TokenConvHead, spread_blocks
+from stillroom.networks.discriminators import (
+    BlockFeatures,
+    LatentDiscriminator,
+    MapHead,
+    PictureDiscriminator,
+    SpectralConv,
+    TokenConvHead,
+    spread_blocks,
+)
 from stillroom.surgery.freezing import frozen
 from tiny_denoisers import dit_teacher, point_teacher
+from tiny_text_images import tiny_codec
 
 
 def test_a_convolution_is_divided_by_its_greatest_singular_value() -> None:
@@ -86,3 +96,32 @@ def test_the_hinge_loss_is_written_by_hand() -> None:
     assert hinge_told(logits, True) == pytest.approx((0 + 1 + 4 + 0.5) / 4)
     assert hinge_told(logits, False) == pytest.approx((3 + 1 + 0 + 1.5) / 4)
     assert hinge_told(logits, False, torch.tensor([0.0, 1.0])) == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "places"),
+    [((6, 8, 8), 6, 16), ((6, 5, 3), 6, 6), ((6, 1, 1), 6, 1), ((7, 6), 6, 4), ((6,), 6, 1)],
+)
+def test_maps_tokens_and_vectors_of_any_size_get_logits(shape: tuple[int, ...], width: int, places: int) -> None:
+    """One for every four places, rounded up."""
+    features = torch.randn(2, *shape, requires_grad=True)
+    logits = MapHead(width, hidden=4)(features)
+    assert logits.shape == (2, places)
+    logits.sum().backward()
+    assert bool(features.grad.abs().any())
+
+
+def test_an_autoencoder_s_own_encoder_shows_its_blocks_with_a_graph_to_the_pictures() -> None:
+    codec = tiny_codec()
+    encoder = BlockFeatures(codec.network.encoder)
+    pictures = torch.randn(2, 3, 16, 16, requires_grad=True)
+    found = encoder(pictures)
+    assert len(found) == 2
+    torch.testing.assert_close(found[0], codec.network.encoder.down_blocks[0](codec.network.encoder.conv_in(pictures)))
+    judge = PictureDiscriminator(encoder, torch.zeros(1, 3, 16, 16))
+    assert not next(encoder.parameters()).requires_grad
+    assert not any("encoder" in name for name, _ in judge.named_parameters())
+    judge.logits(found).sum().backward()
+    assert float(pictures.grad.abs().max()) > 0
+    with pytest.raises(UserError, match="gave a Tensor, no list of feature maps"):
+        PictureDiscriminator(torch.nn.Identity(), torch.zeros(1, 3, 16, 16))
