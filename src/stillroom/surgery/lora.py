@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.routed import RoutedDenoiser
 from stillroom.errors import UserError, nearest
 from stillroom.surgery.skeleton import unshared
 
@@ -163,7 +164,11 @@ def plain_copy(denoiser: Denoiser, role: str | None = None, share: bool = False)
 @torch.no_grad()
 def take_over(mine: Denoiser, theirs: Denoiser) -> None:
     """The weights of ``theirs``: adapter for adapter; an adapter's own beginning, which adds nothing, where ``theirs``
-    has none; else all of them with the adapter of its role folded in."""
+    has none; else all of them with the adapter of its role folded in. Of several experts each takes over its own."""
+    if isinstance(mine, RoutedDenoiser) and isinstance(theirs, RoutedDenoiser):
+        for name, expert in mine.experts.items():
+            take_over(expert, theirs.experts[name])
+        return
     adapters = [isinstance(one, LoraDenoiser) and bool(one.role) for one in (mine, theirs)]
     if adapters == [True, False]:
         for name, p in _own(mine).items():

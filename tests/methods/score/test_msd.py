@@ -17,6 +17,7 @@ from stillroom.data.source import LABELS, ArrayData
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.diffusion.process import RectifiedFlow
 from stillroom.diffusion.routed import ByCondition, RoutedDenoiser
+from stillroom.diffusion.sampling import FewStepSampler
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.interrupt import Interrupted
 from stillroom.engine.trainer import Trainer
@@ -206,6 +207,13 @@ def test_students_that_are_trained_apart_are_joined(tmp_path: Path, capsys: pyte
     ):
         assert main(["join", *(str(tmp_path / name) for name in names), "--out", str(tmp_path / "x")]) == 2
         assert words in capsys.readouterr().err
+    one = load_model(tmp_path / "1")
+    for other, words in (
+        (ImageGenerator(one.denoiser, FewStepSampler((0.5,)), one.classes), "other sampler"),
+        (ImageGenerator(one.denoiser, one.sampler, one.classes[::-1]), "other classes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_model(tmp_path / "2").join([other])
     assert main(["join", str(tmp_path / "1"), "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["join", "fashion", "--out", str(tmp_path / "x")]) == 2

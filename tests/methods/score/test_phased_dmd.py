@@ -263,6 +263,23 @@ def test_a_fake_score_that_is_an_adapter_begins_anew_by_adding_nothing() -> None
     torch.testing.assert_close(method.fake(x, 0.5, cond).v, method.teacher(x, 0.5, cond).v)
 
 
+def test_so_do_the_adapters_of_a_teacher_of_two_experts() -> None:
+    low, high = teacher(), teacher()
+    with torch.no_grad():
+        high.network.out.bias += 1
+    two = RoutedDenoiser({"low": low, "high": high}, ByNoise((0.6,)))
+    method = build(given=two, lora={"fake": {"rank": 2, "targets": ["to_q"]}})
+    with torch.no_grad():
+        for p in method.trained_parameters("fake").values():
+            p += 1
+    x, cond = batch()["x"], batch()["cond"]
+    for t in (0.3, 0.8):
+        assert not torch.equal(method.fake(x, t, cond).v, method.teacher(x, t, cond).v)
+    method.enter(method.stages()[1], None, resumed=False)
+    for t in (0.3, 0.8):
+        torch.testing.assert_close(method.fake(x, t, cond).v, method.teacher(x, t, cond).v)
+
+
 def test_times_are_shifted_towards_noise_and_the_border_lies_between_two_calls() -> None:
     method = build(shift=7.0)
     assert method.times == pytest.approx((1.0, 21 / 22, 7 / 8, 7 / 10))

@@ -90,6 +90,13 @@ class ImageGenerator(PictureGenerator):
                 "one of these is no student of a part of the classes",
                 cure="give students that were trained apart (msd)",
             )
+        for one in others:  # not their experts alone: what these are asked is the model's, too
+            for fact in ("sampler", "classes"):
+                if getattr(one, fact) != getattr(self, fact):
+                    raise UserError(
+                        f"these have other {fact}: {getattr(self, fact)} and {getattr(one, fact)}",
+                        cure="give students of one recipe, which differ in options.only alone",
+                    )
         first, *rest = parts
         return ImageGenerator(first.join(rest), self.sampler, self.classes)  # type: ignore[union-attr]
 
