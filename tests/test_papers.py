@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from stillroom.diffusion.process import RectifiedFlow
+from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.folders.public import DATA, is_public, public_models
 from stillroom.method import methods
@@ -51,6 +54,12 @@ def test_the_settings_are_the_papers_own() -> None:
     brush = Recipe.load("papers/swiftbrush-sd21")
     assert brush.options["guidance"] == brush.options["fake_guidance"] == 4.5
     assert brush.options["targets"] == ("to_q", "to_v")
+    wan = Recipe.load("papers/phased-dmd-wan22")
+    for name in ("generator_times", "critic_times"):  # 20 to 980 of 1,000, shifted by 7, whatever the folder's shift
+        law = TimeLaw(**wan.options[name]) if isinstance(wan.options[name], dict) else wan.options[name]
+        ends = law.quantile(torch.tensor([0.0, 1.0]), RectifiedFlow(shift=3.0)).tolist()
+        assert ends == pytest.approx([7 * u / (1 + 6 * u) for u in (0.02, 0.98)])
+    assert {turn["clip_norm"] for turn in wan.engine.optim.values()} == {1.0}
     sid = Recipe.load("papers/sid-lsg-sd15")
     assert sid.options["t_init"] * 999 == pytest.approx(625, abs=0.1)
     assert sid.engine.optim["all"]["betas"] == [0.0, 0.999]

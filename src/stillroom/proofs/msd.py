@@ -113,7 +113,7 @@ MECHANISM = Proof(
         ),
         Claim(
             "matching-updates",
-            "And is still behind where it has the updates of the matching for distillation",
+            "And is still behind where it has the steps of the matching for distillation; one in two updates it",
             "",
             "ced",
             "one student, without matching, all its updates",
@@ -143,7 +143,9 @@ MECHANISM = Proof(
             "one student",
         ),
     ),
-    note="Students have 1,842 weights (sixteen wide) or 452 (six wide), the teacher 105,090.",
+    note="Students have 1,842 weights (sixteen wide) or 452 (six wide), the teacher 105,090. None is trained until it "
+    "gets no better, so that what four students gain over one with all their updates is not yet room alone. Classes "
+    "have no order here: consecutive ones are as random a part as any, and parts by likeness cannot be asked about.",
 )
 
 MAIN = recipe_arm("msd")
