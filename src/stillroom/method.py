@@ -129,8 +129,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Target:
-    """A network of the method that follows another one and is never trained: after each update of ``of``,
-    ``w <- d w + (1 - d) w_of``.
+    """A network of the method that follows another one, whether turns train it as well or not: after each update of
+    ``of``, ``w <- d w + (1 - d) w_of``.
 
     decay: d; 0 copies, 1 stays as it is. warm_up: ``d + (1 - d) (decay - d) / 2`` replaces d at every update, from 0 on
     (arXiv 2512.05150's code).

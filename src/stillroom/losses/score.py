@@ -81,7 +81,7 @@ def mean_abs_normaliser(x0: Tensor, real: Tensor, floor: float = 1e-5) -> Tensor
 
 def moment_loss(x0: Tensor, mean: float, variance: float) -> Tensor:
     """``KL(N(mu_i, v_i) | N(mean, variance))`` of the mean and the variance over all elements of each sample, averaged
-    over the batch ``[B, ...]``: a scalar (arXiv 2511.22677, its ablation of regularisers)."""
+    over the batch ``[B, ...]``: a scalar (arXiv 2511.22677, eq. 7)."""
     own_mean, own = x0.flatten(1).mean(1), x0.flatten(1).var(1, unbiased=False).clamp_min(1e-8)
     return 0.5 * ((own + (own_mean - mean) ** 2) / variance - 1 - (own / variance).log()).mean()
 

@@ -58,7 +58,7 @@ MECHANISM = Proof(
         ),
         Claim(
             "matching-holds",
-            "With distribution matching the spread is within a quarter of the guided teacher's",
+            "With distribution matching the spread is at most a quarter above the guided teacher's",
             "Figure 2",
             "std",
             "decoupled-dmd",

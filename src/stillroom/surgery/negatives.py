@@ -1,4 +1,5 @@
-"""What a picture must not show, without a second pass: negative texts inside cross-attention (arXiv 2412.02687).
+"""What a picture must not show, without a second pass: negative texts inside cross-attention (arXiv 2412.02687, version
+3, eq. 7 to 9).
 
 Where image tokens Q read a text, they read a negative one as well, through the same projections, and what they find
 there is taken away before the output projection:
@@ -125,7 +126,7 @@ class Negatives(Attachment):
 
 
 def away(positive: Tensor, negative: Tensor, alpha: Tensor | float) -> Tensor:
-    """``Z+ - alpha Z-``, without renormalising (arXiv 2412.02687, NASA)."""
+    """``Z+ - alpha Z-``, without renormalising (arXiv 2412.02687, version 3, eq. 9)."""
     return positive - alpha * negative
 
 

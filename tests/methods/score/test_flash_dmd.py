@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from points import B, batch, says, two_points
+from points import FLOW, NULL, B, batch, says, two_points
 from points import teacher as point_mlp
 from torch import Tensor, nn
 
 from gaussians import draws, moved, play
 from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser
+from stillroom.diffusion.process import TrigFlow
 from stillroom.diffusion.sampling import approach, continued, few_step_times, rollout
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
@@ -24,6 +25,8 @@ from stillroom.losses.preference import best_and_worst, dpo_loss, transition_los
 from stillroom.method import frozen
 from stillroom.methods.score.flash_dmd import FlashDMD
 from stillroom.networks.discriminators import PictureDiscriminator
+from stillroom.networks.point_mlp import PointMLP
+from stillroom.proofs.flash_dmd import IMAGE
 from tiny_denoisers import dit_teacher
 from tiny_text_images import tiny_codec
 from workers.toy import fitted
@@ -130,6 +133,36 @@ def test_summed_losses_see_every_step_and_one_call() -> None:
     torch.testing.assert_close(method.shared["x0"], method.shared["y"])
 
 
+def test_without_a_discriminator_distributions_are_matched_at_all_steps() -> None:
+    """Late ones too, which nothing else would train."""
+    assert asked(built(gan_weight=0.0))["graph"] == {1.0, 0.75, 0.5, 0.25}
+
+
+def test_the_arm_of_five_critic_updates_asks_as_many_networks_as_the_recipe() -> None:
+    """Calls of student, fake score and teacher, a guided one twice, in all of either arm's training."""
+    arms = {arm.name: arm for arm in IMAGE.arms}
+    calls = {}
+    for name in ("flash-dmd", "five critic updates, equal calls"):
+        asks = ("student_steps", "guidance", "critic_turns", "placement", "gan_weight")
+        method = built(encoder="teacher", **{key: arms[name].options[key] for key in asks})
+        counted = [0]
+
+        def count(module: Any, args: Any, counted: list[int] = counted) -> None:
+            counted[0] += 2 if len(args) > 3 and args[3] != 1 else 1
+
+        for role in (method.student, method.fake, method.teacher):
+            role.register_forward_pre_hook(count)
+        turns, rounds = method.options.critic_turns, 16
+        for step in range(turns * rounds):
+            method.shared = {}
+            if step % turns == 0:
+                play(method, "generator", batch(), step)
+            play(method, "critic", batch(), step)
+        calls[name] = counted[0] / rounds * (arms[name].engine["steps"] / turns)
+    recipe, five = calls.values()
+    assert five == pytest.approx(recipe, rel=0.1)
+
+
 def test_the_matching_term_in_numbers() -> None:
     """D_r = 0, D_f = (1, -2): mean |x0 - D_r| is 2 and 1, so dL/dx0 = (D_f - D_r) / (2 * 2) and / (1 * 2), halved."""
     method = built(gan_weight=0.0)
@@ -142,6 +175,27 @@ def test_the_matching_term_in_numbers() -> None:
 
 
 # --- the discriminator ------------------------------------------------------------------------------------------------
+def test_the_discriminator_s_terms_in_numbers() -> None:
+    """Logits 2 and -1 of the student's pictures, 0 and 3 of real ones: the student is to raise its own, the heads are
+    to lower these and to raise the others."""
+
+    def logits(x: Tensor, cond: Any) -> Tensor:
+        return x[:, :1]
+
+    def soft(value: float) -> float:
+        return math.log(1 + math.exp(value))
+
+    method = built(gan_weight=0.5, encoder="teacher")
+    method.judged = logits
+    method.late = lambda x0, k, cond: torch.tensor([[2.0, 0.0], [-1.0, 0.0]])
+    data = {"x": torch.tensor([[0.0, 5.0], [3.0, 5.0]]), "cond": {"label": torch.tensor([0, 1])}}
+    method.draw, method.shared = draws(2), {}
+    told = method.generator(data)["gan"]
+    assert float(told) == pytest.approx(0.5 * (soft(-2) + soft(1)) / 2)
+    heads = method.critic(data)["gan"]()
+    assert float(heads) == pytest.approx((soft(2) + soft(-1)) / 2 + (soft(0) + soft(-3)) / 2)
+
+
 def test_the_discriminator_s_gradient_passes_the_frozen_decoder_and_encoder() -> None:
     method, data = latents(gan_weight=0.1)
     method.shared = {}
@@ -236,6 +290,35 @@ def test_without_coupling_nothing_follows() -> None:
     other.network = nn.Linear(2, 2)
     with pytest.raises(UserError, match="cannot follow a Linear"):
         method.build(point_mlp(), student=other)
+
+
+def other_student(what: str) -> Denoiser:
+    """Of the teacher's class, but of other weights, of other answers, or of another process."""
+    if what == "width":
+        return Denoiser(PointMLP(2, 24, 3, NULL), FLOW, "v", null={"label": NULL}, shape=(2,))
+    made = point_mlp()
+    if what == "answers":
+        made.prediction = "x0"
+    else:
+        made.process = TrigFlow()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("width", "other trained weights"), ("answers", "predicts x0"), ("process", "on trigflow")],
+)
+def test_a_student_whose_weights_mean_something_else_is_not_followed(what: str, said: str) -> None:
+    options = {"gan_weight": 0.0}
+    with pytest.raises(UserError, match=said):
+        FlashDMD(FlashDMD.Options(**options)).build(point_mlp(), student=other_student(what))
+    FlashDMD(FlashDMD.Options(**options, **FREE)).build(point_mlp(), student=other_student(what))
+
+
+def test_adapters_of_another_rank_are_not_followed() -> None:
+    lora = {role: {"rank": rank, "targets": ["to_q", "to_v"]} for role, rank in (("student", 2), ("fake", 4))}
+    with pytest.raises(UserError, match="the same adapters"):
+        FlashDMD(FlashDMD.Options(gan_weight=0.0), lora).build(dit_teacher())
 
 
 # --- preferences ------------------------------------------------------------------------------------------------------
@@ -364,9 +447,11 @@ def test_a_run_that_is_cut_short_in_either_stage_ends_as_one_that_is_not(lora: A
     [
         ({"split": 0.1}, "on one side"),
         ({"split": 1.0, "gan_weight": 0.0}, "no noisy step"),
+        ({"renoise": "ddim", "encoder": "teacher"}, "fresh noise at each step"),
+        ({"renoise": "fixed", "gan_weight": 0.0, "rl_share": 0.5, "reward": RADIUS}, "fresh noise at each step"),
     ],
 )
-def test_a_cut_that_leaves_nothing_is_said(options: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_is_said(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         built(**options)
 

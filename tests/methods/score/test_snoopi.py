@@ -12,6 +12,7 @@ from torch import Tensor
 from gaussians import draws, play
 from stillroom.bench import get_bench
 from stillroom.data.prompt_sources import Texts
+from stillroom.data.source import ArrayData
 from stillroom.diffusion.denoiser import Denoiser
 from stillroom.engine.config import EngineConfig
 from stillroom.engine.trainer import Trainer
@@ -93,7 +94,21 @@ def test_a_reward_that_is_good_enough_is_left_alone() -> None:
     torch.testing.assert_close(x0.grad, torch.tensor([[0.0, 0.0], [0.0, -0.25]]))
 
 
+def test_the_reward_s_weight_falls_evenly_to_nothing() -> None:
+    """The paper's clamped loss begins at its weight and is "gradually" reduced to zero."""
+    x0, data = two_points()
+    found = []
+    for done in (0.0, 0.25, 1.0):
+        method, _, _ = snoopi_at(x0, reward_weight=0.5, reward_margin=2.5)
+        method.asks, method.progress = (lambda x, cond: x[:, 1]), done
+        found.append(float(method.generator(data)["reward"].detach()))
+    assert found == pytest.approx([0.375, 0.75 * 0.375, 0.0])
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
+    method = build("snoopi", fake="full", measured=2)
+    with pytest.raises(UserError, match="compares rows of each class"):
+        method.prepare(ArrayData(torch.zeros(4, 2), {}))
     with pytest.raises(UserError, match="k_low=5"):
         build("snoopi", k_low=5.0)
     with pytest.raises(UserError, match="this teacher reads none"):

@@ -42,23 +42,24 @@ class DecoupledDMD(Method):
     """DMD2's student of one to eight steps, by another gradient. With guidance ``D_w = D_u + w (D_c - D_u)`` in the
     teacher, D_c and D_u its conditional and unconditional x0-predictions, DMD's direction falls into two parts:
 
-        D_w - D_f = (D_c - D_f) + (w - 1) (D_c - D_u)
+        D_w - D_f = (D_c - D_f) + (w - 1) (D_c - D_u)                                                   eq. 6
 
     The first is distribution matching (DM) as the theory has it, the second, guidance augmentation (CA), never asks the
     fake score: it turns many steps into few, and alone it runs away. Each gets a noise level, a noise and a normaliser
     of its own, at the same sample x0 of the student, asked at its level s_k:
 
         L_G = < (D_f - D_c)(x_DM) / mean |x0 - D_c(x_DM)|, x0 > / numel
-              - (w - 1) < (D_c - D_u)(x_CA) / mean |x0 - D_c(x_CA)|, x0 > / numel
+              - (w - 1) < (D_c - D_u)(x_CA) / mean |x0 - D_c(x_CA)|, x0 > / numel                       eq. 8
         s_DM ~ U(0, 1),   s_CA ~ U(0, s_k)                  schedule "decoupled-hybrid": nothing that is cleaner than
                                                             what the student was shown need be augmented
-        L_F = |error of D_f on F(x0)|^2                     as DMD2's, every step
+        L_F = |error of D_f on F(x0)|^2                     as DMD2's, every step; algorithm 1
 
     Times are drawn, and s_k is counted, before a flow's shift. With one time, one noise and the normaliser
     ``mean |x0 - D_w|`` for both, L_G is DMD2's (``schedule: coupled-shared``, ``normaliser: guided``).
 
     Departures: DMD2's factor of a half is left to the learning rate; times begin at .02 and end at .98; the
-    discriminator is a head on a middle block.
+    discriminator is a head on a middle block; the fake score's loss is taken in the teacher's own velocity space by
+    default (the paper's algorithm 1: in that of x0).
     """
 
     health = {

@@ -47,28 +47,32 @@ class FlashDMD(Method):
     """DMD2's student of few steps for a fraction of the updates. The steps are cut in two. At a noisy one, reached as
     at inference, the student follows the difference of scores, and no discriminator:
 
-        x0 = G(x_t, t, c),  t in H:    L_DM = < sg [D_f - D_r](F(x0)) / mean |x0 - D_r|, x0 > / numel
+        x0 = G(x_t, t, c),  t in H:    L_DM = < sg [D_f - D_r](F(x0)) / mean |x0 - D_r|, x0 > / numel    eq. 4
 
     From there its own sampler runs on without a gradient to a clean sample, which is noised to a late step; that one
     call more is judged, as a picture, by heads on a frozen encoder behind a frozen decoder V:
 
         y = G(F(sg B(x0)), t', c),  t' in L:    L_adv = w softplus(-disc(V(y)))
 
-    so that what is coarse follows the teacher and what is fine the pictures. The fake score learns to denoise the
-    student's samples and nothing else, in one or two updates for one of the student, and after each of these it moves
-    towards it, ``psi <- lambda psi + (1 - lambda) theta``.
+    so that what is coarse follows the teacher and what is fine the pictures. Without a discriminator distributions are
+    matched at all steps. The fake score learns to denoise the student's samples and nothing else, in one or two updates
+    for one of the student, and after each of these it moves towards it, ``psi <- lambda psi + (1 - lambda) theta``
+    (eq. 11).
 
     Then (``rl_share``) preferences are learnt while the distillation goes on, one update of it for ``rl_turns`` of
     these. From a state z of a noisy step, k candidates of the next state are drawn and scored by a reward of noisy
     states; the best, w, and the worst, l, are a pair of
 
-        L = -log sigmoid(beta H),   H = log p(w | z) / p_ref(w | z) - log p(l | z) / p_ref(l | z),
+        L = -log sigmoid(beta H),                                                                   eq. 12
+        H = log p(w | z) / p_ref(w | z) - log p(l | z) / p_ref(l | z),                              eq. 13
         p(z' | z) = N(alpha' x0(z), sigma'^2 I)
 
     p_ref: the student as the stage began. Log-ratios are means over elements.
 
     Departures: no code was released, and neither weights, lambda, beta, k nor the split are said: those here are
-    reconstructions. The encoder is the model's own autoencoder's, or one that is named; the paper's is SAM's.
+    reconstructions. The encoder is the model's own autoencoder's, or one that is named; the paper's is SAM's. The fake
+    score's loss is taken in the teacher's own velocity space by default. Beside preferences the fake score is trained
+    once with each update of distillation, whatever ``critic_turns``, and follows the student after every update.
     """
 
     health = {
@@ -143,10 +147,12 @@ class FlashDMD(Method):
         self.times = few_step_times(o.student_steps, o.t_init, o.step_shift)
         self.high = [k for k, t in enumerate(self.times) if t > o.split] if o.placement == "split" else []
         self.low = [k for k in range(len(self.times)) if k not in self.high]
-        self._check(teacher, student)
+        self._check()
         self.teacher = frozen(teacher)
         self.student = self.clone(student or teacher, "student")
         self.fake = self.clone(teacher, "fake")
+        if o.coupling < 1:
+            self._check_coupling()
         self.asks = named_reward(o.reward) if o.reward != AGREEMENT else None
         self.decode, self.autoencoder = decode, None
         self.encoder, self.discriminator = None, nn.Identity()
@@ -154,7 +160,7 @@ class FlashDMD(Method):
             self._look(autoencoder)
         self.reference = self._copy() if o.rl_share else None
 
-    def _check(self, teacher: Denoiser, student: Denoiser | None) -> None:
+    def _check(self) -> None:
         o = self.options
         if o.placement == "split" and o.gan_weight and not (self.high and self.low):
             steps = ", ".join(f"{t:.3g}" for t in self.times)
@@ -168,10 +174,25 @@ class FlashDMD(Method):
             raise UserError(
                 "preferences need a step with another after it", cure="set options.student_steps to 2 or more"
             )
-        if o.coupling < 1 and student is not None and type(student.network) is not type(teacher.network):
+        if o.renoise != "fresh" and (o.rl_share or (o.placement == "split" and o.gan_weight)):
             raise UserError(
-                f"the fake score, a {type(teacher.network).__name__}, cannot follow a {type(student.network).__name__}",
-                cure="start from a student of the teacher's kind, or set options.coupling=1",
+                f"options.renoise={o.renoise}, but late steps and preferences are learnt for fresh noise at each step",
+                cure="options.renoise=fresh, or options.placement=summed without preferences",
+            )
+
+    def _check_coupling(self) -> None:
+        """Raises UserError for a student whose weights mean something else than the fake score's."""
+        shapes = [[p.shape for p in self.trained_parameters(role).values()] for role in ("fake", "student")]
+        mine, theirs = (
+            f"{type(one.network).__name__} that predicts {one.prediction} on {one.process.name}"
+            for one in (self.fake, self.student)
+        )
+        if mine != theirs or shapes[0] != shapes[1]:
+            what = theirs if mine != theirs else "student of other trained weights"
+            raise UserError(
+                f"the fake score, a {mine}, cannot follow a {what}",
+                cure="start from a student of the teacher's kind, train both as the same adapters or neither, or set "
+                "options.coupling=1",
             )
 
     def _look(self, autoencoder: nn.Module | None) -> None:
@@ -198,6 +219,11 @@ class FlashDMD(Method):
             take_over(made, self.student)
             return made
         return unfrozen(copy.deepcopy(self.student)).eval()
+
+    @property
+    def matched(self) -> list[int]:
+        """The steps where distributions are matched: noisy ones, or all where no discriminator has the others."""
+        return self.high if self.high and self.options.gan_weight else list(range(len(self.times)))
 
     @property
     def paired(self) -> list[int]:
@@ -253,7 +279,7 @@ class FlashDMD(Method):
     def sample_student(self, batch: Batch, grad: bool) -> tuple[Tensor, int]:
         """``x0 = G(x_t, t, c)`` at one of the steps where distributions are matched, reached as at inference; and which
         step it is."""
-        k, renoise = self.one_of(self.high or self.low), self.options.renoise
+        k, renoise = self.one_of(self.matched), self.options.renoise
         return rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=k, renoise=renoise), k
 
     def late(self, x0: Tensor, k: int, cond: Cond) -> Tensor:

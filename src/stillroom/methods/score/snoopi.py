@@ -32,6 +32,7 @@ from stillroom.surgery.negatives import negative_conditions, with_negatives
         title="SNOOPI: Supercharged One-step Diffusion Distillation with Proper Guidance",
         arxiv="2412.02687",
         year=2024,
+        venue="ICCV 2025",
     ),
 )
 class Snoopi(Method):
@@ -39,20 +40,21 @@ class Snoopi(Method):
     in the teacher and in the LoRA teacher that learns the student's samples (PG-SB). Where negative prompts are given,
     the student learns to heed them in its one pass (NASA-T).
 
-    With z unit noise, T the first time, x_t = alpha x0 + sigma eps, k ~ U(k_low, k_high) and ``e^(k)(y) = (1 - k)
-    e(none) + k e(y)``, that is k = 1 without guidance:
+    Equations are those of version 3. With z unit noise, T the first time, x_t = alpha x0 + sigma eps, k ~ U(k_low,
+    k_high) and ``e^(k)(y) = (1 - k) e(none) + k e(y)`` (eq. 4), that is k = 1 without guidance:
 
         x0        = (x_T - sigma_T eps_theta(x_T, T, y)) / alpha_T,   x_T = sigma_T z
-        dL/dtheta = sigma^2 (e_psi^(k) - e_phi^(k)) dx0/dtheta = alpha sigma (D_phi^(k) - D_psi^(k)) dx0/dtheta
+        dL/dtheta = sigma^2 (e_psi^(k) - e_phi^(k)) dx0/dtheta = alpha sigma (D_phi^(k) - D_psi^(k)) dx0/dtheta    eq. 6
         L_LoRA    = alpha^2 |eps_phi(x_t, t, y) - eps|^2
-        L_reward  = weight mean max(0, margin - reward(x0, y))                                       SwiftBrush v2's
+        L_reward  = weight (1 - progress) mean max(0, margin - reward(x0, y))                        SwiftBrush v2's
 
-    With a negative prompt y- the teacher's ``e(none)`` is ``e(y-)``, and each cross-attention of the student gives
-    ``Z+ - a Z-``, a ~ U(0, 1), with Z- what the same queries read in y- (:mod:`stillroom.surgery.negatives`); the LoRA
-    teacher does not see y-.
+    With a negative prompt y- the teacher's ``e(none)`` is ``e(y-)`` (eq. 5), and each cross-attention of the student
+    gives ``Z+ - a Z-`` (eq. 9), a ~ U(0, 1), with Z- what the same queries read in y-
+    (:mod:`stillroom.surgery.negatives`); the LoRA teacher does not see y-.
 
-    Departures: k is drawn for each sample (not said); the student is asked at ``sigma_T z``, and is a copy of the
-    teacher unless the recipe names another start (the paper's SD 2.1 begins as SD-Turbo).
+    Departures: k and a are drawn for each sample (whether for each or for a batch is not said); the student is asked at
+    ``sigma_T z``, and is a copy of the teacher unless the recipe names another start (the paper's SD 2.1 begins as
+    SD-Turbo); the reward's weight, which the paper reduces "gradually to zero", falls evenly.
     """
 
     health = HEALTH | {
@@ -86,7 +88,7 @@ class Snoopi(Method):
         away_high: float = field(default=1.0, metadata={"min": 0})  # ... to here
         negative_scale: float = field(default=0.5, metadata={"min": 0})  # a of the finished student, by default
         reward: str = ""  # package.module:function of images (or latents) and conditions; the paper: cosines of CLIP
-        reward_weight: float = field(default=0.1, metadata={"min": 0})
+        reward_weight: float = field(default=0.1, metadata={"min": 0})  # at first; it falls to 0 by the end
         reward_margin: float = 0.37
         measured: int = field(default=0, metadata={"min": 0})  # labelled rows to compare the student with; 0: none
         measure_every: int = field(default=50, metadata={"min": 1})  # steps
@@ -137,6 +139,10 @@ class Snoopi(Method):
         """The rows that the student is compared with."""
         if self.options.measured:
             self.compared = data.batch(1, 0, self.options.measured)
+            if LABELS not in self.compared["cond"]:
+                raise UserError(
+                    "options.measured compares rows of each class, and these data have none", cure="set it to 0"
+                )
 
     # --- what the turns are made of -------------------------------------------------------------------------------
     def scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +199,7 @@ class Snoopi(Method):
         self.note("sample_std", x0.std())
         terms = {"vsd": score_difference_loss(x0, fake, real, di=1.0, weight=weight)}
         if self.asks is not None and o.reward_weight:
-            terms["reward"] = o.reward_weight * self.rewarded(x0, cond, self.asks)
+            terms["reward"] = o.reward_weight * (1 - self.progress) * self.rewarded(x0, cond, self.asks)
         self.measure()
         return terms
 
