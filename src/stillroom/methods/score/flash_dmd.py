@@ -126,7 +126,7 @@ class FlashDMD(Method):
 
         @property
         def distil_every(self) -> int:
-            """Steps from one update of distillation to the next, beside preferences."""
+            """How steps from one update of distillation to the next, beside preferences."""
             return max(self.rl_turns, 1)
 
     options: Options
