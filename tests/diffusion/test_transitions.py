@@ -78,7 +78,7 @@ def test_from_clean_data_it_is_flow_matching(start: Tensor | None) -> None:
 
 
 def test_x_s_taken_for_clean_data_is_another_target() -> None:
-    """By the distance that P1 of the paper's toy shows: half the velocity of the signal is missing at s = 0.5."""
+    """As the paper's toy shows: half the velocity of the signal is missing at s = 0.5."""
     way, (z, eps, weights) = Transition(RectifiedFlow(), torch.tensor(0.5), torch.tensor(0.75)), normal_pair(81)
     x_s = 0.5 * MEAN + ((0.5 * STD) ** 2 + 0.25) ** 0.5 * z
     right, wrong = (slopes(way.noised(x_s, eps), y(x_s, eps), weights) for y in (way.velocity, way.biased_velocity))
