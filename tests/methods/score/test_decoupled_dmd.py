@@ -147,6 +147,19 @@ def test_on_vp_levels_stay_below_the_student_s_step() -> None:
         assert float(times["dm"].max()) > 700
 
 
+def test_the_level_of_a_student_of_another_process_is_the_teacher_s_time() -> None:
+    """A VP student's step 499.5 has signal and noise as alpha to sigma; a flow's time of these is their share."""
+    method = build("decoupled-dmd", student_steps=2)
+    process = method.student.process = VP()
+    found = set()
+    for seed in range(12):
+        method.draw = draws(B, seed)
+        found.add(round(method.sample_student(batch(), grad=False)[1], 6))
+    for level, t in zip(sorted(found), (499.5, 999.0), strict=True):
+        alpha, sigma = (float(rate(torch.tensor(t, dtype=torch.float64))) for rate in (process.alpha, process.sigma))
+        assert level == pytest.approx(sigma / (alpha + sigma), abs=1e-5)
+
+
 def test_only_what_there_is_is_asked_and_trained() -> None:
     whole = build("decoupled-dmd", gan_weight=0.1)
     assert [t.name for t in whole.turns()] == ["generator", "critic"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import NAME_NULL, Denoiser
+from stillroom.diffusion.process import match_snr
 from stillroom.diffusion.sampling import FewStepSampler, Renoise, few_step_times, rollout
 from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
@@ -146,11 +147,15 @@ class DecoupledDMD(Method):
 
     def sample_student(self, batch: Batch, grad: bool) -> tuple[Tensor, float]:
         """``x0 = G(x_(s_k), s_k, c)`` for one step k of the schedule, the same for the whole batch, reached as at
-        inference; and s_k."""
+        inference; and s_k, as a time of the teacher's process."""
         k = self.draw.index(len(self.times)) if len(self.times) > 1 else 0
         renoise = self.options.renoise
         x0 = rollout(self.student, self.draw, batch["cond"], self.times, grad=grad, last=k, renoise=renoise)
-        return x0, self.times[k] * self.student.process.t_max
+        mine, theirs = self.student.process, self.teacher.process
+        level = self.times[k] * mine.t_max
+        if mine != theirs:
+            level = float(match_snr(torch.tensor(level, dtype=torch.float64), of=mine, to=theirs)[0])
+        return x0, level
 
     def noised(self, x: Tensor, law: TimeLaw, until: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``(F(x), t, eps)``: ``alpha x + sigma eps`` with fresh noise and a time of this law, no later than
