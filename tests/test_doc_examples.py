@@ -176,6 +176,11 @@ PARTS = {
     ("methods/agd.md", "attach("): "run by tests/methods/trajectory/test_agd.py",
     ("methods/sana-sprint.md", "student.draw("): "reads the student of a run",
     ("methods/sana-sprint.md", "SanaSprintPipeline.from_pretrained"): "reads the student of a run",
+    ("methods/flash-dmd.md", "SamModel"): "reads a model that nothing here ships",
+    (
+        "methods/phased-dmd.md",
+        "WanPipeline",
+    ): "reads the student of a run; run on a tiny one by tests/tasks/pipelines/test_two_experts.py",
     ("methods/hyper-sd.md", "load_lora_weights"): "the test of the unified adapter runs them on a tiny pipeline",
     ("README.md", 'sr.distill("dmd2"'): "a training",
     ("README.md", 'sr.load("scenes-sd3")'): "loads a teacher, and goes on from the block above it",
@@ -237,7 +242,7 @@ def test_a_short_use_of_a_method_calls_what_there_is(block: Block) -> None:
             if call.func.attr == "distill":
                 assert ast.literal_eval(call.args[0]) == slug
         else:
-            assert call.func.attr in ("sample", "classify", "probabilities", "features", "tokens")
+            assert call.func.attr in ("sample", "away", "classify", "probabilities", "features", "tokens")
 
 
 @of(OTHERS_IN_PYTHON)

@@ -374,7 +374,7 @@ class FlashDMD(Method):
 
     @turn(trains="student", when="rl_share", optim=OPTIM)
     def prefer(self, batch: Batch) -> Terms:
-        """Step-level preference optimisation: of k next states of one state, the best against the worst."""
+        """Preference optimisation: of k next states of one state, the best against the worst."""
         o, cond, process = self.options, batch["cond"], self.student.process
         k = self.one_of(self.paired)
         z, t = approach(self.student, self.draw, cond, self.times, k, o.renoise)
