@@ -32,6 +32,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder / "rgb-data", channels=3)
     make_data(folder / "wide-data", size=12)
     make_data(folder / "five-classes", classes=5)
+    make_data(folder / "two-classes", classes=2)
+    for name in map(str, range(4)):
+        (folder / "four-numbers" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(folder / "four-numbers" / name / f"{i}.png")
     (folder / "empty").mkdir()
     for name in ("first", "second"):
         (folder / "mixed-sizes" / name).mkdir(parents=True)
@@ -174,7 +179,12 @@ def test_a_wrong_setting_is_refused(
         ("truncated-data", "train.npz"),
         ("rgb-data", "3 channels"),
         ("wide-data", "12x12"),
-        ("five-classes", "knows 3 classes, but data 'five-classes' has 5"),
+        (
+            "five-classes",
+            "class 'class3' of the data is none of the classes of teacher 'teacher' (did you mean 'cross'?)",
+        ),
+        ("two-classes", "knows 3 classes, but data 'two-classes' has 2; give pictures of 'dot' as well"),
+        ("four-numbers", "knows 3 classes, but data 'four-numbers' has 4; give pictures of each of its classes"),
     ],
 )
 def test_data_that_cannot_be_used_are_refused(

@@ -34,6 +34,16 @@ def generator() -> Iterator[ModuleType]:
 
 
 # --- generated parts --------------------------------------------------------------------------------------------------
+def test_the_readme_names_every_command() -> None:
+    from stillroom.cli import COMMANDS
+
+    readme = (ROOT / "README.md").read_text()
+    missing = [
+        command.__name__.lower() for command in COMMANDS if f"| `stillroom {command.__name__.lower()}" not in readme
+    ]
+    assert not missing
+
+
 def test_documents_agree_with_results(generator: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert generator.main(["--check"]) == 0, capsys.readouterr().out
 

@@ -153,6 +153,8 @@ class PictureGenerator(Model):
         if self.asked_by != "captions":
             return super().away(negative, scale)
         check_scale(scale)
+        if not negative.strip():
+            raise UserError("the negative text is empty", cure="say what must not be shown, or leave it away")
         self.check(negative)
         said, network = self.said(negative), self.module
         if not isinstance(network, Denoiser):

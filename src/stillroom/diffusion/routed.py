@@ -161,6 +161,7 @@ class RoutedDenoiser(Denoiser):
         """One denoiser of the experts that these were trained apart for, each in its place. Raises UserError for those
         that are missing, come twice, or are of another kind."""
         found: dict[str, Denoiser] = {}
+        first = self.stand_in
         for one in (self, *others):
             if not one.own:
                 raise UserError("this student is whole: none of its experts was trained by itself", cure="leave it out")
@@ -170,10 +171,20 @@ class RoutedDenoiser(Denoiser):
                 )
             if one.own in found:
                 raise UserError(f"{one.own!r} comes twice", cure="give one run of each")
+            if not (first is None or one.stand_in is None or alike(first, one.stand_in)):
+                raise UserError(
+                    f"{one.own!r} and {self.own!r} did not begin as the same network",
+                    cure="give students of one recipe, with one teacher, which differ in options.only alone",
+                )
             found[one.own] = one.experts[one.own]
         if missing := [name for name in self.experts if name not in found]:
             raise UserError(f"{', '.join(missing)} is missing", cure="give a run of each")
         return RoutedDenoiser({name: found[name] for name in self.experts}, self.route)
+
+    @property
+    def stand_in(self) -> Denoiser | None:
+        """What stands in the places of experts that are trained elsewhere: what all of them began as."""
+        return next((expert for name, expert in self.experts.items() if self.own and name != self.own), None)
 
     def expert_at(self, share: float) -> Denoiser:
         """Who answers at this share of ``t_max``. Raises UserError where the route is by condition."""
@@ -219,3 +230,11 @@ class RoutedDenoiser(Denoiser):
                 answers.append(ask(expert, x_t[mine], t[mine] if t.ndim else t, part))
                 rows.append(mine)
         return torch.cat(answers)[torch.cat(rows).argsort()]
+
+
+def alike(one: Denoiser, other: Denoiser) -> bool:
+    """Whether two have the same weights, up to what an average of them rounds."""
+    mine, theirs = one.network.state_dict(), other.network.state_dict()
+    return {name: value.shape for name, value in mine.items()} == {
+        name: value.shape for name, value in theirs.items()
+    } and all(torch.allclose(value.float(), theirs[name].float(), rtol=1e-4) for name, value in mine.items())

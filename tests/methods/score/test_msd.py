@@ -214,6 +214,10 @@ def test_students_that_are_trained_apart_are_joined(tmp_path: Path, capsys: pyte
     ):
         with pytest.raises(UserError, match=words):
             load_model(tmp_path / "2").join([other])
+    with torch.no_grad():  # of another teacher, or of another seed where the student's weights were new
+        one.denoiser.experts["student-2"].network.out.bias += 1
+    with pytest.raises(UserError, match="'student-1' and 'student-2' did not begin as the same network; give students"):
+        load_model(tmp_path / "2").join([one])
     assert main(["join", str(tmp_path / "1"), "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["join", "fashion", "--out", str(tmp_path / "x")]) == 2

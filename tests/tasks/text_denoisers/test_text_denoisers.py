@@ -122,3 +122,4 @@ def test_what_cannot_be_steered_away_says_why_in_one_line(place: Path, capsys: p
     assert "no text to steer away from" in said("one", "--negative-scale", "0.5")
     assert "at least 0, got -1" in said("scenes-pixart", "--negative", "red", "--negative-scale", "-1")
     assert "'spoon'" in said("scenes-pixart", "--negative", "spoon")
+    assert "the negative text is empty; say what must not be shown" in said("scenes-pixart", "--negative", " ")

@@ -43,7 +43,7 @@ class ClassImages(Task):
         self.origin = self.data.origin
         if "teacher" not in given:
             self.folders["teacher"] = model_home(recipe.teacher)
-        check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data)
+        check_fit(self.teacher.denoiser, self.data, f"teacher {recipe.teacher!r}", recipe.data, self.teacher.classes)
         if label_count(self.teacher.denoiser.network) and not self.teacher.denoiser.null:
             names = self.teacher.classes or self._by_number(self.teacher.denoiser.network, recipe)
             self.teacher = ImageGenerator(self.teacher.denoiser, self.teacher.sampler, names)
@@ -53,7 +53,7 @@ class ClassImages(Task):
         self.start = self.teacher.denoiser
         if "student" in given or recipe.student:
             begins = as_generator(given["student"]) if "student" in given else load_denoiser(recipe.student, "student")
-            check_fit(begins.denoiser, self.data, f"student {recipe.student!r}", recipe.data)
+            check_fit(begins.denoiser, self.data, f"student {recipe.student!r}", recipe.data, begins.classes)
             if self._by_names(self.data, begins, f"the classes of student {recipe.student!r}") is not self.data:
                 raise UserError(
                     f"student {recipe.student!r} has its classes in another order than teacher {recipe.teacher!r}",
@@ -152,8 +152,8 @@ def as_generator(given: Denoiser | ImageGenerator) -> ImageGenerator:
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-def check_fit(denoiser: Denoiser, data: ArrayData, name: str, source: str) -> None:
-    """Raises UserError where a denoiser cannot learn from, or speak about, the data."""
+def check_fit(denoiser: Denoiser, data: ArrayData, name: str, source: str, classes: Sequence[str] = ()) -> None:
+    """Raises UserError where a denoiser cannot learn from, or speak about, the data. classes: its own, by name."""
     if tuple(denoiser.shape) != tuple(data.shape):
         raise UserError(
             f"{name} makes {_size(denoiser.shape)}, but data {source!r} holds {_size(data.shape)}",
@@ -174,10 +174,13 @@ def check_fit(denoiser: Denoiser, data: ArrayData, name: str, source: str) -> No
         labels = [int(values.max()) + 1 for key, values in data.cond.items() if "label" in key]
         have = len(data.classes) or max(labels)
         if have != count and (denoiser.null or have > count):
-            raise UserError(
-                f"{name} knows {count} classes, but data {source!r} has {have}",
-                cure="give the data the teacher's classes, in its order",
-            )
+            cure = "give pictures of each of its classes, and of no other"
+            mine = data.classes
+            if classes and mine and list(mine) != [str(i) for i in range(len(mine))]:
+                there = {*places(mine, classes, f"the classes of {name}")}  # names the first that is none of them
+                lacking = [repr(one) for place, one in enumerate(classes) if place not in there]
+                cure = f"give pictures of {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''} as well"
+            raise UserError(f"{name} knows {count} classes, but data {source!r} has {have}", cure=cure)
 
 
 def takes_nothing(denoiser: Denoiser) -> bool:
