@@ -16,6 +16,7 @@ from stillroom.diffusion.routed import ByCondition, ByNoise, RoutedDenoiser, rou
 from stillroom.diffusion.sampling import FewStepSampler, ODESampler
 from stillroom.errors import UserError
 from stillroom.folders.denoisers import load_denoiser
+from stillroom.folders.diffusers_networks import some_conditions
 from stillroom.networks.point_mlp import PointMLP
 from stillroom.surgery.lora import lora_role
 from stillroom.tasks.class_images.model import ImageGenerator
@@ -138,3 +139,12 @@ def test_guidance_from_another_condition_comes_from_the_row_s_own_expert() -> No
         own, row = denoiser.experts["abc"[BY_CLASS.experts[label]]], slice(i, i + 1)
         expected = own.against(x[row], t[row], {"label": cond["label"][row]}, {"label": other["label"][row]}, w[row])
         torch.testing.assert_close(found.x0[row], expected.x0)
+
+
+@pytest.mark.parametrize("null", [{}, {"label": 5}])
+def test_a_sample_to_try_it_with_has_the_condition_that_experts_are_chosen_by(null: dict[str, int]) -> None:
+    """Without an unconditional value there would be none, and one that no expert has (5) is refused."""
+    experts = {name: expert(k, null=null) for k, name in enumerate("ab")}
+    denoiser = RoutedDenoiser(experts, ByCondition("label", (0, 1, 1, 0, 0)))
+    cond = {name: value[None] for name, value in some_conditions(denoiser).items()}
+    assert torch.isfinite(denoiser(torch.randn(1, 2), torch.full((1,), 0.5), cond).x0).all()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stillroom.diffusion.denoiser import Cond, Denoiser, plain_call
 from stillroom.diffusion.process import BETA_SCHEDULES, EDM, VP, Process, RectifiedFlow
+from stillroom.diffusion.routed import ByCondition, RoutedDenoiser
 from stillroom.errors import UserError
 
 ALIASES = {"label": "class_labels"}  # this project's condition names -> diffusers' argument names
@@ -236,7 +237,10 @@ def label_count(network: nn.Module) -> int:
 
 def some_conditions(denoiser: Denoiser) -> dict[str, Tensor]:
     """Conditions of one sample by which a network can be tried: its "unconditional" ones, or its first label where it
-    has labels and none of them means that."""
+    has labels and none of them means that; of experts by condition, a sample of the first."""
+    if isinstance(denoiser, RoutedDenoiser):
+        found = some_conditions(next(iter(denoiser.experts.values())))
+        return found | ({denoiser.route.condition: torch.tensor(0)} if isinstance(denoiser.route, ByCondition) else {})
     known = denoiser.null or ({"label": 0} if label_count(denoiser.network) else {})
     return {name: torch.as_tensor(value) for name, value in known.items()}
 
