@@ -90,6 +90,12 @@ def test_a_role_may_be_added_after_another_was_trained_and_on_other_modules(teac
     assert torch.equal(ask(first), kept)
 
 
+@pytest.mark.parametrize(("targets", "words"), [((), "no LoRA targets are named"), (("",), "LoRA target '' names no")])
+def test_no_targets_are_refused_and_some_are_named(teacher: Denoiser, targets: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=rf"{words}.*set targets to endings of its layers, for example"):
+        lora_role(teacher, "fake", rank=2, targets=targets)
+
+
 def test_roles_share_one_copy_of_the_base_weights_and_own_only_their_adapters(teacher: Denoiser) -> None:
     base = {id(p) for p in teacher.parameters()}
     first, second = lora_role(teacher, "student", rank=4), lora_role(teacher, "fake", rank=4)

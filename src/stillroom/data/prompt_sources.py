@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,10 @@ class PromptList(PromptSource):
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
+_FILE = re.compile(r"\S+\.(txt|caption|csv|tsv|jsonl|json|parquet)(\.gz)?", re.IGNORECASE)
+"""What nobody would have a picture show, or not show: the name of a file, which is missing."""
+
+
 class Texts(PromptSource):
     """Prompts that are given as they are; one that names a file stands for those in it."""
 
@@ -83,6 +88,8 @@ class Texts(PromptSource):
         self.texts: list[str] = []
         for place, one in enumerate(given, 1):
             listed = Path(one).expanduser() in files
+            if not listed and _FILE.fullmatch(one.strip()):
+                raise UserError(f"text {place}: there is no file {one.strip()}", cure="check its name, or give a text")
             self.texts += read_captions(one).texts if listed else [check_caption(one, f"text {place}")]
         if not self.texts:
             raise UserError("no texts were given", cure="give at least one, or a text file with one on each line")

@@ -83,14 +83,17 @@ def lora_role(
 
     network = teacher.network
     names = [name for name, _ in network.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
+    for target in targets or ("",):
+        if not target or not any(name == target or name.endswith("." + target) for name in names):
             ends = Counter(
                 name.rsplit(".", 1)[-1] for name, one in network.named_modules() if isinstance(one, nn.Linear)
             )
             some = [end for end, _ in ends.most_common() if not end.isdecimal()][:6]
+            known = nearest(target, ends) if target else ""
             raise UserError(
-                f"LoRA target {target!r} names no module of {type(network).__name__}{nearest(target, ends)}",
+                f"LoRA target {target!r} names no module of {type(network).__name__}{known}"
+                if targets
+                else f"no LoRA targets are named, of {type(network).__name__}'s layers",
                 cure=f"set targets to endings of its layers, for example [{', '.join(some)}] "
                 f"(options.targets, or lora.{role}.targets)",
             )

@@ -457,6 +457,10 @@ def test_texts_are_taken_as_they_are_and_files_for_what_they_hold(tmp_path: Path
         Texts([])
     with pytest.raises(UserError, match="text 2: the caption is empty"):
         Texts(["red", " "])
+    for missing in ("words.txt", "in/there.JSONL", "words.csv.gz"):  # and not as a text to be learnt
+        with pytest.raises(UserError, match=f"text 2: there is no file {missing}"):
+            Texts(["red", missing])
+    assert Texts(["a sign that says menu.txt", "U.S. flag", "f.lux"]).texts[2] == "f.lux"
 
 
 def test_conditions_of_chosen_prompts_are_read_by_their_numbers(tmp_path: Path) -> None:

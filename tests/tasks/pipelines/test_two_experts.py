@@ -156,6 +156,10 @@ def test_half_of_two_experts_is_refused() -> None:
     pipeline.register_to_config(boundary_ratio=None)
     with pytest.raises(UserError, match="half of its experts"):
         PipelineGenerator(pipeline)
+    for border in (1.5, 0, "high", float("nan")):
+        pipeline.register_to_config(boundary_ratio=border)
+        with pytest.raises(UserError, match=r"boundary_ratio in the pipeline's model_index\.json must be a number"):
+            PipelineGenerator(pipeline)
 
 
 def test_steps_that_crowd_towards_noise_have_wan_s_own_scheduler(tmp_path: Path) -> None:

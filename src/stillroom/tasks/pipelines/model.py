@@ -84,6 +84,11 @@ def denoiser_of(pipeline: Any, family: Family, process: Process, kind: Any, shap
     first = Denoiser(network_of(pipeline), process, kind, **asked)
     if border is None:
         return first
+    if isinstance(border, bool) or not isinstance(border, int | float) or not 0 < border < 1:
+        raise UserError(
+            f"{BOUNDARY} in the pipeline's model_index.json must be a number between 0 and 1, got {border!r}",
+            cure="write the share of the noise from which the first expert answers, for example 0.875",
+        )
     second = Denoiser(getattr(pipeline, SECOND), process, kind, **asked)
     return RoutedDenoiser({SECOND: second, network_name(pipeline): first}, ByNoise((float(border),)))
 
