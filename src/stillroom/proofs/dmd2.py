@@ -47,6 +47,7 @@ MECHANISM = Proof(
         JUDGED,
         JUDGED.with_("forward KL, inner start", options={"divergence": "forward_kl"}),
         JUDGED.with_("JS, inner start", options={"divergence": "js"}),
+        JUDGED.with_("reverse KL at half, inner start", options={"distribution_matching": 0.5}),
         Arm("teacher-50", sampler={"name": "ode", "solver": "euler", "steps": 50}),
     ),
     claims=(
@@ -114,6 +115,17 @@ MECHANISM = Proof(
             "<=",
             0.95,
             "reverse KL, inner start",
+        ),
+        Claim(
+            "f-distill-js-weight",
+            "It is not that Jensen and Shannon's halves the scores' weight beside the discriminator's: nearer, too, "
+            "than with the reverse KL at half its weight",
+            "",
+            "ced",
+            "JS, inner start",
+            "<=",
+            0.97,
+            "reverse KL at half, inner start",
         ),
     ),
     note="On points the teacher is nearly exact, so that the GAN repairs teacher error cannot show here.",
