@@ -100,12 +100,14 @@ class Logits(nn.Module):
 
 
 # --- denoisers --------------------------------------------------------------------------------------------------------
-def exported_denoiser(denoiser: Denoiser) -> Denoiser:
-    """The denoiser in eval mode, a LoRA merged. Raises UserError for one of several experts."""
+def exported_denoiser(denoiser: Denoiser, folders: bool = True) -> Denoiser:
+    """The denoiser in eval mode, a LoRA merged. folders: whether each of several experts has a model's folder of its
+    own, which a pipeline's have not. Raises UserError for several experts."""
     if isinstance(denoiser, RoutedDenoiser):
+        cure = f"export each expert's folder: {', '.join(f'{EXPERTS}/{name}' for name in denoiser.experts)}"
         raise UserError(
             f"a generator of {len(denoiser.experts)} experts is no single file",
-            cure=f"export each expert's folder: {', '.join(f'{EXPERTS}/{name}' for name in denoiser.experts)}",
+            cure=cure if folders else "run its folder with diffusers' own pipeline",
         )
     return (denoiser.merged() if isinstance(denoiser, LoraDenoiser) else denoiser).eval()
 

@@ -162,6 +162,11 @@ def test_half_of_two_experts_is_refused() -> None:
             PipelineGenerator(pipeline)
 
 
+def test_an_export_of_two_experts_names_no_folder_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"2 experts is no single file; run its folder with diffusers' own pipeline"):
+        PipelineGenerator(make_pipeline("wan experts")).parts()
+
+
 def test_steps_that_crowd_towards_noise_have_wan_s_own_scheduler(tmp_path: Path) -> None:
     """Shift 7: asked at 1000, 954, 875, 700, the border after two; other families' pipelines have none for that."""
     _, _, student = trained("wan", "phased-dmd", "options.shift=7.0")

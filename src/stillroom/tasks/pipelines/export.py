@@ -17,8 +17,10 @@ def parts(model: PipelineGenerator, whole: bool) -> dict[str, Part]:
     if whole:
         raise UserError("a diffusers pipeline stays whole as its folder", cure="leave --whole out")
     given = model.conditions(["a red cat on a chair"])[0]
-    return denoiser_parts(exported_denoiser(model.denoiser), model.sampler, tuple(given), text_features(given))
+    return denoiser_parts(
+        exported_denoiser(model.denoiser, folders=False), model.sampler, tuple(given), text_features(given)
+    )
 
 
 def facts(model: PipelineGenerator) -> dict[str, Any]:
-    return denoiser_facts(exported_denoiser(model.denoiser), model.sampler)
+    return denoiser_facts(exported_denoiser(model.denoiser, folders=False), model.sampler)
