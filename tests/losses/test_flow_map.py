@@ -14,6 +14,7 @@ from stillroom.diffusion.denoiser import Cond, Denoiser, Prediction
 from stillroom.diffusion.process import EDM, VP, Process, RectifiedFlow, TrigFlow
 from stillroom.losses.flow_map import (
     adaptive,
+    bound,
     earlier,
     evened,
     huber,
@@ -94,6 +95,16 @@ def test_without_warm_up_the_first_tangent_is_the_difference_of_velocities_alone
     expected = -(t.cos() ** 2) * (other(u, t) - velocity(u, t))
     torch.testing.assert_close(tangent(other, 0.0), expected)
     torch.testing.assert_close(tangent(other, 0.5), (tangent(other, 0.0) + tangent(other)) / 2)
+
+
+def test_below_a_ratio_of_noise_the_tangent_is_the_difference_of_velocities_alone() -> None:
+    """By hand: tan .2 = .203 and tan .3 = .309; only the second row moves against its change."""
+    t, ones = torch.tensor([0.2, 0.3]), torch.ones(2, 1)
+    found = scm_tangent(ones, 3 * ones, 5 * ones, 7 * ones, t, bound(t, 0.25, 0.5))
+    velocities = 2 * t.cos() ** 2
+    change = 0.5 * (7 * t.cos() * t.sin() + 5)
+    torch.testing.assert_close(found[:, 0], torch.stack([velocities[0], velocities[1] - change[1]]))
+    assert bound(t, 0.0, 0.5) == 0.5
 
 
 def test_a_normalised_tangent_has_the_length_that_is_said() -> None:

@@ -39,16 +39,24 @@ def trig_times(law: TimeLaw, draw: Draws, std: float, process: Process, like: Te
     return t.clamp(max=last_time(process, TRIG))
 
 
-def scm_tangent(own: Tensor, other: Tensor, slope: Tensor, u: Tensor, t: Tensor, warm: float = 1.0) -> Tensor:
+def scm_tangent(own: Tensor, other: Tensor, slope: Tensor, u: Tensor, t: Tensor, warm: Tensor | float = 1.0) -> Tensor:
     """``-cos^2(t) (F - du/dt) - r (cos t sin t u + J)``, which is ``cos(t) df/dt`` where r = 1: f moves against its own
     change where F moves along this (arXiv 2410.11081, eq. 6 and alg. 1; 2503.09641, alg. 1).
 
     own: F; other: du/dt, the velocity of the path that the student is to be consistent on; both ``[B, ...]`` like
     ``u``, without a graph. slope: J, the derivative of F along ``cos t sin t (du/dt, 1)``: the factor is inside. warm:
-    r, which grows from 0 to 1.
+    r, which grows from 0 to 1, or one for each sample ``[B]``.
     """
     cos, sin = expand(t.cos(), u), expand(t.sin(), u)
+    warm = expand(warm, u) if isinstance(warm, Tensor) else warm
     return -(cos**2) * (own - other) - warm * (cos * sin * u + slope)
+
+
+def bound(t: Tensor, ratio: float, warm: float) -> Tensor | float:
+    """r of :func:`scm_tangent`: 0 where TrigFlow's ``tan t`` is below ``ratio``, where F learns the path's own velocity
+    and nothing else; ``warm`` elsewhere. A network that predicts x0 is bound to nothing where there is no noise, and
+    may come to say one picture of all that it is shown, which is consistent; it is bound to the path so."""
+    return torch.where(t.tan() < ratio, 0.0, warm) if ratio else warm
 
 
 def normalised(tangent: Tensor, c: float = 0.1, norm: Norm = "rms") -> Tensor:
@@ -96,7 +104,7 @@ def scm_change(
     velocity: Tensor,
     u: Tensor,
     t: Tensor,
-    warm: float = 1.0,
+    warm: Tensor | float = 1.0,
     how: How = "exact",
     step: float = 1e-3,
 ) -> Change:

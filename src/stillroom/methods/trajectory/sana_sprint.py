@@ -20,7 +20,7 @@ from stillroom.diffusion.times import TimeLaw
 from stillroom.errors import UserError
 from stillroom.folders.sana_sprint import is_sana, reads_scale, sprint_denoiser
 from stillroom.losses.adversarial import hinge_generator, hinge_told
-from stillroom.losses.flow_map import Norm, evened, normalised, scm_change, towards, trig_times
+from stillroom.losses.flow_map import Norm, bound, evened, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Stage, Terms, frozen, register, turn
 from stillroom.networks.discriminators import LatentDiscriminator
 from stillroom.networks.extra_inputs import with_inputs
@@ -100,6 +100,8 @@ class SanaSprint(Method):
         tangent_warmup: float = field(default=0.2, metadata={"min": 0, "max": 1})  # share of the steps in which r grows
         tangent_c: float = field(default=0.1, metadata={"min": 0})  # c
         tangent_norm: Norm = "rms"
+        # of noise to signal, below which r is 0: for networks that predict x0
+        bound: float = field(default=0.0, metadata={"min": 0, "later": True})
         derivative: How = "exact"  # "difference": for networks with layers that have no forward-mode rule
         derivative_step: float = field(default=1e-3, metadata={"above": 0})
         gan_blocks: tuple[str, ...] = ()  # paths of the blocks that D reads; none: four, from early to last
@@ -255,8 +257,9 @@ class SanaSprint(Method):
         teacher, student = Reparametrised(self.base, TRIG), Reparametrised(self.student, TRIG)
         with torch.no_grad():
             velocity = teacher(u, t, cond, told.get(SCALE, 1.0)).v
+        r = bound(t, o.bound, self.warm)
         own, tangent = scm_change(
-            lambda u, t: student(u, t, told).v, velocity, u, t, self.warm, o.derivative, o.derivative_step
+            lambda u, t: student(u, t, told).v, velocity, u, t, r, o.derivative, o.derivative_step
         )
         step = normalised(tangent, o.tangent_c / o.data_std, o.tangent_norm)
         assert self.variance is not None

@@ -13,7 +13,7 @@ from stillroom.diffusion.derivatives import How
 from stillroom.diffusion.process import Process, TrigFlow
 from stillroom.diffusion.sampling import FewStepSampler, Sampler, by_steps, share_at
 from stillroom.diffusion.times import TimeLaw
-from stillroom.losses.flow_map import Norm, normalised, scm_change, towards, trig_times
+from stillroom.losses.flow_map import Norm, bound, normalised, scm_change, towards, trig_times
 from stillroom.method import Batch, Method, Optim, Paper, Terms, frozen, register, turn
 from stillroom.networks.scalars import LogVariance
 
@@ -38,7 +38,7 @@ class SCM(Method):
         L = mean[ exp(-w(t)) / (sd tan t) |F - sg(F) - sg(g)|^2 + w(t) ]                        eq. 8
 
     r grows from 0 to 1, w is learnt. Departures: norms are over the mean of squares; any teacher is read as TrigFlow's,
-    where the paper trains one; its network's time embedding is the teacher's.
+    where the paper trains one; its network's time embedding is the teacher's; r may be 0 at little noise (``bound``).
     """
 
     health = {"tangent": "root mean square of the elements of g before it is normalised: 0 for a consistent student"}
@@ -54,6 +54,8 @@ class SCM(Method):
         tangent_warmup: float = field(default=0.1, metadata={"min": 0, "max": 1})  # share of the steps in which r grows
         tangent_c: float = field(default=0.1, metadata={"min": 0})  # c
         tangent_norm: Norm = "rms"
+        # of noise to signal, below which r is 0: for networks that predict x0
+        bound: float = field(default=0.0, metadata={"min": 0, "later": True})
         derivative: How = "exact"
 
     options: Options
@@ -74,7 +76,8 @@ class SCM(Method):
             on_x0, on_eps = (rate.reshape(-1, *(1,) * (x0.ndim - 1)) for rate in TRIG.velocity_weights(t))
             along = on_x0 * x0 + on_eps * z if o.path == "data" else teacher(u, t, cond, o.guidance).v
         warm = min(1.0, self.progress / o.tangent_warmup) if o.tangent_warmup else 1.0
-        own, tangent = scm_change(lambda u, t: student(u, t, cond).v, along, u, t, warm, o.derivative)
+        r = bound(t, o.bound, warm)
+        own, tangent = scm_change(lambda u, t: student(u, t, cond).v, along, u, t, r, o.derivative)
         self.note("tangent", tangent.square().mean().sqrt())
         step = normalised(tangent, o.tangent_c / o.data_std, o.tangent_norm)
         return {"consistency": towards(own, step, 1 / (o.data_std * t.tan()), self.variance(t))}
