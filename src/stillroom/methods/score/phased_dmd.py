@@ -86,9 +86,8 @@ class PhasedDMD(Method):
         gradient: Literal["normalised", "divergence"] = "normalised"  # normalised: as the authors' code
         # "biased" takes x_s for clean data, the ablation that fails
         target: Literal["unbiased", "biased"] = "unbiased"
-        clamp: float = field(
-            default=10.0, metadata={"min": 0}
-        )  # of the weight 1 / b^2; 0: squared errors of v as they are
+        # Of the weight 1 / b^2; 0: squared errors of v as they are
+        clamp: float = field(default=10.0, metadata={"min": 0})
         # True: noised up to noise alone; False: within the phase's own interval
         nested: bool = True
         restart: bool = True  # the fake score is the teacher again in each phase; False: it goes on
@@ -102,8 +101,7 @@ class PhasedDMD(Method):
     def build(self, teacher: Denoiser, student: Denoiser | None = None) -> None:
         o = self.options
         self._check()
-        even = few_step_times(o.student_steps, o.t_init)
-        self.times = tuple(o.shift * u / (1 + (o.shift - 1) * u) for u in even)
+        self.times = few_step_times(o.student_steps, o.t_init, o.shift)
         self.teacher = frozen(teacher)
         self.fake = self.clone(teacher, "fake")
         self.student = self._experts(student or teacher)
